@@ -1,0 +1,63 @@
+"""unirank: smaller language models by low-rank decomposition, with one global ranking of all components.
+
+Importing it teaches transformers to load compressed checkpoints. The stages, in order: `load`, `analyze`, `plan`,
+`truncate` (or all in one: `compress`), `evaluate`. `remove` is always the fraction of the decoder linears' weights that
+is removed.
+"""
+
+from importlib.metadata import version as _version
+
+from unirank import hf as _hf  # registers the checkpoint format with transformers
+from unirank import ops, reference
+from unirank.allocate import plan
+from unirank.allocators import allocators
+from unirank.analyze import Calibration, analyze
+from unirank.api import apply, compress
+from unirank.checkpoint import CompressedModel
+from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
+from unirank.evaluate import EvalReport, evaluate, generate
+from unirank.models import describe, load
+from unirank.modules import LowRankLinear
+from unirank.schemes import schemes
+from unirank.score import ScoreSettings
+from unirank.store import AnalysisStore, open_store
+from unirank.truncate import TruncateReport, truncate
+from unirank.types import Factors, LinearSpec, LoadedModel, RankPlan
+
+__version__ = _version("unirank")
+UniRankConfig = _hf.UniRankConfig
+
+__all__ = [
+    "AnalysisStore",
+    "Calibration",
+    "CompressedModel",
+    "EvalReport",
+    "Factors",
+    "InputError",
+    "LinearSpec",
+    "LoadedModel",
+    "LowRankLinear",
+    "NonFiniteError",
+    "RankPlan",
+    "ScoreSettings",
+    "StoreError",
+    "TruncateReport",
+    "UniRankConfig",
+    "UnirankError",
+    "WriteError",
+    "__version__",
+    "allocators",
+    "analyze",
+    "apply",
+    "compress",
+    "describe",
+    "evaluate",
+    "generate",
+    "load",
+    "open_store",
+    "ops",
+    "plan",
+    "reference",
+    "schemes",
+    "truncate",
+]

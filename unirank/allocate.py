@@ -1,0 +1,64 @@
+"""From spectra and a removed fraction to a rank plan: milliseconds, on any store, for any ratio and any allocator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from unirank.allocators import Request
+from unirank.allocators import allocator as allocator_of
+from unirank.errors import InputError
+from unirank.score import ScoreSettings
+from unirank.store import AnalysisStore
+from unirank.types import DENSE, LinearSpec, Rank, RankPlan, budget_of
+
+
+def plan(
+    store: AnalysisStore,
+    remove: float,
+    *,
+    allocator: str = "unirank",
+    settings: ScoreSettings | None = None,
+    min_rank: int = 1,
+    multiple_of: int = 1,
+) -> RankPlan:
+    """Ranks for every target of `store`, at most `floor((1 - remove) Σ M N)` parameters in total.
+
+    Args:
+        remove: the fraction of the targets' weight parameters to remove, in [0, 1).
+        allocator: see `unirank.allocators()`.
+        settings: score settings of the allocators that rank components; None is UniRank.
+        min_rank: least rank of a matrix.
+        multiple_of: ranks are multiples of this (dense matrices aside).
+
+    Raises:
+        InputError: an argument is not legal, or `min_rank` makes `remove` unreachable.
+        StoreError: the store is unfinished or damaged.
+    """
+    settings = settings or ScoreSettings()
+    rule = allocator_of(allocator)
+    budget = budget_of(remove, sum(spec.params for spec in store.linears))
+    for name, value in (("min_rank", min_rank), ("multiple_of", multiple_of)):
+        if value < 1:
+            raise InputError(f"{name} = {value} is not legal; it must be at least 1.")
+    store.require_complete()
+    request = Request(
+        store.linears, store.energies(), store.cosines(), settings, remove, budget, min_rank, multiple_of
+    )
+    numbers, threshold = rule.allocate(request)
+    ranks = {spec.name: _rank(spec, number) for spec, number in zip(store.linears, numbers, strict=True)}
+    return RankPlan(
+        ranks=ranks,
+        shapes={spec.name: (spec.m, spec.n) for spec in store.linears},
+        remove=remove,
+        budget=budget,
+        used=sum(spec.rank_cost(ranks[spec.name]) for spec in store.linears),
+        threshold=threshold,
+        allocator=allocator,
+        scheme=store.identity["scheme"],
+        settings={"min_rank": min_rank, "multiple_of": multiple_of} | (asdict(settings) if rule.scored else {}),
+        analysis=store.digest,
+    )
+
+
+def _rank(spec: LinearSpec, number: int) -> Rank:
+    return DENSE if number * spec.cost >= spec.params else number

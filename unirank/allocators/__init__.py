@@ -1,0 +1,24 @@
+"""Allocators, one file each. Adding one: write the file, add its line here, add its row to docs/method.md."""
+
+from __future__ import annotations
+
+from unirank.allocators import uniform, unirank
+from unirank.allocators.base import Allocator, Request
+from unirank.errors import InputError
+
+_REGISTRY: dict[str, Allocator] = {allocator.name: allocator for allocator in (unirank.ALLOCATOR, uniform.ALLOCATOR)}
+
+
+def allocators() -> tuple[str, ...]:
+    """Names of all allocators."""
+    return tuple(_REGISTRY)
+
+
+def allocator(name: str) -> Allocator:
+    """The allocator of that name; raises InputError with the legal names."""
+    if name not in _REGISTRY:
+        raise InputError(f"The allocator {name!r} does not exist; legal values: {', '.join(_REGISTRY)}.")
+    return _REGISTRY[name]
+
+
+__all__ = ["Allocator", "Request", "allocator", "allocators"]

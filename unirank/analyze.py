@@ -1,0 +1,115 @@
+"""The expensive stage: calibrate and decompose every layer, and keep the result in a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unirank.calibrate import calibrate_layer, record
+from unirank.data import BUILTIN, Text, bos_of, calibration_windows, read_text, tokenize
+from unirank.decompose import decompose_layer
+from unirank.errors import InputError
+from unirank.files import sha256_tensors, sha256_text
+from unirank.models import tokenizer_hash, weights_hash
+from unirank.progress import OnProgress, silent
+from unirank.provenance import device_name, versions
+from unirank.schemes import scheme as scheme_of
+from unirank.store import AnalysisStore, create_or_resume
+from unirank.types import LoadedModel
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which tokens calibrate.
+
+    Attributes:
+        text: "builtin" (Python's documentation) or a path to UTF-8 text.
+        windows: number of windows, at random positions.
+        window: tokens a window.
+        seed: of the positions.
+        batch: windows that run together; more need more memory and round differently.
+    """
+
+    text: str = BUILTIN
+    windows: int = 64
+    window: int = 512
+    seed: int = 0
+    batch: int = 8
+
+
+def analyze(
+    loaded: LoadedModel,
+    store_path: str | Path,
+    *,
+    scheme: str = "whiten",
+    calibration: Calibration | None = None,
+    overwrite: bool = False,
+    progress: OnProgress = silent,
+) -> AnalysisStore:
+    """Calibrate and decompose every layer of `loaded` into the store at `store_path`, resuming what is there.
+
+    Raises:
+        InputError: unknown scheme, unusable text, an output directory that is not a store.
+        StoreError: the store belongs to other inputs; says what differs.
+        NonFiniteError: names the layer or linear.
+        WriteError: the disk refused; finished layers stay and the next run resumes.
+    """
+    calibration = calibration or Calibration()
+    chosen = scheme_of(scheme)
+    if calibration.batch < 1:
+        raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
+    text = read_text(calibration.text)
+    windows = _windows(loaded, text, calibration)
+    identity = _identity(loaded, text, windows, calibration, scheme)
+    store = create_or_resume(Path(store_path), identity, loaded.linears, overwrite=overwrite)
+    first, count = store.layers_done(), store.layer_count
+    progress("calibrate and decompose", first, count)
+    if first == count:
+        return store
+    recording = record(loaded, windows, batch=calibration.batch)
+    device = recording.start.probe.device
+    streams = recording.start if first == 0 else store.read_streams(first, device)
+    for layer in range(first, count):
+        stats = calibrate_layer(loaded, layer, recording, streams, moments=chosen.needs_moment)
+        store.write_layer(layer, decompose_layer(loaded, stats, chosen), stats.cosines, streams)
+        progress("calibrate and decompose", layer + 1, count)
+    return store
+
+
+def _windows(loaded: LoadedModel, text: Text, calibration: Calibration) -> torch.Tensor:
+    tokens = tokenize(loaded.tokenizer, text, loaded.model)
+    bos = bos_of(loaded.tokenizer)
+    return calibration_windows(
+        tokens, windows=calibration.windows, window=calibration.window, seed=calibration.seed, bos=bos, name=text.name
+    )
+
+
+def _identity(
+    loaded: LoadedModel, text: Text, windows: torch.Tensor, calibration: Calibration, scheme: str
+) -> dict[str, Any]:
+    parameter = next(loaded.model.parameters())
+    return {
+        "model": {
+            "type": loaded.model.config.model_type,
+            "class": type(loaded.model).__name__,
+            "config_sha256": sha256_text(loaded.model.config.to_json_string()),
+            "weights_sha256": weights_hash(loaded),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+        },
+        "tokenizer_sha256": tokenizer_hash(loaded.tokenizer),
+        "calibration": {
+            "text": text.name,
+            "text_sha256": text.sha256,
+            "windows_sha256": sha256_tensors([("windows", windows)]),
+            "windows": calibration.windows,
+            "window": calibration.window,
+            "seed": calibration.seed,
+            "batch": calibration.batch,
+        },
+        "scheme": scheme,
+        "device": device_name(parameter.device),
+        "versions": versions(),
+    }

@@ -1,0 +1,85 @@
+"""The whole job in one call."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unirank.allocate import plan as make_plan
+from unirank.allocators import allocator as allocator_of
+from unirank.analyze import Calibration, analyze
+from unirank.checkpoint import CompressedModel
+from unirank.errors import InputError
+from unirank.models import describe, load
+from unirank.progress import OnProgress, silent
+from unirank.score import ScoreSettings
+from unirank.store import AnalysisStore
+from unirank.truncate import truncate
+from unirank.types import LoadedModel, RankPlan, budget_of
+
+
+def compress(
+    model: str | PreTrainedModel | LoadedModel,
+    remove: float,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scheme: str = "whiten",
+    allocator: str = "unirank",
+    settings: ScoreSettings | None = None,
+    min_rank: int = 1,
+    multiple_of: int = 1,
+    calibration: Calibration | None = None,
+    store: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: OnProgress = silent,
+) -> CompressedModel:
+    """Compress a causal language model by low-rank decomposition, at an exact parameter budget.
+
+    Args:
+        model: a path or hub name; or a model in memory, which is changed in place.
+        remove: the fraction of the decoder linears' weight parameters to remove, in [0, 1).
+        tokenizer: needed when `model` is a `PreTrainedModel`.
+        scheme, allocator: names from `unirank.schemes()` and `unirank.allocators()`.
+        settings, min_rank, multiple_of: see `unirank.plan`.
+        calibration: which tokens calibrate; None is 64 windows of 512 tokens of Python's documentation.
+        store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
+        dtype, device: how to load a path or name.
+
+    Raises InputError, StoreError, NonFiniteError or WriteError as the stages do.
+    """
+    budget_of(remove, 0)  # a wrong fraction or name is cheap to find now and dear to find after the analysis
+    allocator_of(allocator)
+    loaded = _loaded(model, tokenizer, dtype, device)
+    with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
+        where = Path(store) if store is not None else Path(scratch) / "store"
+        analysis = analyze(loaded, where, scheme=scheme, calibration=calibration, progress=progress)
+        plan = make_plan(
+            analysis, remove, allocator=allocator, settings=settings, min_rank=min_rank, multiple_of=multiple_of
+        )
+        return apply(loaded, analysis, plan, progress=progress)
+
+
+def apply(
+    loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progress: OnProgress = silent
+) -> CompressedModel:
+    """Truncate `loaded` in place by `plan` and the factors of `store`. Raises like `truncate`."""
+    report = truncate(loaded, store, plan, progress=progress)
+    return CompressedModel(loaded.model, loaded.tokenizer, plan, report, store.identity, loaded.source)
+
+
+def _loaded(
+    model: str | PreTrainedModel | LoadedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: str,
+    device: str | None,
+) -> LoadedModel:
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str):
+        return load(model, dtype=dtype, device=device)
+    if tokenizer is None:
+        raise InputError("A model in memory needs its tokenizer: unirank.compress(model, remove, tokenizer=tokenizer).")
+    return describe(model, tokenizer)

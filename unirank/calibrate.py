@@ -1,0 +1,236 @@
+"""Calibration, layer by layer: moments of every distinct input and cosines of every sublayer, in one pass.
+
+A recording pass runs the model with its decoder layers turned into pass-throughs that note each layer's own arguments
+(masks, position embeddings; they differ by layer in Gemma 3) and the first hidden states. Then each layer runs over
+all batches, with hooks that accumulate, and its outputs are the next layer's inputs. `lm_head` never runs. Peak memory
+is the model, one layer's statistics and the hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from unirank import ops
+from unirank.errors import InputError, NonFiniteError
+from unirank.trace import LayerTrace, trace_layer
+from unirank.types import CosineStat, LayerStats, LoadedModel, Moment
+
+# The structure of a layer does not depend on how many tokens it sees, so a few suffice to trace it.
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model calls one layer on one batch, apart from the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_by_name: str | None  # the keyword of the hidden states, or None when they come first by position
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output stream `[B, T, D]`."""
+        if self.hidden_by_name is None:
+            output = layer(hidden, *self.args, **self.kwargs)
+        else:
+            output = layer(*self.args, **{self.hidden_by_name: hidden}, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Streams:
+    """Hidden states between two layers, one tensor `[B, T, D]` a batch, and those of the probe."""
+
+    batches: list[torch.Tensor]
+    probe: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the recording pass saw: `calls[batch][layer]`, the probe's calls, and the streams that enter layer 0."""
+
+    calls: list[list[LayerCall]]
+    probe_calls: list[LayerCall]
+    start: Streams
+
+
+def layers_of(loaded: LoadedModel) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    return list(loaded.model.get_submodule(loaded.layers).children())
+
+
+@torch.no_grad()
+def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int) -> Recording:
+    """Run the decoder with pass-through layers. `windows` int64 `[W, T]`; `batch` windows go together.
+
+    Raises NonFiniteError when the embeddings give a NaN or infinity.
+    """
+    layers = layers_of(loaded)
+    device = next(loaded.model.parameters()).device
+    calls: list[list[LayerCall]] = []
+    streams: list[torch.Tensor] = []
+    returns_tuple: bool | None = None
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            original = layer.forward
+
+            def forward(*args: Any, _index: int = index, _original: Callable = original, **kwargs: Any) -> Any:
+                nonlocal returns_tuple
+                call, hidden = _split(args, kwargs)
+                if returns_tuple is None:
+                    returns_tuple = isinstance(_original(*args, **kwargs), tuple)
+                if _index == 0:
+                    streams.append(hidden)
+                    calls.append([])
+                calls[-1].append(call)
+                return (hidden,) if returns_tuple else hidden
+
+            # An instance attribute shadows the class's forward, so the layer keeps its other attributes (Gemma's type).
+            stack.enter_context(_shadowed(layer, forward))
+        decoder = loaded.model.base_model
+        for ids in (windows[:1, :PROBE_TOKENS], *windows.split(batch)):
+            decoder(input_ids=ids.to(device), use_cache=False)
+    if len(calls) != len(windows.split(batch)) + 1 or any(len(record) != len(layers) for record in calls):
+        raise InputError(f"{type(loaded.model).__name__} does not call every decoder layer once, in order.")
+    for stream in streams:
+        if not stream.isfinite().all():
+            raise NonFiniteError("The embeddings give NaN or infinity on the calibration text.")
+    return Recording(calls[1:], calls[0], Streams(streams[1:], streams[0]))
+
+
+@contextmanager
+def _shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = layer.__dict__.get("forward")  # accelerate, for one, puts a wrapper there
+    layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
+        if before is not None:
+            layer.__dict__["forward"] = before
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, torch.Tensor]:
+    if args:
+        return LayerCall(args[1:], kwargs, None), args[0]
+    rest = dict(kwargs)
+    return LayerCall((), rest, "hidden_states"), rest.pop("hidden_states")
+
+
+@torch.no_grad()
+def calibrate_layer(
+    loaded: LoadedModel, index: int, recording: Recording, streams: Streams, *, moments: bool = True
+) -> LayerStats:
+    """Run layer `index` over all batches; `streams` moves on in place to what enters the next layer.
+
+    Args:
+        moments: accumulate input moments; schemes that look at weights only need none.
+
+    Raises:
+        NonFiniteError: an input, an output or a statistic is NaN or infinity; names the linear or the layer.
+        InputError: the layer's structure is not understood (see `trace_layer`).
+    """
+    layer = layers_of(loaded)[index]
+    prefix = f"{loaded.layers}.{index}"
+    specs = [spec for spec in loaded.linears if spec.layer == index]
+    trace, streams.probe = trace_layer(layer, prefix, specs, recording.probe_calls[index].run, streams.probe)
+    grams = _Grams(layer, prefix, trace, enabled=moments)
+    cosines = _Cosines(layer, prefix, trace, device=streams.probe.device)
+    with grams.hooked(), cosines.hooked():
+        for position, hidden in enumerate(streams.batches):
+            output = recording.calls[position][index].run(layer, hidden)
+            cosines.add(hidden, output)
+            streams.batches[position] = output
+    return LayerStats(index, grams.finish(), trace.input_of, cosines.finish())
+
+
+class _Grams:
+    """One running Gram matrix per distinct input of the layer's linears."""
+
+    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, *, enabled: bool) -> None:
+        self._owners = sorted(set(trace.input_of.values())) if enabled else []
+        self._modules = {name: layer.get_submodule(name.removeprefix(prefix + ".")) for name in self._owners}
+        self._gram: dict[str, torch.Tensor] = {}
+        self._sum: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = dict.fromkeys(self._owners, 0)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                stack.callback(module.register_forward_pre_hook(self._hook(name)).remove)
+            yield
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def accumulate(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            if name not in self._gram:
+                # float64 sums: SmolLM2's outlier channels span 8 decades of energy (docs/numerics.md).
+                self._gram[name] = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
+                self._sum[name] = x.new_zeros((x.shape[1],), dtype=torch.float64)
+            ops.gram_accumulate_(self._gram[name], self._sum[name], x)
+            self._tokens[name] += x.shape[0]
+
+        return accumulate
+
+    def finish(self) -> dict[str, Moment]:
+        moments = {}
+        for name in self._owners:
+            gram, total, tokens = self._gram.pop(name), self._sum.pop(name), self._tokens[name]
+            if not (gram.diagonal().isfinite().all() and total.isfinite().all()):
+                raise NonFiniteError(f"The input of {name} is NaN or infinity on the calibration text.")
+            moments[name] = Moment(gram.div_(tokens), total.div_(tokens), tokens)
+        return moments
+
+
+class _Cosines:
+    """Cosines between the streams that enter and leave each sublayer, and the whole block."""
+
+    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, device: torch.device) -> None:
+        self._layer, self._prefix, self._trace = layer, prefix, trace
+        self._state = {key: torch.zeros(3, dtype=torch.float64, device=device) for key in ("attention", "mlp", "block")}
+        self._seen: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        trace = self._trace
+        with ExitStack() as stack:
+            if trace.middle is not None:
+                module = self._layer.get_submodule(trace.middle)
+                hook = module.register_forward_pre_hook(lambda _, args: self._seen.__setitem__("middle", args[0]))
+                stack.callback(hook.remove)
+            else:
+                for key, name in trace.last_linear.items():
+                    module = self._layer.get_submodule(name)
+                    hook = module.register_forward_hook(
+                        lambda _module, _args, output, key=key: self._seen.__setitem__(key, output)
+                    )
+                    stack.callback(hook.remove)
+            yield
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Account for one batch: `x` entered the block, `y` left it, both `[B, T, D]`."""
+        pairs = {"block": (x, y)}
+        if self._trace.middle is not None:
+            middle = self._seen.pop("middle")
+            pairs |= {"attention": (x, middle), "mlp": (middle, y)}
+        else:  # parallel sublayers both start from x
+            pairs |= {key: (x, x + self._seen.pop(key).view_as(x)) for key in self._trace.last_linear}
+        for key, (a, b) in pairs.items():
+            ops.cosine_accumulate_(self._state[key], a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+
+    def finish(self) -> dict[str, CosineStat]:
+        stats = {}
+        for key, state in self._state.items():
+            total, squares, tokens = state.tolist()
+            if not math.isfinite(total):
+                raise NonFiniteError(f"The {key} output of {self._prefix} is NaN or infinity on the calibration text.")
+            stats[key] = CosineStat(total, squares, int(tokens))
+        return stats

@@ -1,0 +1,291 @@
+"""The command line: thin, typed functions over the library. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from unirank import tables
+from unirank.allocate import plan as make_plan
+from unirank.allocators import allocator as allocator_of
+from unirank.allocators import allocators
+from unirank.analyze import Calibration
+from unirank.analyze import analyze as run_analyze
+from unirank.api import apply
+from unirank.checkpoint import PLAN_FILE
+from unirank.data import BUILTIN, BUILTIN_HELD_OUT
+from unirank.demo import demo as run_demo
+from unirank.embedded import NAME
+from unirank.errors import InputError, UnirankError
+from unirank.evaluate import evaluate, generate
+from unirank.files import check_output, write_text
+from unirank.info import build_info
+from unirank.models import load, load_pretrained
+from unirank.progress import OnProgress, bars
+from unirank.schemes import scheme as scheme_of
+from unirank.schemes import schemes
+from unirank.score import ScoreSettings
+from unirank.store import open_store
+from unirank.types import budget_of
+
+REMOVE_HELP = (
+    "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
+    "Embeddings and lm_head are neither touched nor counted."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make Hugging Face language models smaller by low-rank decomposition. "
+    "`remove` is everywhere the fraction of the decoder linears' weights that is removed.",
+)
+
+Model = Annotated[str, typer.Argument(help=f"Directory, hub name, or {NAME!r} (embedded, no network).")]
+Remove = Annotated[float, typer.Option("--remove", "-r", help=REMOVE_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that unirank made before.")]
+Scheme = Annotated[str, typer.Option(help=f"Decomposition scheme: {', '.join(schemes())}.")]
+AllocatorName = Annotated[str, typer.Option("--allocator", help=f"Allocator: {', '.join(allocators())}.")]
+Calib = Annotated[str, typer.Option(help=f"Calibration text: a UTF-8 file, or {BUILTIN!r} (Python's documentation).")]
+Windows = Annotated[int, typer.Option(help="Calibration windows.")]
+Window = Annotated[int, typer.Option(help="Tokens a calibration window.")]
+Seed = Annotated[int, typer.Option(help="Seed of the window positions.")]
+Batch = Annotated[int, typer.Option(help="Windows that run together; fewer need less memory.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; default: a GPU when there is one.")]
+MinRank = Annotated[int, typer.Option(help="Least rank of a matrix.")]
+MultipleOf = Annotated[int, typer.Option(help="Ranks are multiples of this (8, 16 or 64 suit tensor cores).")]
+Importance = Annotated[str, typer.Option(help="Where importance is measured: sublayer, block, none.")]
+Distance = Annotated[str, typer.Option(help="Importance from the cosine: cosine (1 - cos), angular (arccos / pi).")]
+Gamma = Annotated[float, typer.Option(help="Importance to this power.")]
+Local = Annotated[str, typer.Option(help="Local score: energy, sigma, absolute, global-only.")]
+PerParameter = Annotated[bool, typer.Option("--per-parameter", help="Divide scores by M + N.")]
+
+
+class _Session:
+    """Where a command's output goes."""
+
+    def __init__(self, as_json: bool, progress: OnProgress) -> None:
+        self.progress = progress
+        self._json = as_json
+
+    def show(self, record: dict[str, Any], *renderables: Any) -> None:
+        """Print `record` under --json, else the renderables."""
+        if self._json:
+            print(json.dumps(record, indent=1))
+        else:
+            # A pipe has no width; tables should not be cut there.
+            console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+            for renderable in renderables:
+                console.print(renderable)
+
+
+@contextmanager
+def _session(as_json: bool) -> Iterator[_Session]:
+    """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    errors = Console(stderr=True)
+    try:
+        with bars(errors, enabled=not as_json and errors.is_terminal) as progress:
+            yield _Session(as_json, progress)
+    except KeyboardInterrupt:
+        errors.print("Interrupted. Finished layers are kept; the same command resumes from them.")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for store, checkpoints and demo.json.")] = Path(
+        "unirank-demo"
+    ),
+    remove: Annotated[list[float] | None, typer.Option("--remove", "-r", help=REMOVE_HELP + " Repeatable.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """The main job on the embedded default: SmolLM2-135M, uniform ranks against UniRank, dense in the same table."""
+    with _session(as_json) as session:
+        result = run_demo(out, remove=remove or (0.2, 0.4), device=device, progress=session.progress)
+        session.show(tables.demo_record(result), *tables.demo_view(result))
+
+
+@app.command()
+def analyze(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the analysis store.")],
+    scheme: Scheme = "whiten",
+    calib: Calib = BUILTIN,
+    windows: Windows = 64,
+    window: Window = 512,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Calibrate and decompose every layer, once for all ratios. Expensive; an interrupted run resumes."""
+    with _session(as_json) as session:
+        scheme_of(scheme)
+        loaded = load(model, dtype=dtype, device=device)
+        calibration = Calibration(calib, windows, window, seed, batch)
+        store = run_analyze(
+            loaded, out, scheme=scheme, calibration=calibration, overwrite=overwrite, progress=session.progress
+        )
+        record = {"store": str(out), "layers": store.layer_count, "identity": dict(store.identity), "sha256": store.digest}
+        session.show(record, tables.cosine_table(store), f"Store: {out}. Next: unirank plan {out} --remove 0.2")
+
+
+@app.command()
+def plan(
+    store: Annotated[Path, typer.Argument(help="Directory that `unirank analyze` made.")],
+    remove: Remove,
+    allocator: AllocatorName = "unirank",
+    min_rank: MinRank = 1,
+    multiple_of: MultipleOf = 1,
+    importance: Importance = "sublayer",
+    distance: Distance = "cosine",
+    gamma: Gamma = 1.0,
+    local: Local = "energy",
+    per_parameter: PerParameter = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ranks for an exact budget from a finished store: milliseconds, any ratio, any allocator."""
+    with _session(as_json) as session:
+        settings = _settings(importance, distance, gamma, local, per_parameter)
+        ranks = make_plan(
+            open_store(store), remove, allocator=allocator, settings=settings, min_rank=min_rank, multiple_of=multiple_of
+        )
+        if out is not None:
+            write_text(out, ranks.to_json())
+        session.show(json.loads(ranks.to_json()), tables.plan_table(ranks), tables.plan_summary(ranks))
+
+
+@app.command()
+def compress(
+    model: Model,
+    remove: Remove,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the compressed checkpoint.")],
+    store: Annotated[
+        Path | None, typer.Option(help="Analysis store to make, resume or reuse; default: OUT with -analysis appended.")
+    ] = None,
+    scheme: Scheme = "whiten",
+    allocator: AllocatorName = "unirank",
+    min_rank: MinRank = 1,
+    multiple_of: MultipleOf = 1,
+    importance: Importance = "sublayer",
+    distance: Distance = "cosine",
+    gamma: Gamma = 1.0,
+    local: Local = "energy",
+    per_parameter: PerParameter = False,
+    calib: Calib = BUILTIN,
+    windows: Windows = 64,
+    window: Window = 512,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
+    with _session(as_json) as session:
+        budget_of(remove, 0)
+        scheme_of(scheme)
+        allocator_of(allocator)
+        settings = _settings(importance, distance, gamma, local, per_parameter)
+        check_output(out, marker=PLAN_FILE, overwrite=overwrite)
+        loaded = load(model, dtype=dtype, device=device)
+        analysis = run_analyze(
+            loaded,
+            store or out.with_name(out.name + "-analysis"),
+            scheme=scheme,
+            calibration=Calibration(calib, windows, window, seed, batch),
+            overwrite=overwrite,
+            progress=session.progress,
+        )
+        ranks = make_plan(
+            analysis, remove, allocator=allocator, settings=settings, min_rank=min_rank, multiple_of=multiple_of
+        )
+        compressed = apply(loaded, analysis, ranks, progress=session.progress)
+        compressed.save(out, overwrite=overwrite)
+        record = {"out": str(out), "store": str(analysis.path), "report": compressed.report.as_dict()}
+        record |= {"budget": ranks.budget, "used": ranks.used}
+        session.show(record, *tables.compress_view(compressed, out))
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: Model,
+    against: Annotated[str | None, typer.Option(help="Another model to put beside it, usually the dense one.")] = None,
+    text: Annotated[
+        str, typer.Option(help=f"A UTF-8 file, or {BUILTIN_HELD_OUT!r} (the held-out part of Python's documentation).")
+    ] = BUILTIN_HELD_OUT,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many windows; default: all.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Also continue this prompt, greedily.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a dense or compressed model, with everything needed to compare it."""
+    with _session(as_json) as session:
+        records = []
+        for name in [model] if against is None else [against, model]:
+            network, tokenizer = load_pretrained(name, dtype=dtype, device=device)
+            report = evaluate(
+                network,
+                tokenizer,
+                text=text,
+                window=window,
+                limit=limit,
+                stage=f"perplexity, {Path(name).name}",
+                progress=session.progress,
+            )
+            record = {"model": name} | report.as_dict()
+            if prompt is not None:
+                record["sample"] = generate(network, tokenizer, prompt)
+            records.append(record)
+        session.show({"rows": records}, tables.eval_table(records), *tables.samples(records))
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, devices, and what this build can do."""
+    with _session(as_json) as session:
+        record = build_info()
+        session.show(record, tables.info_table(record))
+
+
+def _settings(importance: Any, distance: Any, gamma: float, local: Any, per_parameter: bool) -> ScoreSettings:
+    return ScoreSettings(importance, distance, gamma, local, per_parameter)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 bad input or usage, 3 store, 4 non-finite numbers, 5 writing, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except UnirankError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}")
+        raise SystemExit(error.exit_code) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Texts and token windows, for calibration and for perplexity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unirank.errors import InputError
+from unirank.files import sha256_text
+
+BUILTIN = "builtin"
+BUILTIN_HELD_OUT = "builtin-held-out"
+# The first 70 % of Python's documentation calibrates, the last 20 % is held out; the gap between keeps them apart.
+_CALIBRATION_SHARE, _HELD_OUT_SHARE = 0.7, 0.2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, where it came from, and its hash."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return sha256_text(self.content)
+
+
+def read_text(source: str) -> Text:
+    """Read a UTF-8 file, or the documentation that ships with Python ("builtin", "builtin-held-out").
+
+    Raises InputError when the file is missing, is not UTF-8 text, or is empty.
+    """
+    if source in (BUILTIN, BUILTIN_HELD_OUT):
+        from pydoc_data.topics import topics
+
+        whole = "\n\n".join(topics[key] for key in sorted(topics))
+        if source == BUILTIN:
+            return Text(source, whole[: int(_CALIBRATION_SHARE * len(whole))])
+        return Text(source, whole[-int(_HELD_OUT_SHARE * len(whole)) :])
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(
+            f"The text {source!r} is not a file; legal are a path to UTF-8 text, {BUILTIN!r} and {BUILTIN_HELD_OUT!r}."
+        )
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"The text {source} is not UTF-8: {error}.") from error
+    if not content.strip():
+        raise InputError(f"The text {source} is empty.")
+    return Text(path.name, content)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, model: PreTrainedModel) -> torch.Tensor:
+    """Tokenise the whole text at once, without special tokens: int64 `[tokens]` on the CPU.
+
+    Raises InputError when a token id has no embedding in `model`.
+    """
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    rows = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+    if len(tokens) and int(tokens.max()) >= rows:
+        raise InputError(
+            f"The tokenizer does not fit the model: {text.name} gives token {int(tokens.max())}, the model has {rows} embeddings."
+        )
+    return tokens
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS id when the tokenizer puts one in front by itself (Gemma, Llama 3), else None."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+def _check_length(tokens: torch.Tensor, window: int, needed: int, name: str) -> None:
+    if window < 2:
+        raise InputError(f"A window of {window} tokens is not legal; at least 2 are needed.")
+    if len(tokens) < needed:
+        raise InputError(
+            f"The text {name} is too short: it has {len(tokens)} tokens, windows of {window} need at least {needed}."
+        )
+
+
+def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
+    return windows if bos is None else torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def calibration_windows(
+    tokens: torch.Tensor, *, windows: int, window: int, seed: int, bos: int | None = None, name: str = "text"
+) -> torch.Tensor:
+    """Windows at uniformly random positions: int64 `[windows, window]`.
+
+    Positions are `torch.randint(0, len - window, (windows,))` under `torch.Generator` seed `seed` (method 8).
+    Raises InputError when the text is shorter than a window.
+    """
+    _check_length(tokens, window, window + 1, name)
+    if windows < 1:
+        raise InputError(f"windows = {windows} is not legal; at least 1 is needed.")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(tokens) - window, (windows,), generator=generator)
+    length = window - (bos is not None)  # BOS counts as one token of the window
+    return _with_bos(torch.stack([tokens[start : start + length] for start in starts.tolist()]), bos)
+
+
+def evaluation_windows(
+    tokens: torch.Tensor, *, window: int, limit: int | None = None, bos: int | None = None, name: str = "text"
+) -> torch.Tensor:
+    """Non-overlapping windows from the start, the short tail dropped: int64 `[W, window]`, at most `limit`.
+
+    Raises InputError when the text is shorter than a window.
+    """
+    _check_length(tokens, window, window, name)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit = {limit} is not legal; at least 1 window is needed.")
+    length = window - (bos is not None)
+    count = len(tokens) // length
+    return _with_bos(tokens[: count * length].view(count, length)[:limit], bos)

@@ -1,0 +1,31 @@
+"""Errors that unirank raises on purpose; each message is one sentence with what was got and what is legal."""
+
+
+class UnirankError(Exception):
+    """Base of every deliberate error; the command line prints it without a traceback and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InputError(UnirankError, ValueError):
+    """The caller asked for something that is not legal (a value, a path, a model, a text)."""
+
+    exit_code = 2
+
+
+class StoreError(UnirankError):
+    """An analysis store is missing, damaged, incomplete or belongs to other inputs."""
+
+    exit_code = 3
+
+
+class NonFiniteError(UnirankError):
+    """A NaN or an infinity appeared; the message names the layer or the window."""
+
+    exit_code = 4
+
+
+class WriteError(UnirankError):
+    """Output could not be written (full disk, no permission); nothing half-written was left behind."""
+
+    exit_code = 5

@@ -1,0 +1,153 @@
+"""Writing that leaves nothing half-written, and hashes of what was read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from unirank.errors import InputError, WriteError
+
+
+def _explain(path: Path, error: Exception) -> WriteError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    reason = "the disk is full" if full else str(error)
+    return WriteError(f"Could not write {path}: {reason}. Nothing half-written was left behind.")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the whole new one.
+
+    Raises WriteError (disk full, no permission); the temporary file is gone then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise _explain(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write sorted, indented JSON atomically: the same record gives the same bytes."""
+    write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Write one safetensors file atomically.
+
+    The header goes into a single metadata entry, since safetensors writes several in random order and equal inputs
+    must give equal bytes.
+    """
+    metadata = {"unirank": json.dumps(header, sort_keys=True)}
+    flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
+
+
+def check_output(out: Path, *, marker: str, overwrite: bool) -> None:
+    """Refuse an output directory that exists and is not ours, or is ours and not to be overwritten.
+
+    `marker` is the file by which our own directories are known. Raises InputError.
+    """
+    if not out.exists() and not out.is_symlink():
+        parent = next(p for p in [out.absolute().parent, *out.absolute().parents] if p.exists())
+        if not parent.is_dir():
+            raise InputError(f"Cannot create {out}: {parent} is not a directory.")
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"Cannot create {out}: no permission to write in {parent}.")
+        return
+    if not out.is_dir():
+        raise InputError(f"The output {out} exists and is not a directory.")
+    entries = os.listdir(out)
+    if entries and marker not in entries:
+        raise InputError(
+            f"The output directory {out} exists and was not made by unirank (it has no {marker}); "
+            "choose another or empty it."
+        )
+    if entries and not overwrite:
+        raise InputError(f"The output directory {out} exists already; pass --overwrite to replace it.")
+
+
+@contextmanager
+def staged_directory(out: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `out` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises WriteError when the file system refuses.
+    """
+    staging: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        for file in staging.iterdir():
+            if file.is_file():
+                _sync(file)
+        if out.exists():
+            old = staging.with_suffix(".old")
+            os.replace(out, old)
+            os.replace(staging, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(staging, out)
+        _sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise _explain(out, error) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def bytes_on_disk(directory: Path, pattern: str = "*.safetensors") -> int:
+    """Bytes of the files in `directory` that match `pattern`."""
+    return sum(file.stat().st_size for file in directory.glob(pattern))
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of the UTF-8 bytes."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and raw bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().to("cpu").contiguous().flatten()
+        if flat.numel():
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()

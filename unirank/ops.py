@@ -1,0 +1,214 @@
+"""The native ops, one function each: what it computes, its fake kernel for torch.compile, and the call.
+
+Kernels are in `unirank_cpu.so`, built from `csrc/`. CUDA tensors, and CPU tensors where torch exposes no LAPACK, are
+served by the torch compositions of `unirank.reference`, which define the meaning.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unirank import reference
+
+_LIBRARY = "unirank_cpu.so"
+
+
+def _load_library() -> None:
+    # An editable install keeps the library in site-packages beside no source: the package's path names both folders.
+    package = sys.modules["unirank"]
+    for folder in package.__path__:
+        path = Path(folder) / _LIBRARY
+        if path.exists():
+            torch.ops.load_library(str(path))
+            return
+    raise ImportError(
+        f"unirank's native library {_LIBRARY} is not built: run `pip install --no-build-isolation -e .` "
+        "in the source tree, with torch already installed."
+    )
+
+
+_load_library()
+_native = torch.ops.unirank
+
+
+def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+    """Add the sum of token cosines, of their squares, and the token count to `state`, in one pass over x and y.
+
+    With `cos_t = x_t·y_t / (|x_t| |y_t|)` for token t: `state += (Σ cos_t, Σ cos_t², number of tokens)` over the counted
+    tokens. Products and sums are fp64. A token where either norm is 0 has cosine 0. A token with a value that is not
+    finite (or, in fp64, whose squared norm overflows) makes the first two sums NaN; it is never skipped.
+    The bits do not depend on the number of threads.
+
+    Args:
+        state: running sums, fp64 [3], contiguous, updated in place; start from zeros.
+        x: one stream, [T, D], fp32, fp64, bf16 or fp16.
+        y: the other stream, shape and dtype of x.
+        mask: which tokens count (True), bool [T]; None: all do. What a masked token holds is not looked at.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above.
+
+    Source: UniRank's functional importance, arXiv 2606.21847.
+    """
+    _native.cosine_accumulate_(state, x, y, mask)
+
+
+@torch.library.register_fake("unirank::cosine_accumulate_")
+def _(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+    reference.check_cosine(state, x, y, mask)
+
+
+def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
+    """Add the second moment and the sum of the counted tokens to `gram` and `mean`.
+
+    `gram += Σ_t x_t x_tᵀ`, `mean += Σ_t x_t`: sums, which become moments when the caller divides by the token count.
+    fp64 x is multiplied in fp64; shorter dtypes in fp32 within chunks of 2048 tokens, whose sums then go on in the
+    dtype of gram. Only the lower half is computed and read; the upper is its mirror, so gram leaves exactly symmetric.
+    The bits do not depend on the number of threads.
+
+    Args:
+        gram: running sum, [N, N], fp64 or fp32, symmetric, contiguous, updated in place; start from zeros.
+        mean: running sum, [N], dtype of gram, contiguous, updated in place; start from zeros.
+        x: activations, [T, N], fp32, fp64, bf16 or fp16.
+        mask: which tokens count (True), bool [T]; None: all do. What a masked token holds is not looked at.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above.
+
+    Source: the input moment C of every activation-aware scheme, for example SVD-LLM, arXiv 2403.07378.
+    """
+    _native.gram_accumulate_(gram, mean, x, mask)
+
+
+@torch.library.register_fake("unirank::gram_accumulate_")
+def _(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None) -> None:
+    reference.check_gram(gram, mean, x, mask)
+
+
+def batched_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition of a batch of symmetric matrices, one matrix a thread.
+
+    `a[b] = v[b] diag(w[b]) v[b]ᵀ` with w ascending and orthonormal columns in v (LAPACK syevd). On a CPU a matrix's
+    bits depend neither on the number of threads nor on the rest of the batch.
+
+    Args:
+        a: symmetric matrices, [B, N, N], fp32 or fp64; only the lower half is read.
+
+    Returns:
+        w [B, N] and v [B, N, N], both in the dtype of a.
+
+    Raises:
+        ValueError: a shape or dtype is not as above, or a matrix is not finite or did not converge; the message
+            names its index in the batch.
+
+    Source: LAPACK Users' Guide, driver xSYEVD.
+    """
+    return _native.batched_eigh(a)
+
+
+@torch.library.register_fake("unirank::batched_eigh")
+def _(a: Tensor) -> tuple[Tensor, Tensor]:
+    reference.check_eigh(a)
+    return a.new_empty(a.shape[:2]), a.new_empty(a.shape)
+
+
+def batched_svd(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition of a batch of matrices, one matrix a thread.
+
+    `a[b] = u[b] diag(s[b]) vh[b]` with s descending, K = min(M, N). On a CPU a matrix's bits depend neither on the number
+    of threads nor on the rest of the batch.
+
+    Args:
+        a: matrices, [B, M, N], fp32 or fp64.
+        driver: "auto" or "gesdd" (divide and conquer) on a CPU; on CUDA also "gesvd", "gesvdj" and "gesvda".
+
+    Returns:
+        u [B, M, K], s [B, K] and vh [B, K, N], all in the dtype of a.
+
+    Raises:
+        ValueError: a shape, dtype or driver is not as above, or a matrix is not finite or did not converge; the
+            message names its index in the batch.
+
+    Source: LAPACK Users' Guide, driver xGESDD.
+    """
+    return _native.batched_svd(a, driver)
+
+
+@torch.library.register_fake("unirank::batched_svd")
+def _(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tensor]:
+    reference.check_svd(a, driver)
+    B, M, N = a.shape
+    K = torch.sym_min(M, N)
+    return a.new_empty((B, M, K)), a.new_empty((B, K)), a.new_empty((B, K, N))
+
+
+def global_topk(
+    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
+) -> tuple[Tensor, Tensor]:
+    """Ranks of all linears that one global ranking of their components buys for an exact budget.
+
+    A rank r of segment l costs `min(r cost_l, dense_cost_l)`; where that is dense_cost_l the matrix is dense and its
+    rank is reported as K_l, the segment's length. Every segment starts at the floor, min_rank rounded up to multiple_of.
+    Then the longest prefix of all components, by (score descending, segment, component), that the budget affords is
+    bought. With multiple_of > 1 ranks that are neither dense nor the floor are rounded down to a multiple, and what that
+    frees is spent again in the same order by whole multiples, a segment being closed by its first step that does not
+    fit. With multiple_of = 1 ranks never fall as the budget grows.
+
+    Args:
+        value: scores, segment after segment, [C], fp64 or fp32, finite, non-increasing inside a segment.
+        cost: parameters of one rank, M + N, int64 [L], positive.
+        dense_cost: parameters of the dense matrix, M N, int64 [L], positive.
+        offsets: where each segment starts, and C at the end, int64 [L + 1], strictly increasing from 0.
+        budget: parameters that may be spent.
+        min_rank: rank that every segment gets first, at least 0.
+        multiple_of: granularity of ranks, at least 1.
+
+    Returns:
+        ranks, int64 [L], and threshold, fp64 []: the smallest score bought in the prefix beyond the floor, +inf if none.
+
+    Raises:
+        ValueError: an argument is not as above (the message names the segment or the index), or the floor alone
+            costs more than the budget.
+
+    Source: UniRank's sorting and truncation, arXiv 2606.21847.
+    """
+    return _native.global_topk(value, cost, dense_cost, offsets, budget, min_rank, multiple_of)
+
+
+@torch.library.register_fake("unirank::global_topk")
+def _(
+    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
+) -> tuple[Tensor, Tensor]:
+    reference.check_topk(value, cost, dense_cost, offsets)
+    return cost.new_empty(cost.shape), value.new_empty((), dtype=torch.float64)
+
+
+def has_lapack() -> bool:
+    """Whether the CPU kernels reach the BLAS and LAPACK inside torch; without, gram, eigh and svd are compositions."""
+    return _native.has_lapack()
+
+
+def _global_topk_on_host(
+    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
+) -> tuple[Tensor, Tensor]:
+    reference.check_topk(value, cost, dense_cost, offsets)
+    on_host = (t.cpu() for t in (value, cost, dense_cost, offsets))
+    ranks, threshold = _native.global_topk(*on_host, budget, min_rank, multiple_of)
+    return ranks.to(value.device), threshold.to(value.device)
+
+
+def _register_compositions() -> None:
+    lapack_ops = ("gram_accumulate_", "batched_eigh", "batched_svd")
+    for name in ("cosine_accumulate_", *lapack_ops):
+        torch.library.impl(f"unirank::{name}", "CUDA", getattr(reference, name))
+    torch.library.impl("unirank::global_topk", "CUDA", _global_topk_on_host)
+    if not has_lapack():
+        for name in lapack_ops:
+            torch.library.impl(f"unirank::{name}", "CPU", getattr(reference, name))
+
+
+_register_compositions()

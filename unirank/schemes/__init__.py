@@ -1,0 +1,24 @@
+"""Decomposition schemes, one file each. Adding one: write the file, add its line here, add its row to docs/method.md."""
+
+from __future__ import annotations
+
+from unirank.errors import InputError
+from unirank.schemes import svd, whiten
+from unirank.schemes.base import Problem, Scheme
+
+_REGISTRY: dict[str, Scheme] = {scheme.name: scheme for scheme in (svd.SCHEME, whiten.SCHEME)}
+
+
+def schemes() -> tuple[str, ...]:
+    """Names of all decomposition schemes."""
+    return tuple(_REGISTRY)
+
+
+def scheme(name: str) -> Scheme:
+    """The scheme of that name; raises InputError with the legal names."""
+    if name not in _REGISTRY:
+        raise InputError(f"The scheme {name!r} does not exist; legal values: {', '.join(_REGISTRY)}.")
+    return _REGISTRY[name]
+
+
+__all__ = ["Problem", "Scheme", "scheme", "schemes"]

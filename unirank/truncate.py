@@ -1,0 +1,106 @@
+"""Put a rank plan into a model: factors in the place of weights, and a recount from the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from unirank.errors import InputError, UnirankError
+from unirank.hf import UniRankConfig, make_low_rank
+from unirank.models import weight_of, weights_hash
+from unirank.modules import LowRankLinear
+from unirank.progress import OnProgress, silent
+from unirank.store import AnalysisStore
+from unirank.types import DENSE, LoadedModel, RankPlan
+
+
+@dataclass(frozen=True)
+class TruncateReport:
+    """Parameters counted from the modules, biases aside.
+
+    Attributes:
+        targets_before: of the target matrices, dense.
+        targets_after: of the same, as they are now; equals the plan's `used`.
+        model_before: of the whole model, tied weights once.
+        model_after: the same now.
+        low_rank: matrices that became factors; `dense` stayed.
+    """
+
+    targets_before: int
+    targets_after: int
+    model_before: int
+    model_after: int
+    low_rank: int
+    dense: int
+
+    @property
+    def removed_of_targets(self) -> float:
+        return 1 - self.targets_after / self.targets_before
+
+    @property
+    def removed_of_model(self) -> float:
+        return 1 - self.model_after / self.model_before
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self) | {
+            "removed_of_targets": self.removed_of_targets,
+            "removed_of_model": self.removed_of_model,
+        }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_target(module: nn.Module) -> int:
+    """Weight parameters of one target, dense or low-rank, without its bias."""
+    if isinstance(module, LowRankLinear):
+        return module.left.weight.numel() + module.right.weight.numel()
+    return weight_of(module).numel()
+
+
+@torch.no_grad()
+def truncate(
+    loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progress: OnProgress = silent
+) -> TruncateReport:
+    """Replace, in place, every linear that `plan` gives a rank by the first components of `store`.
+
+    Linears that the plan keeps dense are not touched, bit for bit; biases are kept.
+
+    Raises:
+        InputError: the plan or the store was made for another model.
+        UnirankError: the recount from the modules differs from the plan.
+    """
+    if plan.analysis != store.digest:
+        raise InputError(f"The plan was not made from the store {store.path}; make one with: unirank plan.")
+    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
+        raise InputError(f"The store {store.path} was made from another model than {loaded.source}: the weights differ.")
+    model = loaded.model
+    targets_before = sum(spec.params for spec in loaded.linears)
+    model_before = count_parameters(model)
+    for position, spec in enumerate(loaded.linears):
+        rank = plan.ranks[spec.name]
+        if rank != DENSE:
+            left, right = store.factors(spec, int(rank))
+            low = make_low_rank(model, spec.name, int(rank))
+            low.left.weight.copy_(left)
+            low.right.weight.copy_(right)
+        progress("truncate", position + 1, len(loaded.linears))
+    low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
+    if low_rank:
+        model.config.quantization_config = UniRankConfig(low_rank)
+    targets_after = sum(count_target(model.get_submodule(spec.name)) for spec in loaded.linears)
+    if targets_after != plan.used:
+        raise UnirankError(f"The modules hold {targets_after} target parameters, the plan says {plan.used}.")
+    return TruncateReport(
+        targets_before,
+        targets_after,
+        model_before,
+        count_parameters(model),
+        len(low_rank),
+        len(loaded.linears) - len(low_rank),
+    )

@@ -1,0 +1,183 @@
+"""Frozen records that pass between the stages. Axis letters: M out_features, N in_features, K = min(M, N), R rank."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+from unirank.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Sublayer = Literal["attention", "mlp"]
+SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")
+DENSE = "dense"
+Rank = int | Literal["dense"]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One target: a linear map `y = W x + b` inside a decoder layer, with `W [M, N]`."""
+
+    name: str  # path from the model's root, "model.layers.0.self_attn.q_proj"
+    layer: int
+    sublayer: Sublayer
+    kind: str  # path inside the layer, "self_attn.q_proj": equal for the same projection of every layer
+    m: int
+    n: int
+
+    @property
+    def params(self) -> int:
+        """Weight parameters of the dense matrix, `M N`."""
+        return self.m * self.n
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one kept component, `M + N`."""
+        return self.m + self.n
+
+    @property
+    def k(self) -> int:
+        """Number of components, `min(M, N)`."""
+        return min(self.m, self.n)
+
+    @property
+    def max_rank(self) -> int:
+        """`ceil(r*)` with `r* = M N / (M + N)`: from this rank on the matrix is cheaper dense, so no factor goes beyond it."""
+        return -(-self.params // self.cost)
+
+    def rank_cost(self, rank: Rank) -> int:
+        """Parameters that `rank` keeps of this matrix: `min(R (M + N), M N)`."""
+        return self.params if rank == DENSE else min(int(rank) * self.cost, self.params)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model with its targets found by structure."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: str  # path of the ModuleList that holds the decoder layers
+    linears: tuple[LinearSpec, ...]  # in execution order of layers, then module order
+    source: str  # what the caller asked for
+
+    @property
+    def layer_count(self) -> int:
+        return self.linears[-1].layer + 1
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Second moment and mean of one input: `c [N, N]` and `mean [N]`, float64, averaged over `tokens`."""
+
+    c: torch.Tensor
+    mean: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CosineStat:
+    """Token cosines between the stream that enters and the stream that leaves a sublayer or a whole block."""
+
+    total: float
+    total_of_squares: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What calibration saw of one decoder layer."""
+
+    layer: int
+    moments: Mapping[str, Moment]  # by the name of the first linear that reads the input
+    input_of: Mapping[str, str]  # linear -> key of `moments`
+    cosines: Mapping[str, CosineStat]  # "attention", "mlp", "block"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`W ≈ left @ right`, with `left [M, R]`, `right [R, N]`, R = ceil(r*), and the whole spectrum `energy [K]` (float64, descending)."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    energy: torch.Tensor
+    damping: float  # relative to the mean diagonal of what was damped; 0 when nothing was
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks for one exact budget; the whole truth about an allocation, without any module or tensor."""
+
+    ranks: Mapping[str, Rank]
+    shapes: Mapping[str, tuple[int, int]]  # (M, N)
+    remove: float
+    budget: int
+    used: int
+    threshold: float | None  # score of the last kept component; None for rules without scores
+    allocator: str
+    scheme: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    analysis: str = ""  # sha256 of the store's identity
+
+    def __post_init__(self) -> None:
+        recount = sum(self.rank_cost(name) for name in self.ranks)
+        if recount != self.used or self.used > self.budget:
+            raise InputError(
+                f"The plan is not sound: its ranks cost {recount} parameters, it says used = {self.used} "
+                f"and budget = {self.budget}; used must equal the recount and be at most the budget."
+            )
+
+    def rank_cost(self, name: str) -> int:
+        m, n = self.shapes[name]
+        rank = self.ranks[name]
+        return m * n if rank == DENSE else min(int(rank) * (m + n), m * n)
+
+    @property
+    def total(self) -> int:
+        return sum(m * n for m, n in self.shapes.values())
+
+    def to_json(self) -> str:
+        record = asdict(self)
+        record["format"] = 1
+        return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Read `to_json`'s output. Raises InputError for anything else."""
+        try:
+            record = json.loads(text)
+            if record.pop("format") != 1:
+                raise ValueError("unknown format")
+            record["shapes"] = {name: (int(m), int(n)) for name, (m, n) in record["shapes"].items()}
+            for name, rank in record["ranks"].items():
+                m, n = record["shapes"][name]
+                if rank != DENSE and not (isinstance(rank, int) and 1 <= rank <= min(m, n)):
+                    raise ValueError(f"rank of {name} is {rank!r}, legal is 1 to {min(m, n)} or {DENSE!r}")
+            if record["ranks"].keys() != record["shapes"].keys():
+                raise ValueError("ranks and shapes name different linears")
+            return cls(**record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"This is not a unirank rank plan: {error}.") from error
+
+
+def budget_of(remove: float, total: int) -> int:
+    """`B = floor((1 - remove) * total)`; raises InputError unless `remove` lies in [0, 1)."""
+    if isinstance(remove, bool) or not isinstance(remove, int | float) or not 0 <= remove < 1:
+        raise InputError(
+            f"remove = {remove!r} is not legal: it is the fraction of the target weights to remove, "
+            "at least 0 and less than 1 (0.2 removes 20 %)."
+        )
+    # Exact arithmetic on the decimal that the user wrote, not on its binary neighbour: (1 - 0.9) * 10 must give 1.
+    return math.floor((1 - Fraction(repr(float(remove)))) * total)
