@@ -263,10 +263,10 @@ def global_topk(
     prices = _Prices(cost, dense_cost, offsets, multiple_of)
     floor = [prices.round_up(l, min(min_rank, K)) for l, K in enumerate(prices.K)]
     used = prices.total(floor)
-    _require(
-        used <= budget, f"global_topk: min_rank {min_rank} needs {used} parameters but the budget is {budget}"
+    _require(used <= budget, f"global_topk: min_rank {min_rank} needs {used} parameters but the budget is {budget}")
+    bought, threshold = _buy_prefix(
+        value, cost, dense_cost, offsets, torch.tensor(floor, dtype=torch.int64), budget - used
     )
-    bought, threshold = _buy_prefix(value, cost, dense_cost, offsets, torch.tensor(floor, dtype=torch.int64), budget - used)
     ranks: list[int] = bought.tolist()
     if multiple_of > 1:
         ranks = [

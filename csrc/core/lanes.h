@@ -1,4 +1,4 @@
-// Four elements at a time with the vector types of GCC and Clang: one source for SSE2, AVX2 and AVX-512.
+// Four elements at a time with the vector types of GCC and Clang: one source for SSE2 and AVX2.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 // The wheel stays portable (SSE2) and still uses wide registers where the machine has them.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
-#define UNIRANK_WIDE __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#define UNIRANK_WIDE __attribute__((target_clones("default", "arch=haswell")))
 #else
 #define UNIRANK_WIDE
 #endif

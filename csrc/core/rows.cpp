@@ -9,7 +9,7 @@
 namespace unirank {
 namespace {
 
-// Two sets of accumulators hide the latency of the multiply-add; one is not enough for AVX-512.
+// Four sets of accumulators hide the latency of the multiply-add and still fit the sixteen registers of AVX2.
 constexpr int kUnroll = 4;
 constexpr int kStep = kUnroll * kLanes;
 

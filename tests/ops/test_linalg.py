@@ -1,0 +1,165 @@
+import pytest
+import torch
+from tolerance import (
+    FULL,
+    SCHEMA_CHECKS,
+    SIZES,
+    assert_as_good_as_torch,
+    assert_same_bits_for_any_thread_count,
+)
+from torch import Tensor
+
+from unirank import ops, reference
+
+SHAPES = [(1, 1), (1, 33), (33, 1), (31, 33), (33, 31), (255, 32), (32, 257), (64, 64)]
+
+
+def matrices(B: int, M: int, N: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(B, M, N, generator=torch.Generator().manual_seed(M * 1000 + N), dtype=torch.float64).to(dtype)
+
+
+def symmetric(B: int, N: int, dtype: torch.dtype) -> Tensor:
+    a = matrices(B, N, N, torch.float64)
+    return (a + a.mT).to(dtype)
+
+
+def identity_error(q: Tensor) -> Tensor:
+    return q.double().mT @ q.double()
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@pytest.mark.parametrize("B", [0, 1, 3])
+@pytest.mark.parametrize("N", SIZES)
+def test_eigh_is_as_good_as_torch(N: int, B: int, dtype: torch.dtype) -> None:
+    a = symmetric(B, N, dtype)
+    plain_w, plain_v = torch.linalg.eigh(a)
+    truth = torch.linalg.eigvalsh(a.double())
+    eye = torch.eye(N, dtype=torch.float64).expand(B, N, N)
+    for op in (ops.batched_eigh, reference.batched_eigh):
+        w, v = op(a)
+        assert w.dtype == v.dtype == dtype
+        assert v.is_contiguous()
+        assert bool((w.diff() >= 0).all())
+        assert_as_good_as_torch(w, plain_w, truth)
+        rebuilt = v.double() @ torch.diag_embed(w.double()) @ v.double().mT
+        plain = plain_v.double() @ torch.diag_embed(plain_w.double()) @ plain_v.double().mT
+        assert_as_good_as_torch(rebuilt.to(dtype), plain.to(dtype), a)
+        assert_as_good_as_torch(identity_error(v).to(dtype), identity_error(plain_v).to(dtype), eye)
+
+
+def test_eigh_reads_only_the_lower_half() -> None:
+    a = symmetric(2, 33, torch.float64)
+    dirty = a.tril() + torch.full_like(a, float("nan")).triu(1)
+    for got, want in zip(ops.batched_eigh(dirty), ops.batched_eigh(a), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@pytest.mark.parametrize("driver", ["auto", "gesdd"])
+@pytest.mark.parametrize(("M", "N"), SHAPES)
+def test_svd_is_as_good_as_torch(M: int, N: int, driver: str, dtype: torch.dtype) -> None:
+    a, K = matrices(3, M, N, dtype), min(M, N)
+    plain_u, plain_s, plain_vh = torch.linalg.svd(a, full_matrices=False)
+    truth = torch.linalg.svdvals(a.double())
+    eye = torch.eye(K, dtype=torch.float64).expand(3, K, K)
+    plain = (plain_u.double() * plain_s.double()[:, None]) @ plain_vh.double()
+    for op in (ops.batched_svd, reference.batched_svd):
+        u, s, vh = op(a, driver)
+        assert (u.shape, s.shape, vh.shape) == ((3, M, K), (3, K), (3, K, N))
+        assert bool((s.diff() <= 0).all())
+        assert_as_good_as_torch(s, plain_s, truth)
+        assert_as_good_as_torch(((u.double() * s.double()[:, None]) @ vh.double()).to(dtype), plain.to(dtype), a)
+        assert_as_good_as_torch(identity_error(u).to(dtype), identity_error(plain_u).to(dtype), eye)
+        assert_as_good_as_torch(identity_error(vh.mT).to(dtype), identity_error(plain_vh.mT).to(dtype), eye)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
+def test_svd_of_nothing(shape: tuple[int, int, int]) -> None:
+    B, M, N = shape
+    for op in (ops.batched_svd, reference.batched_svd):
+        u, s, vh = op(torch.zeros(shape))
+        assert (u.shape, s.shape, vh.shape) == ((B, M, 0), (B, 0), (B, 0, N)) if min(M, N) == 0 else True
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_hard_matrices(scale: float) -> None:
+    spectrum = torch.logspace(0, -12, 40, dtype=torch.float64)
+    q = torch.linalg.qr(matrices(1, 40, 40, torch.float64)[0]).Q
+    a = ((q * spectrum) @ q.T * scale)[None]
+    w, _ = ops.batched_eigh(a)
+    _, s, _ = ops.batched_svd(a)
+    torch.testing.assert_close(w[0].flip(0) / scale, spectrum, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(s[0] / scale, spectrum, rtol=1e-13, atol=1e-14)
+    zero = torch.zeros(1, 9, 9)
+    assert torch.equal(ops.batched_svd(zero)[1], torch.zeros(1, 9))
+    assert torch.equal(ops.batched_eigh(zero)[0], torch.zeros(1, 9))
+
+
+def test_non_contiguous_inputs() -> None:
+    a = symmetric(4, 33, torch.float32)
+    assert torch.equal(ops.batched_eigh(a[::2])[1], ops.batched_eigh(a[::2].contiguous())[1])
+    b = matrices(2, 20, 33, torch.float32).mT
+    assert torch.equal(ops.batched_svd(b)[2], ops.batched_svd(b.contiguous())[2])
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize("N", [7, 33, 200, 400])
+def test_bits_do_not_depend_on_threads(N: int, B: int, dtype: torch.dtype) -> None:
+    a = symmetric(B, N, dtype)
+    assert_same_bits_for_any_thread_count(lambda: ops.batched_eigh(a))
+    assert_same_bits_for_any_thread_count(lambda: ops.batched_svd(a[:, :, : N - 3]))
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@pytest.mark.parametrize("N", [7, 33, 257])
+def test_bits_do_not_depend_on_the_batch(N: int, dtype: torch.dtype) -> None:
+    a = symmetric(5, N, dtype)
+    for op in (ops.batched_eigh, ops.batched_svd):
+        together = op(a)
+        for b in range(5):
+            for one, all_ in zip(op(a[b : b + 1]), together, strict=True):
+                assert torch.equal(one[0], all_[b])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("module", [ops, reference])
+def test_a_bad_matrix_is_named(module, bad: float) -> None:
+    a = symmetric(4, 9, torch.float32)
+    a[2, 5, 3] = bad
+    for op in (module.batched_eigh, module.batched_svd):
+        with pytest.raises(ValueError, match="matrix 2 of the batch is not finite"):
+            op(a)
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_bad_arguments(module) -> None:
+    with pytest.raises(ValueError, match=r"a must have shape \[B, N, N\], got \[2, 3, 4\]"):
+        module.batched_eigh(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="a must be float32 or float64, got"):
+        module.batched_eigh(torch.zeros(2, 3, 3).half())
+    with pytest.raises(ValueError, match=r"a must have shape \[B, M, N\], got \[3, 4\]"):
+        module.batched_svd(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="a must be float32 or float64, got"):
+        module.batched_svd(torch.zeros(2, 3, 4).int())
+    with pytest.raises(ValueError, match=r"driver must be auto or gesdd on cpu, got jacobi"):
+        module.batched_svd(torch.zeros(2, 3, 4), "jacobi")
+
+
+@pytest.mark.parametrize("dtype", FULL)
+@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 0), (1, 1, 1), (2, 5, 5)])
+def test_opcheck(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    a = symmetric(shape[0], shape[1], dtype)
+    torch.library.opcheck(torch.ops.unirank.batched_eigh, (a,), test_utils=SCHEMA_CHECKS)
+    torch.library.opcheck(torch.ops.unirank.batched_svd, (a, "gesdd"), test_utils=SCHEMA_CHECKS)
+    torch.library.opcheck(torch.ops.unirank.batched_svd, (a[:, :, 1:],), test_utils=SCHEMA_CHECKS)
+
+
+def test_compiles_into_one_graph() -> None:
+    def both(a: Tensor) -> Tensor:
+        w, v = ops.batched_eigh(a)
+        u, s, vh = ops.batched_svd(a, "auto")
+        return v * w[:, None] @ v.mT - u * s[:, None] @ vh
+
+    a = symmetric(2, 9, torch.float64)
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="aot_eager")(a), both(a))

@@ -1,0 +1,228 @@
+"""The ranks must be the same integers from the kernel, its twin, and a walk written straight from the rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import SCHEMA_CHECKS, assert_same_bits_for_any_thread_count
+from torch import Tensor
+
+from unirank import ops, reference
+
+
+@dataclass(frozen=True)
+class Problem:
+    scores: list[list[float]]  # a list a segment, non-increasing
+    cost: list[int]
+    dense_cost: list[int]
+    dtype: torch.dtype = torch.float64
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lengths = torch.tensor([0, *(len(s) for s in self.scores)])
+        value = torch.tensor([v for s in self.scores for v in s], dtype=self.dtype)
+        return value, torch.tensor(self.cost), torch.tensor(self.dense_cost), lengths.cumsum(0)
+
+    def used(self, ranks: list[int]) -> int:
+        return sum(min(r * c, d) for r, c, d in zip(ranks, self.cost, self.dense_cost, strict=True))
+
+
+def naive(p: Problem, budget: int, min_rank: int, multiple_of: int) -> tuple[list[int], float] | None:
+    """The walk, component by component; None where the floor costs more than the budget."""
+    K = [len(s) for s in p.scores]
+
+    def price(l: int, r: int) -> int:
+        return min(r * p.cost[l], p.dense_cost[l])
+
+    def normalise(l: int, r: int) -> int:
+        return K[l] if r * p.cost[l] >= p.dense_cost[l] else r
+
+    def round_up(l: int, r: int) -> int:
+        rounded = math.ceil(r / multiple_of) * multiple_of
+        return K[l] if r >= K[l] or rounded > K[l] else rounded
+
+    floor = [normalise(l, round_up(l, min(min_rank, k))) for l, k in enumerate(K)]
+    ranks, total, threshold = list(floor), p.used(floor), math.inf
+    if total > budget:
+        return None
+    walk = sorted((-v, l, i) for l, s in enumerate(p.scores) for i, v in enumerate(s))
+    for negative, l, i in walk:
+        if i < ranks[l]:
+            continue
+        step = price(l, i + 1) - price(l, ranks[l])
+        if total + step > budget:
+            break
+        ranks[l], total, threshold = i + 1, total + step, -negative
+    if multiple_of > 1:
+        for l, r in enumerate(ranks):
+            if r * p.cost[l] < p.dense_cost[l] and r != floor[l]:
+                ranks[l] = max(floor[l], r // multiple_of * multiple_of)
+        left, closed = budget - p.used(ranks), set()
+        for _, l, i in walk:
+            if i < ranks[l] or l in closed:
+                continue
+            target = normalise(l, round_up(l, ranks[l] + 1))
+            step = price(l, target) - price(l, ranks[l])
+            if step <= left:
+                ranks[l], left = target, left - step
+            else:
+                closed.add(l)
+    return [normalise(l, r) for l, r in enumerate(ranks)], threshold
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+    few = st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, 1.0])  # ties within and between segments
+    any_float = st.floats(allow_nan=False, allow_infinity=False, width=32)
+    one = draw(st.sampled_from([few, any_float]))
+    scores = draw(st.lists(st.lists(one, min_size=1, max_size=12), max_size=6))
+    cost = [draw(st.integers(1, 9)) for _ in scores]
+    # Below K * cost the dense cap bites, above it the segment was truncated by the caller.
+    dense = [draw(st.integers(1, 2 * c * len(s))) for c, s in zip(cost, scores, strict=True)]
+    return Problem([sorted(s, reverse=True) for s in scores], cost, dense, dtype)
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems(), st.integers(0, 250), st.integers(0, 14), st.integers(1, 6))
+def test_kernel_twin_and_walk_agree(p: Problem, budget: int, min_rank: int, multiple_of: int) -> None:
+    want = naive(p, budget, min_rank, multiple_of)
+    for op in (ops.global_topk, reference.global_topk):
+        if want is None:
+            with pytest.raises(
+                ValueError, match=rf"min_rank {min_rank} needs \d+ parameters but the budget is {budget}"
+            ):
+                op(*p.tensors(), budget, min_rank, multiple_of)
+            continue
+        ranks, threshold = op(*p.tensors(), budget, min_rank, multiple_of)
+        assert (ranks.tolist(), threshold.item()) == want
+        assert p.used(ranks.tolist()) <= budget
+        assert ranks.dtype == torch.int64
+        assert threshold.dtype == torch.float64
+        assert threshold.shape == ()
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(0, 3))
+def test_ranks_never_fall_as_the_budget_grows(p: Problem, min_rank: int) -> None:
+    before = None
+    for budget in range(sum(p.dense_cost) + 2):
+        if naive(p, budget, min_rank, 1) is None:
+            continue
+        ranks, _ = ops.global_topk(*p.tensors(), budget, min_rank, 1)
+        assert before is None or bool((ranks >= before).all())
+        before = ranks
+
+
+def random_problem(L: int, K: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(L)
+    value = torch.rand(L, K, generator=g, dtype=dtype).mul(50 * K).round().sort(1, descending=True).values.flatten()
+    M, N = torch.randint(K, 3 * K, (L,), generator=g), torch.full((L,), K)
+    return value, M + N, M * N, torch.arange(L + 1) * K
+
+
+@pytest.mark.parametrize("multiple_of", [1, 8, 64])
+@pytest.mark.parametrize("keep", [0.05, 0.4, 0.8, 1.0])
+def test_a_whole_model(keep: float, multiple_of: int) -> None:
+    problem = random_problem(210, 480)
+    budget = int(keep * int(problem[2].sum()))
+    ranks, threshold = ops.global_topk(*problem, budget, 1, multiple_of)
+    twin_ranks, twin_threshold = reference.global_topk(*problem, budget, 1, multiple_of)
+    assert torch.equal(ranks, twin_ranks)
+    assert torch.equal(threshold, twin_threshold)
+    assert int(torch.minimum(ranks * problem[1], problem[2]).sum()) <= budget
+    if keep == 1.0:
+        assert torch.equal(ranks, torch.full_like(ranks, 480))
+
+
+def test_prices_near_the_end_of_int64_do_not_overflow() -> None:
+    huge = 2**62 - 1
+    problem = (
+        torch.tensor([3.0, 2, 1, 0.5]),
+        torch.tensor([huge, 5]),
+        torch.tensor([huge, 2**60]),
+        torch.tensor([0, 3, 4]),
+    )
+    for op in (ops.global_topk, reference.global_topk):
+        ranks, _ = op(*problem, 2**62 + 10, 0, 1)
+        assert ranks.tolist() == [3, 1]
+
+
+def test_no_segments() -> None:
+    empty = torch.zeros(0, dtype=torch.int64)
+    for op in (ops.global_topk, reference.global_topk):
+        ranks, threshold = op(torch.zeros(0), empty, empty, torch.zeros(1, dtype=torch.int64), 5, 1, 1)
+        assert ranks.shape == (0,)
+        assert threshold == math.inf
+
+
+def test_non_contiguous_inputs() -> None:
+    problem = random_problem(8, 32)
+    strided = [torch.stack((t, t), 1)[:, 0] for t in problem]
+    for got, want in zip(ops.global_topk(*strided, 9000, 1, 4), ops.global_topk(*problem, 9000, 1, 4), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    problem = random_problem(30, 100)
+    assert_same_bits_for_any_thread_count(lambda: ops.global_topk(*problem, 100000, 1, 8))
+
+
+GOOD = {
+    "value": torch.tensor([3.0, 1, 2, 0]),
+    "cost": torch.tensor([5, 5]),
+    "dense_cost": torch.tensor([9, 9]),
+    "offsets": torch.tensor([0, 2, 4]),
+    "budget": 15,
+    "min_rank": 1,
+    "multiple_of": 1,
+}
+
+
+@pytest.mark.parametrize("op", [ops.global_topk, reference.global_topk])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"value": torch.zeros(4).half()}, "value must be float32 or float64, got"),
+        ({"value": torch.zeros(4, 1)}, r"value must have shape \[C\], got \[4, 1\]"),
+        ({"value": torch.tensor([3.0, 1, 2, math.nan])}, "value must be finite.*index.*3"),
+        ({"value": torch.tensor([math.inf, 1, 2, 0])}, "value must be finite.*index.*0"),
+        ({"value": torch.tensor([3.0, 1, 0, 2])}, "rises at index 3 in segment 1"),
+        ({"cost": torch.tensor([5, 0])}, "cost must be positive.*segment.*1"),
+        ({"cost": torch.tensor([5.0, 5.0])}, "cost must be int64"),
+        ({"dense_cost": torch.tensor([-9, 9])}, "dense_cost must be positive.*segment.*0"),
+        ({"dense_cost": torch.tensor([9])}, r"dense_cost must have shape \[2\], got \[1\]"),
+        ({"dense_cost": torch.tensor([2**62, 2**62])}, "more than an int64"),
+        ({"offsets": torch.tensor([0, 4])}, r"offsets must have shape \[3\]"),
+        ({"offsets": torch.tensor([0, 2, 3])}, "offsets must run from 0 to 4, got 0 to 3"),
+        ({"offsets": torch.tensor([0, 4, 4])}, "offsets must increase, but segment.*1"),
+        ({"min_rank": -1}, "min_rank must be at least 0, got -1"),
+        ({"multiple_of": 0}, "multiple_of must be at least 1, got 0"),
+        ({"budget": 9}, "min_rank 1 needs 10 parameters but the budget is 9"),
+    ],
+)
+def test_bad_arguments(op, changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        op(**{**GOOD, **changed})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_opcheck(multiple_of: int, dtype: torch.dtype) -> None:
+    arguments = (*random_problem(3, 10, dtype), 500, 1, multiple_of)
+    torch.library.opcheck(torch.ops.unirank.global_topk, arguments, test_utils=SCHEMA_CHECKS)
+
+
+def test_compiles_into_one_graph() -> None:
+    problem = random_problem(4, 16)
+
+    def spent(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        ranks, threshold = ops.global_topk(value, cost, dense_cost, offsets, 1500, 1, 2)
+        return torch.minimum(ranks * cost, dense_cost).sum(), threshold
+
+    compiled = torch.compile(spent, fullgraph=True, backend="aot_eager")(*problem)
+    assert compiled == spent(*problem)

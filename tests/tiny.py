@@ -1,0 +1,49 @@
+"""Configurations of tiny models, and the words of the tiny tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, OPTConfig
+
+WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(94))]
+_COMMON: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+def _config(cls: type, **fixed: Any):
+    def make(**changes: Any):
+        return cls(**(_COMMON | fixed | changes))
+
+    return make
+
+
+CONFIGS = {
+    "llama": _config(LlamaConfig, tie_word_embeddings=True),
+    "llama-bias": _config(LlamaConfig, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    # Layer types alternate, so that masks and position embeddings differ by layer; the window is shorter than a text.
+    "gemma3": _config(
+        Gemma3TextConfig,
+        head_dim=8,
+        num_hidden_layers=4,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    ),
+    "gpt-neox": _config(GPTNeoXConfig, use_parallel_residual=True),
+    "gpt2": lambda **changes: GPT2Config(
+        **({"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256,
+            "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1} | changes)
+    ),
+    "opt": _config(OPTConfig, ffn_dim=48, word_embed_proj_dim=32),
+    "mixtral": _config(MixtralConfig, num_local_experts=4),
+}
