@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from record import write_result
 from rich.console import Console
 from rich.table import Table
 
-from record import write_result
 from unirank import Calibration, ScoreSettings, analyze, apply, evaluate, load, plan
 from unirank.embedded import NAME
 from unirank.files import sha256_text
@@ -160,7 +160,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         rows, store = reference(arguments.data, arguments.store or Path(scratch) / "store", console)
         good = show(rows, store, console)
-        hashes = {name: sha256_text((arguments.data / name).read_text("utf-8")) for name in ("wiki.valid.txt", "wiki.test.raw")}
+        hashes = {
+            name: sha256_text((arguments.data / name).read_text("utf-8"))
+            for name in ("wiki.valid.txt", "wiki.test.raw")
+        }
         write_result(arguments.json, rows, seed=0, text_sha256=hashes, analysis=store.digest)
     console.print("all within tolerance" if good else "a figure is off by more than the tolerance")
     return 0 if good else 1

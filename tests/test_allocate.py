@@ -24,7 +24,9 @@ def request_of(seed: int, layers: int, remove: float, min_rank: int = 1, multipl
     linears, energies, cosines = [], {}, []
     for layer in range(layers):
         for position, (m, n) in enumerate(SHAPES):
-            spec = LinearSpec(f"l.{layer}.{position}", layer, "attention" if position < 2 else "mlp", str(position), m, n)
+            spec = LinearSpec(
+                f"l.{layer}.{position}", layer, "attention" if position < 2 else "mlp", str(position), m, n
+            )
             decay = torch.rand((), generator=generator, dtype=torch.float64) * 0.3
             spectrum = torch.exp(-decay * torch.arange(spec.k, dtype=torch.float64))
             if position == 1:
@@ -175,9 +177,7 @@ def test_each_variant_scores_as_written(settings: ScoreSettings, expected: float
 def test_global_only_makes_rank_fractions_proportional_to_importance() -> None:
     specs = [LinearSpec(f"l.{i}", i, "mlp", "x", 400, 400) for i in range(3)]
     energies = {spec.name: torch.rand(400, dtype=torch.float64).sort(descending=True).values for spec in specs}
-    cosines = [
-        {key: CosineStat(10 * (1 - i), 0, 10) for key in ("attention", "mlp", "block")} for i in (0.1, 0.2, 0.3)
-    ]
+    cosines = [{key: CosineStat(10 * (1 - i), 0, 10) for key in ("attention", "mlp", "block")} for i in (0.1, 0.2, 0.3)]
     total = sum(spec.params for spec in specs)
     request = Request(
         tuple(specs), energies, cosines, ScoreSettings(local="global-only"), 0.6, budget_of(0.6, total), 1, 1
@@ -208,9 +208,16 @@ def test_the_budget_is_exact_in_the_decimal_that_was_written(remove: float, tota
 
 
 def test_a_plan_survives_json_and_a_forged_one_is_refused() -> None:
-    plan = RankPlan({"a": 3, "b": DENSE}, {"a": (8, 8), "b": (4, 4)}, 0.2, 64, 64, 0.5, "unirank", "whiten", {"x": 1}, "id")
+    plan = RankPlan(
+        {"a": 3, "b": DENSE}, {"a": (8, 8), "b": (4, 4)}, 0.2, 64, 64, 0.5, "unirank", "whiten", {"x": 1}, "id"
+    )
     assert RankPlan.from_json(plan.to_json()) == plan
-    for old, new in (('"used": 64', '"used": 60'), ('"a": 3', '"a": 0'), ('"a": 3', '"a": "3"'), ('"format": 1', '"format": 2')):
+    for old, new in (
+        ('"used": 64', '"used": 60'),
+        ('"a": 3', '"a": 0'),
+        ('"a": 3', '"a": "3"'),
+        ('"format": 1', '"format": 2'),
+    ):
         with pytest.raises(InputError):
             RankPlan.from_json(plan.to_json().replace(old, new))
     for text in ("", "[]", "{}", "null", plan.to_json()[:-20]):

@@ -41,8 +41,19 @@ CONFIGS = {
     ),
     "gpt-neox": _config(GPTNeoXConfig, use_parallel_residual=True),
     "gpt2": lambda **changes: GPT2Config(
-        **({"vocab_size": len(WORDS), "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256,
-            "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1} | changes)
+        **(
+            {
+                "vocab_size": len(WORDS),
+                "n_embd": 32,
+                "n_layer": 3,
+                "n_head": 4,
+                "n_positions": 256,
+                "bos_token_id": 1,
+                "eos_token_id": 1,
+                "pad_token_id": 1,
+            }
+            | changes
+        )
     ),
     "opt": _config(OPTConfig, ffn_dim=48, word_embed_proj_dim=32),
     "mixtral": _config(MixtralConfig, num_local_experts=4),

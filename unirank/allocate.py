@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from unirank.allocators import Request
 from unirank.allocators import allocator as allocator_of
+from unirank.allocators.base import check_floor
 from unirank.errors import InputError
 from unirank.score import ScoreSettings
 from unirank.store import AnalysisStore
@@ -35,17 +37,14 @@ def plan(
         StoreError: the store is unfinished or damaged.
     """
     settings = settings or ScoreSettings()
+    budget = check_request(store.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
     rule = allocator_of(allocator)
-    budget = budget_of(remove, sum(spec.params for spec in store.linears))
-    for name, value in (("min_rank", min_rank), ("multiple_of", multiple_of)):
-        if value < 1:
-            raise InputError(f"{name} = {value} is not legal; it must be at least 1.")
     store.require_complete()
-    request = Request(
-        store.linears, store.energies(), store.cosines(), settings, remove, budget, min_rank, multiple_of
-    )
+    request = Request(store.linears, store.energies(), store.cosines(), settings, remove, budget, min_rank, multiple_of)
     numbers, threshold = rule.allocate(request)
-    ranks = {spec.name: _rank(spec, number) for spec, number in zip(store.linears, numbers, strict=True)}
+    ranks: dict[str, Rank] = {
+        spec.name: _rank(spec, number) for spec, number in zip(store.linears, numbers, strict=True)
+    }
     return RankPlan(
         ranks=ranks,
         shapes={spec.name: (spec.m, spec.n) for spec in store.linears},
@@ -58,6 +57,22 @@ def plan(
         settings={"min_rank": min_rank, "multiple_of": multiple_of} | (asdict(settings) if rule.scored else {}),
         analysis=store.digest,
     )
+
+
+def check_request(
+    linears: Sequence[LinearSpec], remove: float, *, allocator: str, min_rank: int, multiple_of: int
+) -> int:
+    """The budget of `linears`; raises InputError when `plan` could not honour these arguments.
+
+    Cheap, so that callers ask before the analysis; with no linears it checks the arguments by themselves.
+    """
+    allocator_of(allocator)
+    budget = budget_of(remove, sum(spec.params for spec in linears))
+    for name, value in (("min_rank", min_rank), ("multiple_of", multiple_of)):
+        if value < 1:
+            raise InputError(f"{name} = {value} is not legal; it must be at least 1.")
+    check_floor(linears, remove, budget, min_rank, multiple_of)
+    return budget
 
 
 def _rank(spec: LinearSpec, number: int) -> Rank:

@@ -71,11 +71,14 @@ def analyze(
         return store
     recording = record(loaded, windows, batch=calibration.batch)
     device = recording.start.probe.device
-    streams = recording.start if first == 0 else store.read_streams(first, device)
-    for layer in range(first, count):
-        stats = calibrate_layer(loaded, layer, recording, streams, moments=chosen.needs_moment)
-        store.write_layer(layer, decompose_layer(loaded, stats, chosen), stats.cosines, streams)
-        progress("calibrate and decompose", layer + 1, count)
+    # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
+    resumed = store.has_streams(first)
+    streams = store.read_streams(first, device) if resumed else recording.start
+    for layer in range(first if resumed else 0, count):
+        stats = calibrate_layer(loaded, layer, recording, streams, moments=chosen.needs_moment and layer >= first)
+        if layer >= first:
+            store.write_layer(layer, decompose_layer(loaded, stats, chosen), stats.cosines, streams)
+            progress("calibrate and decompose", layer + 1, count)
     return store
 
 

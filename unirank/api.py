@@ -7,21 +7,22 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unirank.allocate import check_request
 from unirank.allocate import plan as make_plan
-from unirank.allocators import allocator as allocator_of
 from unirank.analyze import Calibration, analyze
 from unirank.checkpoint import CompressedModel
 from unirank.errors import InputError
 from unirank.models import describe, load
 from unirank.progress import OnProgress, silent
+from unirank.schemes import scheme as scheme_of
 from unirank.score import ScoreSettings
 from unirank.store import AnalysisStore
 from unirank.truncate import truncate
-from unirank.types import LoadedModel, RankPlan, budget_of
+from unirank.types import LoadedModel, RankPlan
 
 
 def compress(
-    model: str | PreTrainedModel | LoadedModel,
+    model: str | Path | PreTrainedModel | LoadedModel,
     remove: float,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -50,9 +51,11 @@ def compress(
 
     Raises InputError, StoreError, NonFiniteError or WriteError as the stages do.
     """
-    budget_of(remove, 0)  # a wrong fraction or name is cheap to find now and dear to find after the analysis
-    allocator_of(allocator)
+    # A wrong value or name is cheap to find now and dear to find after loading or after the analysis.
+    scheme_of(scheme)
+    check_request((), remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
     loaded = _loaded(model, tokenizer, dtype, device)
+    check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
     with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
         where = Path(store) if store is not None else Path(scratch) / "store"
         analysis = analyze(loaded, where, scheme=scheme, calibration=calibration, progress=progress)
@@ -71,15 +74,15 @@ def apply(
 
 
 def _loaded(
-    model: str | PreTrainedModel | LoadedModel,
+    model: str | Path | PreTrainedModel | LoadedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     device: str | None,
 ) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
-    if isinstance(model, str):
-        return load(model, dtype=dtype, device=device)
+    if isinstance(model, str | Path):
+        return load(str(model), dtype=dtype, device=device)
     if tokenizer is None:
         raise InputError("A model in memory needs its tokenizer: unirank.compress(model, remove, tokenizer=tokenizer).")
     return describe(model, tokenizer)

@@ -204,16 +204,24 @@ class _Cosines:
         with ExitStack() as stack:
             if trace.middle is not None:
                 module = self._layer.get_submodule(trace.middle)
-                hook = module.register_forward_pre_hook(lambda _, args: self._seen.__setitem__("middle", args[0]))
-                stack.callback(hook.remove)
+                stack.callback(module.register_forward_pre_hook(self._catch_input("middle")).remove)
             else:
                 for key, name in trace.last_linear.items():
                     module = self._layer.get_submodule(name)
-                    hook = module.register_forward_hook(
-                        lambda _module, _args, output, key=key: self._seen.__setitem__(key, output)
-                    )
-                    stack.callback(hook.remove)
+                    stack.callback(module.register_forward_hook(self._catch_output(key)).remove)
             yield
+
+    def _catch_input(self, key: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._seen[key] = args[0]
+
+        return hook
+
+    def _catch_output(self, key: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._seen[key] = output
+
+        return hook
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Account for one batch: `x` entered the block, `y` left it, both `[B, T, D]`."""

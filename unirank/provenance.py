@@ -22,7 +22,7 @@ def device_name(device: torch.device | str) -> str:
 
 
 def default_device() -> str:
-    """"cuda" when a GPU is present, else "cpu"."""
+    """ "cuda" when a GPU is present, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

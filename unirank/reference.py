@@ -11,6 +11,9 @@ import heapq
 import torch
 from torch import Tensor
 
+# Public in the documentation, but not re-exported by name.
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
 CPU_DRIVERS = ("auto", "gesdd")
@@ -119,7 +122,7 @@ def batched_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     _require_finite("batched_eigh", a.tril())
     try:
         w, v = torch.linalg.eigh(a, UPLO="L")
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise ValueError(f"batched_eigh: {error}") from error
     _require_finite("batched_eigh", w)
     return w, v.contiguous()
@@ -141,7 +144,7 @@ def batched_svd(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tenso
     cuda_driver = driver if a.is_cuda and driver not in CPU_DRIVERS else None
     try:
         u, s, vh = torch.linalg.svd(a, full_matrices=False, driver=cuda_driver)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise ValueError(f"batched_svd: {error}") from error
     _require_finite("batched_svd", s)
     return u.contiguous(), s, vh.contiguous()
@@ -195,27 +198,27 @@ class _Prices:
         self.dense_cost: list[int] = dense_cost.tolist()
         self.multiple_of = multiple_of
 
-    def price(self, l: int, r: int) -> int:
-        return min(r * self.cost[l], self.dense_cost[l])
+    def price(self, seg: int, r: int) -> int:
+        return min(r * self.cost[seg], self.dense_cost[seg])
 
-    def is_dense(self, l: int, r: int) -> bool:
-        return r * self.cost[l] >= self.dense_cost[l]
+    def is_dense(self, seg: int, r: int) -> bool:
+        return r * self.cost[seg] >= self.dense_cost[seg]
 
-    def normalise(self, l: int, r: int) -> int:
-        return self.K[l] if self.is_dense(l, r) else r
+    def normalise(self, seg: int, r: int) -> int:
+        return self.K[seg] if self.is_dense(seg, r) else r
 
-    def round_up(self, l: int, r: int) -> int:
+    def round_up(self, seg: int, r: int) -> int:
         rounded = -(-r // self.multiple_of) * self.multiple_of
-        return self.normalise(l, min(rounded, self.K[l]))
+        return self.normalise(seg, min(rounded, self.K[seg]))
 
     def total(self, ranks: list[int]) -> int:
-        return sum(self.price(l, r) for l, r in enumerate(ranks))
+        return sum(self.price(seg, r) for seg, r in enumerate(ranks))
 
 
 def _buy_prefix(
     value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, floor: Tensor, left: int
 ) -> tuple[Tensor, float]:
-    """Longest affordable prefix of the global order: the ranks it buys and the smallest score bought beyond the floor."""
+    """Longest affordable prefix of the global order: its ranks and the smallest score bought beyond the floor."""
     order = torch.sort(value, descending=True, stable=True).indices
     segment = torch.repeat_interleave(offsets.diff())[order]
     component = order - offsets[segment]
@@ -235,18 +238,18 @@ def _buy_prefix(
 
 def _fill_residual(value: list[float], starts: list[int], prices: _Prices, ranks: list[int], left: int) -> None:
     """Spend what rounding down freed, in score order; a segment whose next step does not fit is closed."""
-    queue = [(-value[starts[l] + r], l) for l, r in enumerate(ranks) if r < prices.K[l]]
+    queue = [(-value[starts[seg] + r], seg) for seg, r in enumerate(ranks) if r < prices.K[seg]]
     heapq.heapify(queue)
     while queue:
-        _, l = heapq.heappop(queue)
-        target = prices.round_up(l, ranks[l] + 1)
-        step = prices.price(l, target) - prices.price(l, ranks[l])
+        _, seg = heapq.heappop(queue)
+        target = prices.round_up(seg, ranks[seg] + 1)
+        step = prices.price(seg, target) - prices.price(seg, ranks[seg])
         if step > left:
             continue
         left -= step
-        ranks[l] = target
-        if target < prices.K[l]:
-            heapq.heappush(queue, (-value[starts[l] + target], l))
+        ranks[seg] = target
+        if target < prices.K[seg]:
+            heapq.heappush(queue, (-value[starts[seg] + target], seg))
 
 
 def global_topk(
@@ -261,7 +264,7 @@ def global_topk(
     _check_topk_data(value, cost, dense_cost, offsets)
 
     prices = _Prices(cost, dense_cost, offsets, multiple_of)
-    floor = [prices.round_up(l, min(min_rank, K)) for l, K in enumerate(prices.K)]
+    floor = [prices.round_up(seg, min(min_rank, K)) for seg, K in enumerate(prices.K)]
     used = prices.total(floor)
     _require(used <= budget, f"global_topk: min_rank {min_rank} needs {used} parameters but the budget is {budget}")
     bought, threshold = _buy_prefix(
@@ -270,10 +273,11 @@ def global_topk(
     ranks: list[int] = bought.tolist()
     if multiple_of > 1:
         ranks = [
-            r if prices.is_dense(l, r) else max(floor[l], r // multiple_of * multiple_of) for l, r in enumerate(ranks)
+            r if prices.is_dense(seg, r) else max(floor[seg], r // multiple_of * multiple_of)
+            for seg, r in enumerate(ranks)
         ]
         _fill_residual(value.tolist(), offsets.tolist(), prices, ranks, budget - prices.total(ranks))
-    ranks = [prices.normalise(l, r) for l, r in enumerate(ranks)]
+    ranks = [prices.normalise(seg, r) for seg, r in enumerate(ranks)]
     return (
         torch.tensor(ranks, dtype=torch.int64, device=device),
         torch.tensor(threshold, dtype=torch.float64, device=device),

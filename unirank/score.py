@@ -25,11 +25,11 @@ class ScoreSettings:
     """How components are scored; the defaults are UniRank's.
 
     Attributes:
-        importance: where `I` is measured: the "sublayer" that the linear belongs to, the whole "block", or "none" (I = 1).
+        importance: where `I` is measured: the linear's "sublayer", the whole "block", or "none" (I = 1).
         distance: `1 - cos` ("cosine") or `arccos(cos) / π` ("angular"), of the mean token cosine.
         gamma: `I ** gamma`.
-        local: "energy" (`sigma_i² / Σ sigma²`), "sigma" (`sigma_i / Σ sigma`), "absolute" (`sigma_i²`), or "global-only"
-            (`1 / fraction of the rank`: ranks become proportional to `I`).
+        local: "energy" (`sigma_i² / Σ sigma²`), "sigma" (`sigma_i / Σ sigma`), "absolute" (`sigma_i²`), or
+            "global-only" (`K / i`: ranks become proportional to `I`).
         per_parameter: divide by `M + N`.
     """
 
@@ -42,7 +42,9 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         for name, legal in (("importance", Importance), ("distance", Distance), ("local", Local)):
             if getattr(self, name) not in get_args(legal):
-                raise InputError(f"{name} = {getattr(self, name)!r} is not legal; legal values: {', '.join(get_args(legal))}.")
+                raise InputError(
+                    f"{name} = {getattr(self, name)!r} is not legal; legal values: {', '.join(get_args(legal))}."
+                )
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
             raise InputError(f"gamma = {self.gamma} is not legal; it must be finite and at least 0.")
 

@@ -25,6 +25,9 @@ from unirank.types import CosineStat, Factors, LinearSpec
 
 MANIFEST = "analysis.json"
 _FORMAT = 1
+_TENSORS = r"(layer|stream)-\d{4}\.safetensors"
+# What a run that was killed while it wrote leaves behind (see `write_atomically`).
+_LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS})\.\d+\.tmp"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class AnalysisStore:
     def write_layer(
         self, layer: int, factors: Mapping[str, Factors], cosines: Mapping[str, CosineStat], streams: Streams
     ) -> None:
-        """Add one finished layer. `streams` is what enters the next layer; it is on disk before the layer counts as done."""
+        """Add one finished layer; `streams`, what enters the next one, is on disk before the layer counts as done."""
         if layer + 1 < self.layer_count:
             tensors = {f"batch.{i:06d}": hidden for i, hidden in enumerate(streams.batches)}
             write_tensors(self._stream_file(layer + 1), tensors | {"probe": streams.probe}, {"layer": layer + 1})
@@ -86,8 +89,17 @@ class AnalysisStore:
         write_tensors(self.layer_file(layer), tensors, header)
         self._stream_file(layer).unlink(missing_ok=True)
 
+    def has_streams(self, layer: int) -> bool:
+        """Whether the hidden states that enter `layer` are on disk; they are while `layer` is the next to do."""
+        return self._stream_file(layer).is_file()
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run left: half-written files, and hidden states that are not those of the next layer."""
+        needed = self._stream_file(self.layers_done()).name
+        _remove(self.path, rf"{_LEFTOVER}|(?!{re.escape(needed)})stream-\d{{4}}\.safetensors")
+
     def read_streams(self, layer: int, device: torch.device) -> Streams:
-        """The hidden states that enter `layer`, as a killed run left them. Raises StoreError when they are not there."""
+        """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing."""
         file = self._stream_file(layer)
         try:
             tensors = load_file(file)
@@ -150,21 +162,29 @@ def create_or_resume(
         InputError: the directory exists and is not a store.
         StoreError: it is a store of something else; says what differs.
     """
+    if path.is_dir() and all(re.fullmatch(_LEFTOVER, file.name) for file in path.iterdir()):
+        _remove(path, _LEFTOVER)  # of a run that was killed while it wrote the manifest
     check_output(path, marker=MANIFEST, overwrite=True)
     store = AnalysisStore(path, identity, linears)
     if (path / MANIFEST).is_file():
-        found = open_store(path)
-        differs = sorted(_differences(found.identity, identity))
-        if not differs and found.linears == linears:
-            return store
-        if not overwrite:
-            raise StoreError(
-                f"The store {path} belongs to another analysis; it differs in {'; '.join(differs) or 'its linears'}. "
-                "Choose another directory, or pass --overwrite to replace it."
-            )
-        for file in path.iterdir():
-            if file.name == MANIFEST or re.fullmatch(r"(layer|stream)-\d{4}\.safetensors", file.name):
-                file.unlink()
+        try:
+            found = open_store(path)
+        except StoreError:
+            if not overwrite:
+                raise
+        else:
+            differs = sorted(_differences(found.identity, identity))
+            if not differs and found.linears == linears:
+                store.remove_leftovers()
+                return store
+            if not overwrite:
+                raise StoreError(
+                    f"The store {path} belongs to another analysis; it differs in "
+                    f"{'; '.join(differs) or 'its linears'}. "
+                    "Choose another directory, or pass --overwrite to replace it."
+                )
+        # The old manifest goes last, when the new one takes its place: without one this would be no store of ours.
+        _remove(path, rf"{_LEFTOVER}|{_TENSORS}")
     path.mkdir(parents=True, exist_ok=True)
     manifest = {"format": _FORMAT, "identity": identity, "linears": [asdict(spec) for spec in linears]}
     write_json(path / MANIFEST, manifest)
@@ -176,7 +196,9 @@ def open_store(path: str | Path) -> AnalysisStore:
     path = Path(path)
     file = path / MANIFEST
     if not file.is_file():
-        raise StoreError(f"{path} is not an analysis store: it has no {MANIFEST}; make one with: unirank analyze MODEL -o STORE.")
+        raise StoreError(
+            f"{path} is not an analysis store: it has no {MANIFEST}; make one with: unirank analyze MODEL -o STORE."
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
@@ -184,7 +206,13 @@ def open_store(path: str | Path) -> AnalysisStore:
         linears = tuple(LinearSpec(**spec) for spec in manifest["linears"])
         return AnalysisStore(path, manifest["identity"], linears)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, error) from error
+        raise _damaged(file, error, "replace the store with: unirank analyze --overwrite") from error
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    for file in list(folder.iterdir()):
+        if re.fullmatch(pattern, file.name):
+            file.unlink()
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -194,5 +222,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} (store: {old!r}, now: {new!r})"]
 
 
-def _damaged(file: Path, error: Exception) -> StoreError:
-    return StoreError(f"{file} is missing or damaged ({error}); delete it and run the same analyze command again.")
+def _damaged(
+    file: Path, error: Exception, remedy: str = "delete it and run the same analyze command again"
+) -> StoreError:
+    return StoreError(f"{file} is missing or damaged ({error}); {remedy}.")

@@ -45,7 +45,7 @@ def plan_table(plan: RankPlan) -> Table:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """"model.layers.3.mlp.up_proj" -> ("model.layers.3", "mlp.up_proj")."""
+    """ "model.layers.3.mlp.up_proj" -> ("model.layers.3", "mlp.up_proj")."""
     parts = name.split(".")
     index = next(i for i, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
@@ -55,7 +55,8 @@ def plan_summary(plan: RankPlan) -> str:
     dense = sum(rank == DENSE for rank in plan.ranks.values())
     return (
         f"{plan.allocator}, scheme {plan.scheme}: remove = {plan.remove:g}, budget {plan.budget:,} of {plan.total:,} "
-        f"parameters, used {plan.used:,} ({plan.budget - plan.used:,} left); {dense} of {len(plan.ranks)} linears stay dense."
+        f"parameters, used {plan.used:,} ({plan.budget - plan.used:,} left); "
+        f"{dense} of {len(plan.ranks)} linears stay dense."
     )
 
 

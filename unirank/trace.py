@@ -23,7 +23,9 @@ class LayerTrace:
 
     input_of: dict[str, str]  # linear (full name) -> the first linear (full name) that read the same input
     middle: str | None  # module (path in the layer) whose input is the stream between the sublayers; None: parallel
-    last_linear: dict[str, str]  # sublayer -> its last linear to run (path in the layer); its output is f_s(x) if parallel
+    last_linear: dict[
+        str, str
+    ]  # sublayer -> its last linear to run (path in the layer); its output is f_s(x) if parallel
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def _read(events: list[_Event], prefix: str, specs: Sequence[LinearSpec], hidden
     missing = by_path.keys() - {event.name for event in linears}
     if missing or len(linears) != len(specs):
         names = ", ".join(sorted(missing)) or "one of them more than once"
-        raise InputError(f"{prefix} must run each of its linears exactly once for a token batch; it does not run {names}.")
+        raise InputError(
+            f"{prefix} must run each of its linears exactly once for a token batch; it does not run {names}."
+        )
 
     first_reader: dict[int, str] = {}
     input_of = {}
@@ -88,7 +92,9 @@ def _read(events: list[_Event], prefix: str, specs: Sequence[LinearSpec], hidden
     order = {sublayer: [e for e in linears if by_path[e.name].sublayer == sublayer] for sublayer in SUBLAYERS}
     position = {event.name: index for index, event in enumerate(linears)}
     if position[order["mlp"][0].name] < position[order["attention"][0].name]:
-        raise InputError(f"{prefix} runs {order['mlp'][0].name} before its attention; that structure is not understood.")
+        raise InputError(
+            f"{prefix} runs {order['mlp'][0].name} before its attention; that structure is not understood."
+        )
     last_linear = {sublayer: members[-1].name for sublayer, members in order.items()}
 
     producer = {id(event.output): event for event in reversed(events)}  # the innermost module wins

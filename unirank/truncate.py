@@ -78,7 +78,9 @@ def truncate(
     if plan.analysis != store.digest:
         raise InputError(f"The plan was not made from the store {store.path}; make one with: unirank plan.")
     if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
-        raise InputError(f"The store {store.path} was made from another model than {loaded.source}: the weights differ.")
+        raise InputError(
+            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
+        )
     model = loaded.model
     targets_before = sum(spec.params for spec in loaded.linears)
     model_before = count_parameters(model)
@@ -92,7 +94,7 @@ def truncate(
         progress("truncate", position + 1, len(loaded.linears))
     low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
     if low_rank:
-        model.config.quantization_config = UniRankConfig(low_rank)
+        model.config.quantization_config = UniRankConfig(ranks=low_rank)
     targets_after = sum(count_target(model.get_submodule(spec.name)) for spec in loaded.linears)
     if targets_after != plan.used:
         raise UnirankError(f"The modules hold {targets_after} target parameters, the plan says {plan.used}.")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from unirank.errors import InputError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Sublayer = Literal["attention", "mlp"]
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")
-DENSE = "dense"
+DENSE: Final = "dense"
 Rank = int | Literal["dense"]
 
 
@@ -49,7 +49,7 @@ class LinearSpec:
 
     @property
     def max_rank(self) -> int:
-        """`ceil(r*)` with `r* = M N / (M + N)`: from this rank on the matrix is cheaper dense, so no factor goes beyond it."""
+        """`ceil(r*)`, `r* = M N / (M + N)`: from this rank on dense is cheaper, so no factor goes beyond it."""
         return -(-self.params // self.cost)
 
     def rank_cost(self, rank: Rank) -> int:
@@ -106,7 +106,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Factors:
-    """`W ≈ left @ right`, with `left [M, R]`, `right [R, N]`, R = ceil(r*), and the whole spectrum `energy [K]` (float64, descending)."""
+    """`W ≈ left @ right`: `left [M, R]`, `right [R, N]`, R = ceil(r*); `energy [K]`, float64, descending, is whole."""
 
     left: torch.Tensor
     right: torch.Tensor

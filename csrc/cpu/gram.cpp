@@ -76,7 +76,8 @@ struct Tiles {
   std::vector<std::pair<i64, i64>> corners;  // first row and first column of each
 
   explicit Tiles(i64 N) {
-    const i64 across = std::max<i64>(2, (N + kMaxTile - 1) / kMaxTile);
+    // Three across give six tiles; the three tiles of two across would leave every other thread idle half the time.
+    const i64 across = std::max<i64>(3, (N + kMaxTile - 1) / kMaxTile);
     side = ((N + across - 1) / across + 15) / 16 * 16;
     for (i64 i = 0; i < N; i += side) {
       for (i64 j = 0; j <= i; j += side) corners.emplace_back(i, j);

@@ -79,7 +79,3 @@ except ImportError as error:
     print(error)
 """
     assert "pip install --no-build-isolation" in run_python(source)
-
-
-def test_importing_needs_no_compiler_or_gpu() -> None:
-    assert run_python("from unirank import ops; print(ops.has_lapack())") in ("True", "False")

@@ -25,7 +25,12 @@ class Problem:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lengths = torch.tensor([0, *(len(s) for s in self.scores)])
         value = torch.tensor([v for s in self.scores for v in s], dtype=self.dtype)
-        return value, torch.tensor(self.cost), torch.tensor(self.dense_cost), lengths.cumsum(0)
+        return (
+            value,
+            torch.tensor(self.cost, dtype=torch.int64),
+            torch.tensor(self.dense_cost, dtype=torch.int64),
+            lengths.cumsum(0),
+        )
 
     def used(self, ranks: list[int]) -> int:
         return sum(min(r * c, d) for r, c, d in zip(ranks, self.cost, self.dense_cost, strict=True))
@@ -35,43 +40,43 @@ def naive(p: Problem, budget: int, min_rank: int, multiple_of: int) -> tuple[lis
     """The walk, component by component; None where the floor costs more than the budget."""
     K = [len(s) for s in p.scores]
 
-    def price(l: int, r: int) -> int:
-        return min(r * p.cost[l], p.dense_cost[l])
+    def price(seg: int, r: int) -> int:
+        return min(r * p.cost[seg], p.dense_cost[seg])
 
-    def normalise(l: int, r: int) -> int:
-        return K[l] if r * p.cost[l] >= p.dense_cost[l] else r
+    def normalise(seg: int, r: int) -> int:
+        return K[seg] if r * p.cost[seg] >= p.dense_cost[seg] else r
 
-    def round_up(l: int, r: int) -> int:
+    def round_up(seg: int, r: int) -> int:
         rounded = math.ceil(r / multiple_of) * multiple_of
-        return K[l] if r >= K[l] or rounded > K[l] else rounded
+        return K[seg] if r >= K[seg] or rounded > K[seg] else rounded
 
-    floor = [normalise(l, round_up(l, min(min_rank, k))) for l, k in enumerate(K)]
+    floor = [normalise(seg, round_up(seg, min(min_rank, k))) for seg, k in enumerate(K)]
     ranks, total, threshold = list(floor), p.used(floor), math.inf
     if total > budget:
         return None
-    walk = sorted((-v, l, i) for l, s in enumerate(p.scores) for i, v in enumerate(s))
-    for negative, l, i in walk:
-        if i < ranks[l]:
+    walk = sorted((-v, seg, i) for seg, s in enumerate(p.scores) for i, v in enumerate(s))
+    for negative, seg, i in walk:
+        if i < ranks[seg]:
             continue
-        step = price(l, i + 1) - price(l, ranks[l])
+        step = price(seg, i + 1) - price(seg, ranks[seg])
         if total + step > budget:
             break
-        ranks[l], total, threshold = i + 1, total + step, -negative
+        ranks[seg], total, threshold = i + 1, total + step, -negative
     if multiple_of > 1:
-        for l, r in enumerate(ranks):
-            if r * p.cost[l] < p.dense_cost[l] and r != floor[l]:
-                ranks[l] = max(floor[l], r // multiple_of * multiple_of)
+        for seg, r in enumerate(ranks):
+            if r * p.cost[seg] < p.dense_cost[seg] and r != floor[seg]:
+                ranks[seg] = max(floor[seg], r // multiple_of * multiple_of)
         left, closed = budget - p.used(ranks), set()
-        for _, l, i in walk:
-            if i < ranks[l] or l in closed:
+        for _, seg, i in walk:
+            if i < ranks[seg] or seg in closed:
                 continue
-            target = normalise(l, round_up(l, ranks[l] + 1))
-            step = price(l, target) - price(l, ranks[l])
+            target = normalise(seg, round_up(seg, ranks[seg] + 1))
+            step = price(seg, target) - price(seg, ranks[seg])
             if step <= left:
-                ranks[l], left = target, left - step
+                ranks[seg], left = target, left - step
             else:
-                closed.add(l)
-    return [normalise(l, r) for l, r in enumerate(ranks)], threshold
+                closed.add(seg)
+    return [normalise(seg, r) for seg, r in enumerate(ranks)], threshold
 
 
 @st.composite
@@ -126,7 +131,7 @@ def random_problem(L: int, K: int, dtype: torch.dtype = torch.float64) -> tuple[
 
 
 @pytest.mark.parametrize("multiple_of", [1, 8, 64])
-@pytest.mark.parametrize("keep", [0.05, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("keep", [0.25, 0.4, 0.8, 1.0])
 def test_a_whole_model(keep: float, multiple_of: int) -> None:
     problem = random_problem(210, 480)
     budget = int(keep * int(problem[2].sum()))

@@ -1,4 +1,4 @@
-"""Allocators, one file each. Adding one: write the file, add its line here, add its row to docs/method.md."""
+"""Allocators, one file each. To add one: write the file, add its line here and its row to docs/method.md."""
 
 from __future__ import annotations
 

@@ -44,12 +44,7 @@ def take_best(components: Components, request: Request) -> tuple[list[int], floa
 
     Raises InputError when `min_rank` alone exceeds the budget.
     """
-    floor = _floor_cost(request)
-    if floor > request.budget:
-        raise InputError(
-            f"remove = {request.remove} cannot be reached: min_rank = {request.min_rank} with multiple_of = "
-            f"{request.multiple_of} already needs {floor} parameters and the budget is {request.budget}."
-        )
+    check_floor(request.linears, request.remove, request.budget, request.min_rank, request.multiple_of)
     ranks, threshold = ops.global_topk(
         components.value,
         components.cost,
@@ -63,6 +58,12 @@ def take_best(components: Components, request: Request) -> tuple[list[int], floa
     return ranks.tolist(), value if value != float("inf") else None
 
 
-def _floor_cost(request: Request) -> int:
-    step = request.multiple_of
-    return sum(spec.rank_cost(min(-(-request.min_rank // step) * step, spec.k)) for spec in request.linears)
+def check_floor(linears: Sequence[LinearSpec], remove: float, budget: int, min_rank: int, multiple_of: int) -> None:
+    """Raise InputError when `min_rank` alone exceeds the budget."""
+    least = -(-min_rank // multiple_of) * multiple_of
+    floor = sum(spec.rank_cost(min(least, spec.k)) for spec in linears)
+    if floor > budget:
+        raise InputError(
+            f"remove = {remove} cannot be reached: min_rank = {min_rank} with multiple_of = {multiple_of} already "
+            f"needs {floor} parameters and the budget is {budget}."
+        )

@@ -26,7 +26,9 @@ def allocate(request: Request) -> tuple[list[int], float | None]:
     used = sum(spec.rank_cost(rank) for spec, rank in zip(request.linears, ranks, strict=True))
     if used <= request.budget:
         return ranks, None
-    fractions = [spec.params / (torch.arange(1, spec.k + 1, dtype=torch.float64) * spec.cost) for spec in request.linears]
+    fractions = [
+        spec.params / (torch.arange(1, spec.k + 1, dtype=torch.float64) * spec.cost) for spec in request.linears
+    ]
     return take_best(assemble(request.linears, fractions), request)[0], None
 
 

@@ -1,4 +1,4 @@
-"""Decomposition schemes, one file each. Adding one: write the file, add its line here, add its row to docs/method.md."""
+"""Decomposition schemes, one file each. To add one: write the file, add its line here and its row to docs/method.md."""
 
 from __future__ import annotations
 

@@ -1,0 +1,193 @@
+"""The command line as scripts see it: stdout, stderr, exit codes, files."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import build
+from unirank import Calibration, RankPlan, UnirankError
+from unirank.cli import app, main
+from unirank.demo import demo
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+REMOVE = "Fraction of the decoder linears' weight parameters to remove"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def unirank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`unirank(*arguments) -> (exit code, stdout, stderr)`, in this process."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # main would set it for good
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["unirank", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def calibrate(text_file: Path) -> list[object]:
+    """Options of a small calibration."""
+    return ["--calib", text_file, "--windows", 6, "--window", 24, "--batch", 2, "--device", "cpu"]
+
+
+@pytest.fixture
+def store(unirank: Run, model_dir: Path, calibrate: list[object], tmp_path: Path) -> Path:
+    code, _, err = unirank("analyze", model_dir, "-o", tmp_path / "store", *calibrate, "--json")
+    assert code == 0, err
+    return tmp_path / "store"
+
+
+def one_object(out: str) -> dict[str, object]:
+    """The one JSON object that is all of `out`."""
+    record = json.loads(out)
+    assert isinstance(record, dict)
+    return record
+
+
+def written(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_exits_0_and_defines_remove(command: str, unirank: Run) -> None:
+    code, out, err = unirank(command, "--help")
+    assert (code, err) == (0, "")
+    assert (REMOVE in " ".join(re.sub(r"[│|]", " ", out).split())) == ("--remove" in out)
+    assert ("--remove" in out) == (command in ("compress", "demo", "plan"))
+
+
+def test_every_stage_speaks_json_and_compress_reuses_the_store(
+    unirank: Run, store: Path, model_dir: Path, text_file: Path, calibrate: list[object], tmp_path: Path
+) -> None:
+    code, out, err = unirank("plan", store, "-r", "0.3", "--json", "-o", tmp_path / "plan.json")
+    plan = RankPlan.from_json(out)
+    assert (code, err) == (0, "")
+    assert 0 < plan.used <= plan.budget
+    assert RankPlan.from_json((tmp_path / "plan.json").read_text()) == plan
+
+    before = written(store)
+    small = tmp_path / "small"
+    code, out, err = unirank("compress", model_dir, "-r", "0.3", "-o", small, "--store", store, *calibrate, "--json")
+    assert (code, err) == (0, "")
+    assert one_object(out)["used"] == plan.used
+    assert written(store) == before
+    assert RankPlan.from_json((small / "rank_plan.json").read_text()) == plan
+
+    on = ["--text", text_file, "--window", 24, "--limit", 3, "--device", "cpu"]
+    code, out, err = unirank("eval", small, "--against", model_dir, *on, "--prompt", "w1 w2", "--json")
+    assert (code, err) == (0, "")
+    dense, compressed = one_object(out)["rows"]
+    assert (dense["model"], compressed["model"]) == (str(model_dir), str(small))
+    assert dense["perplexity"] != compressed["perplexity"]
+    assert dense["parameters"] - compressed["parameters"] == plan.total - plan.used
+    assert all(row["sample"] for row in (dense, compressed))
+
+    code, out, err = unirank("info", "--json")
+    assert (code, err) == (0, "")
+    assert {"versions", "device", "threads", "schemes", "allocators"} <= one_object(out).keys()
+
+
+def test_tables_go_to_stdout(unirank: Run, store: Path, model_dir: Path, calibrate: list[object], tmp_path) -> None:
+    for arguments, words in (
+        (["plan", store, "-r", "0.3"], "budget"),
+        (["analyze", model_dir, "-o", store, *calibrate], "cosine"),
+        (["compress", model_dir, "-r", "0.3", "-o", tmp_path / "s", "--store", store, *calibrate], "import unirank"),
+        (["eval", tmp_path / "s", "--text", calibrate[1], "--window", 24, "--device", "cpu"], "perplexity"),
+        (["info"], "torch"),
+    ):
+        code, out, err = unirank(*arguments)
+        assert (code, err) == (0, "")
+        assert words in out
+
+
+def test_each_kind_of_failure_has_its_exit_code_and_one_sentence_on_stderr(
+    unirank: Run, store: Path, text_file: Path, tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = build("llama")
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+
+    def fail() -> None:
+        raise UnirankError("the plan and the modules differ")
+
+    monkeypatch.setattr(sys.modules["unirank.cli"], "build_info", fail)
+    (tmp_path / "file").touch()
+    for code, words, arguments in (
+        (1, "modules differ", ["info"]),
+        (2, "remove = 1.5", ["plan", store, "-r", "1.5"]),
+        (3, "not an analysis store", ["plan", tmp_path / "none", "-r", "0.2"]),
+        (4, "window 0", ["eval", tmp_path / "broken", "--text", text_file, "--window", 24, "--device", "cpu"]),
+        (5, "Could not write", ["plan", store, "-r", "0.2", "-o", tmp_path / "no" / "plan.json"]),
+        (5, "Could not write", ["plan", store, "-r", "0.2", "-o", tmp_path / "file" / "plan.json"]),
+        (5, "Could not write", ["plan", store, "-r", "0.2", "-o", store]),
+    ):
+        got, out, err = unirank(*arguments, "--json")
+        assert (got, out) == (code, ""), err
+        assert words in err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["plan", "store"], ["plan", "store", "-r", "x"], ["info", "--no-such"], ["no-such"]]
+)
+def test_wrong_usage_exits_2_and_shows_it_on_stderr(arguments: list[str], unirank: Run) -> None:
+    code, out, err = unirank(*arguments)
+    assert (code, out) == (2, "")
+    assert re.match(r"Usage: .*unirank", err)  # typer writes how it was started in front
+
+
+def test_ctrl_c_exits_130_and_says_that_work_is_kept(unirank: Run, model_dir: Path, tmp_path, monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["unirank.cli"], "run_analyze", interrupted)
+    code, out, err = unirank("analyze", model_dir, "-o", tmp_path / "store", "--device", "cpu")
+    assert (code, out) == (130, "")
+    assert "resumes" in err
+    assert "Traceback" not in err
+
+
+def test_the_demo_writes_comparable_rows_and_resumes(model_dir: Path, text_file: Path, tmp_path, monkeypatch) -> None:
+    calibration = Calibration(text=str(text_file), windows=4, window=16, batch=2)
+
+    def run():
+        options = {"remove": (0.3,), "model": str(model_dir), "calibration": calibration, "limit": 1, "device": "cpu"}
+        return demo(tmp_path / "demo", **options)
+
+    first = run()
+    record = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    columns = {"model", "scheme", "allocator", "remove", "text", "perplexity", "used", "budget", "seconds"}
+    assert [(row["allocator"], row["remove"]) for row in record["rows"]] == [
+        ("dense", 0.0),
+        ("uniform", 0.3),
+        ("unirank", 0.3),
+    ]
+    assert all(columns <= row.keys() and row["used"] <= row["budget"] for row in record["rows"])
+    assert {"versions", "device", "threads"} <= record["meta"].keys()
+    (checkpoint,) = first.checkpoints
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert sum(parameter.numel() for parameter in model.parameters()) == first.rows[-1].parameters
+
+    before = written(tmp_path / "demo" / "analysis")
+    monkeypatch.setattr(sys.modules["unirank.analyze"], "record", lambda *_, **__: pytest.fail("calibrated again"))
+    second = run()
+    assert written(tmp_path / "demo" / "analysis") == before
+    assert [row.perplexity for row in second.rows] == [row.perplexity for row in first.rows]
