@@ -31,9 +31,7 @@ BOS = len(WORDS)
 @pytest.fixture
 def bos_tokenizer() -> PreTrainedTokenizerFast:
     """The tiny tokenizer with a BOS that it puts in front by itself."""
-    core = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate([*WORDS, "<bos>"])}, unk_token="<unk>")
-    )
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*WORDS, "<bos>"])}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<bos>")
@@ -144,7 +142,8 @@ def test_text_shorter_than_a_window_is_refused_with_both_lengths() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"windows": 0, "window": 8}, "windows = 0"), ({"windows": 1, "window": 1}, "of 1 tokens")]
+    ("arguments", "message"),
+    [({"windows": 0, "window": 8}, "windows = 0"), ({"windows": 1, "window": 1}, "of 1 tokens")],
 )
 def test_senseless_calibration_sizes_are_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(unirank.InputError, match=message):

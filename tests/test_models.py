@@ -180,7 +180,7 @@ def test_checkpoint_with_a_missing_or_misshapen_weight_is_refused(weight: torch.
 
 
 def test_unknown_dtype_is_refused_with_the_legal_ones(model_dir: Path) -> None:
-    with pytest.raises(unirank.InputError, match="dtype = 'int8'.*auto, float32, bfloat16, float16"):
+    with pytest.raises(unirank.InputError, match=r"dtype = 'int8'.*auto, float32, bfloat16, float16"):
         unirank.load(str(model_dir), dtype="int8")
 
 

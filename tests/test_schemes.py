@@ -67,7 +67,9 @@ def cholesky_errors(problem: Problem, x: torch.Tensor) -> list[float]:
 def test_whiten_tail_energy_is_the_output_error(shape: tuple[int, int, int], outlier: bool) -> None:
     problem, x = synthetic(*shape, outlier=outlier)
     factors = solve("whiten", problem)
-    assert output_errors(factors, problem, x) == pytest.approx(tails(factors.energy), abs=1e-12 * total_energy(problem, x))
+    assert output_errors(factors, problem, x) == pytest.approx(
+        tails(factors.energy), abs=1e-12 * total_energy(problem, x)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -101,7 +103,9 @@ def test_whiten_reaches_the_least_possible_output_error(shape: tuple[int, int, i
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(m=st.integers(1, 12), n=st.integers(1, 12), tokens=st.integers(1, 20), outlier=st.booleans(), seed=st.integers(0))
+@given(
+    m=st.integers(1, 12), n=st.integers(1, 12), tokens=st.integers(1, 20), outlier=st.booleans(), seed=st.integers(0)
+)
 def test_whiten_is_never_worse_than_svd(m: int, n: int, tokens: int, outlier: bool, seed: int) -> None:
     problem, x = synthetic(m, n, tokens, outlier=outlier, seed=seed % 2**32)
     rounding = 1e-12 * total_energy(problem, x)
@@ -111,12 +115,17 @@ def test_whiten_is_never_worse_than_svd(m: int, n: int, tokens: int, outlier: bo
 
 def test_whiten_beats_svd_clearly_where_inputs_are_uneven() -> None:
     problem, x = synthetic(8, 8, 40, outlier=True)
-    assert output_errors(solve("whiten", problem), problem, x)[1] < 0.01 * output_errors(solve("svd", problem), problem, x)[1]
+    assert (
+        output_errors(solve("whiten", problem), problem, x)[1]
+        < 0.01 * output_errors(solve("svd", problem), problem, x)[1]
+    )
 
 
 @pytest.mark.parametrize("name", schemes())
 @settings(deadline=None, derandomize=True, max_examples=40)
-@given(m=st.integers(1, 12), n=st.integers(1, 12), tokens=st.integers(1, 20), outlier=st.booleans(), seed=st.integers(0))
+@given(
+    m=st.integers(1, 12), n=st.integers(1, 12), tokens=st.integers(1, 20), outlier=st.booleans(), seed=st.integers(0)
+)
 def test_full_rank_reproduces_the_weight_and_spectra_descend_from_it(
     name: str, m: int, n: int, tokens: int, outlier: bool, seed: int
 ) -> None:
@@ -144,7 +153,9 @@ def test_factors_stop_at_the_asked_rank_and_keep_the_whole_spectrum(name: str) -
 
 @pytest.mark.parametrize("name", schemes())
 def test_a_problem_is_solved_the_same_alone_and_among_others(name: str) -> None:
-    problems = [synthetic(*shape, outlier=False, seed=i)[0] for i, shape in enumerate([*SHAPES, (6, 9, 40), (9, 6, 40)])]
+    problems = [
+        synthetic(*shape, outlier=False, seed=i)[0] for i, shape in enumerate([*SHAPES, (6, 9, 40), (9, 6, 40)])
+    ]
     for problem, factors in zip(problems, scheme(name).decompose(problems), strict=True):
         alone = solve(name, problem)
         assert torch.equal(factors.left, alone.left)
@@ -161,7 +172,9 @@ def test_dead_input_gives_zero_energy_and_still_the_weight() -> None:
 
 
 def test_unknown_scheme_is_refused_with_the_legal_names() -> None:
-    with pytest.raises(unirank.InputError, match=re.escape(f"'magic' does not exist; legal values: {', '.join(schemes())}")):
+    with pytest.raises(
+        unirank.InputError, match=re.escape(f"'magic' does not exist; legal values: {', '.join(schemes())}")
+    ):
         scheme("magic")
 
 
@@ -171,7 +184,9 @@ def test_unknown_scheme_is_refused_with_the_legal_names() -> None:
 def layer_stats(loaded: LoadedModel, layer: int) -> LayerStats:
     """Statistics of white inputs."""
     names = [spec for spec in loaded.linears if spec.layer == layer]
-    white = {s.name: Moment(torch.eye(s.n, dtype=torch.float64), torch.zeros(s.n, dtype=torch.float64), 9) for s in names}
+    white = {
+        s.name: Moment(torch.eye(s.n, dtype=torch.float64), torch.zeros(s.n, dtype=torch.float64), 9) for s in names
+    }
     return LayerStats(layer, white, {name: name for name in white}, {"block": CosineStat(0.5, 0.5, 1)})
 
 

@@ -21,7 +21,9 @@ PROMPT = "The capital of France is"
 @pytest.fixture(scope="module")
 def store(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> AnalysisStore:
     calibration = unirank.Calibration(windows=16, window=128, batch=8)
-    return unirank.analyze(unirank.load(smollm2, device="cpu"), tmp_path_factory.mktemp("s") / "store", calibration=calibration)
+    return unirank.analyze(
+        unirank.load(smollm2, device="cpu"), tmp_path_factory.mktemp("s") / "store", calibration=calibration
+    )
 
 
 def compressed(smollm2: str, store: AnalysisStore, remove: float, allocator: str) -> unirank.CompressedModel:

@@ -34,29 +34,18 @@ model, text, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 calibration = unirank.Calibration(text=text, windows=6, window=24, seed=0, batch=2)
 
 
-def die_after(owner, name, count):
-    original, calls = getattr(owner, name), []
+def die_at_replace(count, *, before):
+    original, calls = os.replace, []
 
-    def wrapped(*args, **kwargs):
-        result = original(*args, **kwargs)
-        calls.append(1)
+    def replace(*paths):
+        calls.append(paths)
+        if before and len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*paths)
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        return result
 
-    setattr(owner, name, wrapped)
-
-
-def die_before(owner, name, count):
-    original, calls = getattr(owner, name), []
-
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
+    os.replace = replace
 
 
 def work(kind, count, store):
@@ -69,10 +58,8 @@ def work(kind, count, store):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
 
-    if kind == "half-written":
-        die_before(os, "replace", count)
-    if kind == "renamed":
-        die_after(os, "replace", count)
+    if kind in ("half-written", "renamed"):
+        die_at_replace(count, before=kind == "half-written")
     try:
         unirank.analyze(loaded, store, calibration=calibration, progress=progress)
     except unirank.WriteError as error:
@@ -364,17 +351,13 @@ def test_overwrite_keeps_a_store_of_the_same_analysis(loaded: LoadedModel, undis
 def test_overwrite_that_is_interrupted_leaves_a_store(
     loaded: LoadedModel, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = Path.unlink, []
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    def interrupted(self: Path, missing_ok: bool = False) -> None:
-        original(self, missing_ok=missing_ok)
-        calls.append(self)
-        if len(calls) == LAYERS:  # all files that go, whichever comes first
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "unlink", interrupted)
-        create_or_resume(copy, {"scheme": "other"}, loaded.linears, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("unirank.store.write_json", interrupted)  # after the old layers went
+        with pytest.raises(KeyboardInterrupt):
+            create_or_resume(copy, {"scheme": "other"}, loaded.linears, overwrite=True)
     assert (copy / MANIFEST).is_file()
     assert create_or_resume(copy, {"scheme": "other"}, loaded.linears, overwrite=True).layers_done() == 0
 

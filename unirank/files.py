@@ -116,7 +116,7 @@ def staged_directory(out: Path) -> Iterator[Path]:
             old = staging.with_suffix(".old")
             os.replace(out, old)
             os.replace(staging, out)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the new directory is in place; a leftover is no failure
         else:
             os.replace(staging, out)
         _sync(out.parent)

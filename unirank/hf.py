@@ -28,6 +28,8 @@ class UniRankConfig(QuantizationConfigMixin):
 
     def __init__(self, ranks: Mapping[str, int] | None = None, **_: Any) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        if ranks is not None and not isinstance(ranks, Mapping):
+            raise InputError(f"quantization_config.ranks must map names to ranks, got {type(ranks).__name__}.")
         self.ranks = dict(ranks or {})
 
 

@@ -66,6 +66,8 @@ def load_pretrained(
     target = _usable_device(device or default_device())
     path = str(embedded.embedded_model()) if name_or_path == embedded.NAME else name_or_path
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise InputError(f"The model directory {path} does not exist.")
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise InputError(f"The model directory {path} holds no config.json, so it is not a Hugging Face checkpoint.")
     try:

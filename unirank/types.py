@@ -161,7 +161,7 @@ class RankPlan:
             record["shapes"] = {name: (int(m), int(n)) for name, (m, n) in record["shapes"].items()}
             for name, rank in record["ranks"].items():
                 m, n = record["shapes"][name]
-                if rank != DENSE and not (isinstance(rank, int) and 1 <= rank <= min(m, n)):
+                if rank != DENSE and not (type(rank) is int and 1 <= rank <= min(m, n)):
                     raise ValueError(f"rank of {name} is {rank!r}, legal is 1 to {min(m, n)} or {DENSE!r}")
             if record["ranks"].keys() != record["shapes"].keys():
                 raise ValueError("ranks and shapes name different linears")
