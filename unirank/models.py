@@ -81,12 +81,12 @@ def load_pretrained(
     _refuse_experts(config)
     try:
         # Safetensors only: other weight files are pickles.
-        model: PreTrainedModel
-        model, found = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **common
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"Cannot load the weights of {name_or_path!r}: {_first_line(error)}.") from error
+    model, found = read
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise InputError(f"The checkpoint {name_or_path!r} lacks the weights {', '.join(missing)}.")
     model.to(target)  # pyright: ignore[reportArgumentType]
