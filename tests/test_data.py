@@ -156,3 +156,11 @@ def test_senseless_calibration_sizes_are_refused(arguments: dict[str, int], mess
 def test_senseless_evaluation_sizes_are_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(unirank.InputError, match=message):
         evaluation_windows(TOKENS, **arguments)
+
+
+def test_line_ends_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "unix.txt").write_bytes(b"one\ntwo\n")
+    (tmp_path / "dos.txt").write_bytes(b"one\r\ntwo\r\n")
+    unix, dos = (read_text(str(tmp_path / f"{name}.txt")) for name in ("unix", "dos"))
+    assert unix.content == dos.content
+    assert unix.sha256 == dos.sha256

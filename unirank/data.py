@@ -48,7 +48,7 @@ def read_text(source: str) -> Text:
             f"The text {source!r} is not a file; legal are a path to UTF-8 text, {BUILTIN!r} and {BUILTIN_HELD_OUT!r}."
         )
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = path.read_text(encoding="utf-8")  # with universal newlines: a CR is no token of its own
     except UnicodeDecodeError as error:
         raise InputError(f"The text {source} is not UTF-8: {error}.") from error
     if not content.strip():
