@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -267,3 +268,16 @@ def test_a_full_disk_leaves_nothing_new_and_the_old_checkpoint(saved, model_dir,
     )
     assert contents(work) == before
     assert sorted(path.name for path in work.iterdir()) == ["old-weights", "old-words"]
+
+
+def test_files_get_the_mode_of_the_users_umask(make_model, calibration: unirank.Calibration, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        out = unirank.compress(make_model(), 0.3, calibration=calibration, store=tmp_path / "store").save(
+            tmp_path / "out"
+        )
+    finally:
+        os.umask(before)
+    for folder in (out, tmp_path / "store"):
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+    assert out.stat().st_mode & 0o777 == 0o750

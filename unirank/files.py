@@ -42,6 +42,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        temporary.chmod(_file_mode())
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -107,10 +108,11 @@ def staged_directory(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        staging.chmod(0o777 & ~_umask())
+        staging.chmod(_file_mode() | 0o111 & ~_umask())
         yield staging
         for file in staging.iterdir():
             if file.is_file():
+                file.chmod(_file_mode())
                 _sync(file)
         if out.exists():
             old = staging.with_suffix(".old")
@@ -128,6 +130,10 @@ def staged_directory(out: Path) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _file_mode() -> int:
+    return 0o666 & ~_umask()  # the user's own; safetensors makes files that only their owner can read
 
 
 def _umask() -> int:
