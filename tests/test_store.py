@@ -24,58 +24,7 @@ from unirank.types import CosineStat, Factors, LinearSpec, LoadedModel
 
 LAYERS = 5
 ROOT = Path(__file__).parents[1]
-
-# One process loads torch once and forks a child a job; each child analyses into its own directory and comes to harm.
-CHILD = """
-import json, os, pathlib, resource, signal, sys
-import unirank
-
-model, text, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-calibration = unirank.Calibration(text=text, windows=6, window=24, seed=0, batch=2)
-
-
-def die_at_replace(count, *, before):
-    original, calls = os.replace, []
-
-    def replace(*paths):
-        calls.append(paths)
-        if before and len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(*paths)
-        if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = replace
-
-
-def work(kind, count, store):
-    loaded = unirank.load(model, device="cpu")
-
-    def progress(stage, done, total):
-        if kind == "layer" and done == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "full" and done == count:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
-
-    if kind in ("half-written", "renamed"):
-        die_at_replace(count, before=kind == "half-written")
-    try:
-        unirank.analyze(loaded, store, calibration=calibration, progress=progress)
-    except unirank.WriteError as error:
-        print(error, flush=True)
-        os._exit(5)
-    os._exit(0)
-
-
-status = {}
-for kind, count, store in jobs:
-    child = os.fork()
-    if child == 0:
-        work(kind, count, store)
-    status[pathlib.Path(store).name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-print(json.dumps(status))
-"""
+CHILD = Path(__file__).with_name("harm_analysis.py")
 
 _pick = random.Random(0)
 KILLED_AFTER = _pick.randint(1, LAYERS - 1)
@@ -123,7 +72,7 @@ def harmed(model_path: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     """The stores that `HARM` left, by name in one folder, and what the process printed."""
     folder = tmp_path_factory.mktemp("harmed")
     jobs = [(kind, count, str(folder / name)) for name, (kind, count) in HARM.items()]
-    command = [sys.executable, "-c", CHILD, str(model_path), str(text_file), json.dumps(jobs)]
+    command = [sys.executable, str(CHILD), str(model_path), str(text_file), json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
