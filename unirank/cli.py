@@ -30,6 +30,7 @@ from unirank.files import check_output, write_text
 from unirank.info import build_info
 from unirank.models import load, load_pretrained
 from unirank.progress import OnProgress, bars
+from unirank.provenance import versions
 from unirank.schemes import scheme as scheme_of
 from unirank.schemes import schemes
 from unirank.score import ScoreSettings
@@ -100,6 +101,21 @@ def _session(as_json: bool) -> Iterator[_Session]:
     except KeyboardInterrupt:
         errors.print("Interrupted. Finished layers are kept; the same command resumes from them.")
         raise typer.Exit(130) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"unirank {versions()['unirank']}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 @app.command()
@@ -230,7 +246,7 @@ def compress(
         compressed.save(out, overwrite=overwrite)
         record = {"out": str(out), "store": str(analysis.path), "report": compressed.report.as_dict()}
         record |= {"budget": ranks.budget, "used": ranks.used}
-        session.show(record, *tables.compress_view(compressed, out))
+        session.show(record, *tables.compress_view(compressed, out, analysis.path))
 
 
 @app.command(name="eval")

@@ -60,7 +60,7 @@ def plan_summary(plan: RankPlan) -> str:
     )
 
 
-def compress_view(compressed: CompressedModel, out: Path) -> list[Any]:
+def compress_view(compressed: CompressedModel, out: Path, store: Path) -> list[Any]:
     """What was removed, and how to load the result."""
     report = compressed.report
     saved = (report.model_before - report.model_after) * compressed.model.dtype.itemsize
@@ -70,7 +70,8 @@ def compress_view(compressed: CompressedModel, out: Path) -> list[Any]:
         ("whole model", report.model_before, report.model_after, report.removed_of_model),
     ):
         table.add_row(label, f"{before:,}", f"{after:,}", f"{removed:.2%}")
-    return [table, f"{saved / 1e6:,.1f} MB saved on disk. {plan_summary(compressed.plan)}", *load_hint([out])]
+    kept = f"The analysis stays in {store} for other ratios (--store {store}); delete it when you need no more."
+    return [table, f"{saved / 1e6:,.1f} MB saved on disk. {plan_summary(compressed.plan)}", kept, *load_hint([out])]
 
 
 def load_hint(paths: Sequence[Path]) -> list[Any]:
