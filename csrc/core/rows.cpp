@@ -9,29 +9,12 @@
 namespace unirank {
 namespace {
 
-// Four sets of accumulators hide the latency of the multiply-add and still fit the sixteen registers of AVX2.
-constexpr int kUnroll = 4;
-constexpr int kStep = kUnroll * kLanes;
-
-struct Moments {
-  LanesD xy[kUnroll] = {}, xx[kUnroll] = {}, yy[kUnroll] = {};
-};
-
-template <typename T>
-UNIRANK_INLINE void add_step(const T* x, const T* y, Moments& m) {
-  for (int u = 0; u < kUnroll; ++u) {
-    const LanesD a = load_lanes_fp64(x + u * kLanes);
-    const LanesD b = load_lanes_fp64(y + u * kLanes);
-    m.xy[u] += a * b;
-    m.xx[u] += a * a;
-    m.yy[u] += b * b;
-  }
-}
-
-UNIRANK_INLINE double sum(const LanesD (&v)[kUnroll]) {
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += (v[0][i] + v[1][i]) + (v[2][i] + v[3][i]);
-  return total;
+// kStep partial sums of each product, whatever the width: enough independent ones to hide the latency of the
+// multiply-add, and an order of summation that no instruction set changes.
+double total(const double (&v)[kStep]) {
+  double sum = 0;
+  for (int i = 0; i < kStep / 4; ++i) sum += (v[i] + v[i + 4]) + (v[i + 8] + v[i + 12]);
+  return sum;
 }
 
 double finish(double xy, double xx, double yy) {
@@ -41,46 +24,52 @@ double finish(double xy, double xx, double yy) {
   return std::clamp(xy / (std::sqrt(xx) * std::sqrt(yy)), -1.0, 1.0);
 }
 
-template <typename T>
-UNIRANK_INLINE double row_cosine_body(const T* x, const T* y, std::int64_t D) {
-  Moments m;
-  std::int64_t d = 0;
-  for (; d + kStep <= D; d += kStep) add_step(x + d, y + d, m);
-  if (d < D) {
-    // Zero padding adds exact zeros; the tail needs no second code path.
-    T xt[kStep] = {}, yt[kStep] = {};
-    std::copy(x + d, x + D, xt);
-    std::copy(y + d, y + D, yt);
-    add_step(xt, yt, m);
-  }
-  return finish(sum(m.xy), sum(m.xx), sum(m.yy));
-}
+template <int Bytes>
+struct Moments {
+  Step<Bytes> xy = {}, xx = {}, yy = {};
 
-template <typename T>
-UNIRANK_INLINE void widen_body(const T* source, float* target, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const LanesF v = load_lanes(source + i);
-    std::memcpy(target + i, &v, sizeof v);
+  template <typename T>
+  UNIRANK_INLINE void add_step(const T* x, const T* y) {
+    Step<Bytes> a, b;
+    load_step<Bytes>(x, a);
+    load_step<Bytes>(y, b);
+    for (std::size_t u = 0; u < sizeof a / Bytes; ++u) {
+      xy[u] += a[u] * b[u];
+      xx[u] += a[u] * a[u];
+      yy[u] += b[u] * b[u];
+    }
   }
-  if (i < n) {
-    T tail[kLanes] = {};
-    std::copy(source + i, source + n, tail);
-    const LanesF v = load_lanes(tail);
-    std::memcpy(target + i, &v, static_cast<std::size_t>(n - i) * sizeof(float));
+
+  static UNIRANK_INLINE double sum(const Step<Bytes>& v) {
+    double parts[kStep];
+    std::memcpy(parts, v, sizeof parts);
+    return total(parts);
   }
-}
+};
+
+struct RowCosine {
+  template <int Bytes, typename T>
+  static UNIRANK_INLINE double run(const T* x, const T* y, std::int64_t D) {
+    // Four doubles at most: GCC widens eight at a time by taking registers apart and putting them together again.
+    Moments<(Bytes < 32 ? Bytes : 32)> m;
+    std::int64_t d = 0;
+    for (; d + kStep <= D; d += kStep) m.add_step(x + d, y + d);
+    if (d < D) {
+      // Zero padding adds exact zeros; the tail needs no second code path.
+      T xt[kStep] = {}, yt[kStep] = {};
+      std::copy(x + d, x + D, xt);
+      std::copy(y + d, y + D, yt);
+      m.add_step(xt, yt);
+    }
+    return finish(m.sum(m.xy), m.sum(m.xx), m.sum(m.yy));
+  }
+};
 
 }  // namespace
 
-UNIRANK_WIDE double row_cosine(const double* x, const double* y, std::int64_t D) { return row_cosine_body(x, y, D); }
-UNIRANK_WIDE double row_cosine(const float* x, const float* y, std::int64_t D) { return row_cosine_body(x, y, D); }
-UNIRANK_WIDE double row_cosine(const Bf16* x, const Bf16* y, std::int64_t D) { return row_cosine_body(x, y, D); }
-UNIRANK_WIDE double row_cosine(const Fp16* x, const Fp16* y, std::int64_t D) { return row_cosine_body(x, y, D); }
-
-void widen_row(const double* source, double* target, std::int64_t n) { std::copy(source, source + n, target); }
-void widen_row(const float* source, float* target, std::int64_t n) { std::copy(source, source + n, target); }
-UNIRANK_WIDE void widen_row(const Bf16* source, float* target, std::int64_t n) { widen_body(source, target, n); }
-UNIRANK_WIDE void widen_row(const Fp16* source, float* target, std::int64_t n) { widen_body(source, target, n); }
+double row_cosine(const double* x, const double* y, std::int64_t D) { return dispatch<RowCosine>(x, y, D); }
+double row_cosine(const float* x, const float* y, std::int64_t D) { return dispatch<RowCosine>(x, y, D); }
+double row_cosine(const Bf16* x, const Bf16* y, std::int64_t D) { return dispatch<RowCosine>(x, y, D); }
+double row_cosine(const Fp16* x, const Fp16* y, std::int64_t D) { return dispatch<RowCosine>(x, y, D); }
 
 }  // namespace unirank

@@ -1,4 +1,4 @@
-// Kernels over one row of activations, free of torch: token cosine, and widening of 16-bit floats.
+// Token cosine over one row of activations, free of torch.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,10 @@ struct Fp16 {
 
 // cos(x, y) of two rows of D elements, products and sums in fp64, clamped to [-1, 1].
 // A row of norm zero gives 0; a row whose squared norm is not finite gives NaN.
-// The lanes are summed in one fixed order, so the bits depend on nothing but the two rows.
+// The sums are made in one fixed order, so the bits depend on nothing but the two rows.
 double row_cosine(const double* x, const double* y, std::int64_t D);
 double row_cosine(const float* x, const float* y, std::int64_t D);
 double row_cosine(const Bf16* x, const Bf16* y, std::int64_t D);
 double row_cosine(const Fp16* x, const Fp16* y, std::int64_t D);
-
-// Copies n elements into the compute type: exact for every pair here.
-void widen_row(const double* source, double* target, std::int64_t n);
-void widen_row(const float* source, float* target, std::int64_t n);
-void widen_row(const Bf16* source, float* target, std::int64_t n);
-void widen_row(const Fp16* source, float* target, std::int64_t n);
 
 }  // namespace unirank

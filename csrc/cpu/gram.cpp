@@ -1,13 +1,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <type_traits>
+#include <atomic>
 #include <utility>
 #include <vector>
 
-#include "core/blas.h"
-#include "core/rows.h"
-#include "core/workspace.h"
+#include "core/moment.h"
 #include "cpu/check.h"
 #include "cpu/ops.h"
 
@@ -16,148 +14,84 @@ namespace {
 
 using i64 = std::int64_t;
 
-// Rows that one gemm sums in its own precision; across chunks the sum goes on in the gram's dtype.
+// Rows that are summed in the compute type; across chunks the sum goes on in the gram's dtype.
 constexpr i64 kChunk = 2048;
-// Largest side of the square tiles of the lower half: small enough to share out, large enough for gemm at full speed.
-constexpr i64 kMaxTile = 384;
-// Columns of one piece of the column sums: a whole number of cache lines in every dtype.
-constexpr i64 kColumns = 128;
 
-// What gemm multiplies for an input dtype: fp64 for fp64, fp32 for everything shorter.
-template <typename In>
-using Compute = std::conditional_t<std::is_same_v<In, double>, double, float>;
-
-// The counted rows of x, chunk by chunk, as a row-major matrix in the compute type.
-template <typename In>
-class Rows {
- public:
-  using C = Compute<In>;
-
-  Rows(const Tensor& x, const bool* mask) : x_(static_cast<const In*>(x.const_data_ptr())), N_(x.size(1)) {
-    const i64 T = x.size(0);
-    direct_ = std::is_same_v<In, C> && !mask && is_aligned(x_);
-    if (mask) {
-      for (i64 t = 0; t < T; ++t) {
-        if (mask[t]) index_.push_back(t);
-      }
-    }
-    masked_ = mask != nullptr;
-    count_ = masked_ ? static_cast<i64>(index_.size()) : T;
-    if (!direct_) buffer_.resize(static_cast<std::size_t>(std::min(kChunk, count_) * N_));
+std::vector<i64> counted_rows(const bool* mask, i64 T) {
+  std::vector<i64> index;
+  for (i64 t = 0; t < T; ++t) {
+    if (mask[t]) index.push_back(t);
   }
+  return index;
+}
 
-  i64 count() const { return count_; }
-
-  // Valid until the next call.
-  const C* chunk(i64 begin, i64 end) {
-    if constexpr (std::is_same_v<In, C>) {
-      if (direct_) return x_ + begin * N_;
-    }
-    torch::stable::parallel_for(begin, end, 64, [&](i64 first, i64 last) {
-      for (i64 t = first; t < last; ++t) {
-        widen_row(x_ + (masked_ ? index_[t] : t) * N_, buffer_.data() + (t - begin) * N_, N_);
-      }
-    });
-    return buffer_.data();
-  }
-
- private:
-  const In* x_;
-  i64 N_, count_ = 0;
-  bool direct_ = false, masked_ = false;
-  std::vector<i64> index_;
-  Workspace<C> buffer_;
-};
-
-// The lower half of an [N, N] matrix in square tiles of nearly equal size, a function of N alone: equal shares of work
-// for any number of threads, and the same sums.
+// The lower half of an [N, N] matrix in square tiles of nearly equal size. The tiles on the diagonal, half the work,
+// come last: threads take the next tile when they are free, and small pieces at the end finish together.
 struct Tiles {
   i64 side;
   std::vector<std::pair<i64, i64>> corners;  // first row and first column of each
 
   explicit Tiles(i64 N) {
-    // Three across give six tiles; the three tiles of two across would leave every other thread idle half the time.
-    const i64 across = std::max<i64>(3, (N + kMaxTile - 1) / kMaxTile);
-    side = ((N + across - 1) / across + 15) / 16 * 16;
+    const i64 across = std::max<i64>(3, (N + kMaxTile - 1) / kMaxTile);  // fewer would not feed several threads
+    side = ((N + across - 1) / across + 31) / 32 * 32;
     for (i64 i = 0; i < N; i += side) {
-      for (i64 j = 0; j <= i; j += side) corners.emplace_back(i, j);
+      for (i64 j = 0; j < i; j += side) corners.emplace_back(i, j);
     }
+    for (i64 i = 0; i < N; i += side) corners.emplace_back(i, i);
   }
   i64 count() const { return static_cast<i64>(corners.size()); }
 };
 
-// product [m, n] = x[:, i:i+m]ᵀ x[:, j:j+n], row-major. To BLAS, x is the column-major [N, T] matrix.
-template <typename C>
-void tile_product(const C* x, i64 N, i64 rows, i64 i, i64 j, int m, int n, C* product) {
-  const C one = 1, zero = 0;
-  const int k = static_cast<int>(rows), ld = static_cast<int>(N);
-  blas<C>().gemm("N", "T", &n, &m, &k, &one, x + j, &ld, x + i, &ld, &zero, product, &n, 1, 1);
-}
-
+// Adds the tile's product to the gram; on the diagonal up to the diagonal.
 template <typename C, typename Acc>
-void add_lower_half(Acc* gram, const C* x, i64 N, i64 rows, const Tiles& tiles) {
-  torch::stable::parallel_for(0, tiles.count(), 1, [&](i64 begin, i64 end) {
-    const OneBlasThread one_thread;
-    Workspace<C> product(static_cast<std::size_t>(tiles.side * tiles.side));
-    for (i64 tile = begin; tile < end; ++tile) {
-      const auto [i, j] = tiles.corners[tile];
-      const i64 m = std::min(tiles.side, N - i), n = std::min(tiles.side, N - j);
-      tile_product(x, N, rows, i, j, static_cast<int>(m), static_cast<int>(n), product.data());
-      for (i64 r = 0; r < m; ++r) {
-        Acc* target = gram + (i + r) * N + j;
-        const i64 width = i == j ? r + 1 : n;  // a tile on the diagonal counts up to the diagonal
-        for (i64 c = 0; c < width; ++c) target[c] += static_cast<Acc>(product[r * n + c]);
-      }
-    }
-  });
+void add_tile(const C* product, Acc* gram, i64 N, i64 i, i64 m, i64 j, i64 n) {
+  for (i64 r = 0; r < m; ++r) {
+    Acc* target = gram + (i + r) * N + j;
+    const i64 width = i == j ? r + 1 : n;
+    for (i64 c = 0; c < width; ++c) target[c] += static_cast<Acc>(product[r * kMaxTile + c]);
+  }
 }
 
 template <typename Acc>
-void mirror(Acc* gram, i64 N, const Tiles& tiles) {
+void mirror_tile(Acc* gram, i64 N, i64 i0, i64 m, i64 j0, i64 n) {
   constexpr i64 kBlock = 16;  // both sides of a block stay in the first-level cache
-  torch::stable::parallel_for(0, tiles.count(), 1, [&](i64 begin, i64 end) {
-    for (i64 tile = begin; tile < end; ++tile) {
-      const auto [i0, j0] = tiles.corners[tile];
-      const i64 i1 = std::min(N, i0 + tiles.side), j1 = std::min(N, j0 + tiles.side);
-      for (i64 ib = i0; ib < i1; ib += kBlock) {
-        for (i64 jb = j0; jb < std::min(j1, ib + kBlock); jb += kBlock) {
-          for (i64 i = ib; i < std::min(i1, ib + kBlock); ++i) {
-            for (i64 j = jb; j < std::min({j1, jb + kBlock, i}); ++j) gram[j * N + i] = gram[i * N + j];
-          }
-        }
+  const i64 i1 = i0 + m, j1 = j0 + n;
+  for (i64 ib = i0; ib < i1; ib += kBlock) {
+    for (i64 jb = j0; jb < std::min(j1, ib + kBlock); jb += kBlock) {
+      for (i64 i = ib; i < std::min(i1, ib + kBlock); ++i) {
+        for (i64 j = jb; j < std::min({j1, jb + kBlock, i}); ++j) gram[j * N + i] = gram[i * N + j];
       }
     }
-  });
-}
-
-template <typename C, typename Acc>
-void add_column_sums(Acc* mean, const C* x, i64 N, i64 rows) {
-  torch::stable::parallel_for(0, (N + kColumns - 1) / kColumns, 1, [&](i64 begin, i64 end) {
-    for (i64 piece = begin; piece < end; ++piece) {
-      const i64 first = piece * kColumns, width = std::min(kColumns, N - first);
-      double sum[kColumns] = {};
-      for (i64 t = 0; t < rows; ++t) {
-        for (i64 c = 0; c < width; ++c) sum[c] += x[t * N + first + c];
-      }
-      for (i64 c = 0; c < width; ++c) mean[first + c] += static_cast<Acc>(sum[c]);
-    }
-  });
+  }
 }
 
 template <typename In, typename Acc>
 void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
   const i64 N = x.size(1);
   Acc* g = static_cast<Acc*>(gram.mutable_data_ptr());
-  Acc* m = static_cast<Acc*>(mean.mutable_data_ptr());
-  Rows<In> source(x, mask);
+  Acc* sums = static_cast<Acc*>(mean.mutable_data_ptr());
+  const std::vector<i64> index = mask ? counted_rows(mask, x.size(0)) : std::vector<i64>();
+  const i64 count = mask ? static_cast<i64>(index.size()) : x.size(0);
+  if (count == 0) return;
+  const RowsOf<In> rows{static_cast<const In*>(x.const_data_ptr()), N, mask ? index.data() : nullptr};
   const Tiles tiles(N);
-  for (i64 begin = 0; begin < source.count(); begin += kChunk) {
-    const i64 end = std::min(begin + kChunk, source.count());
-    const Compute<In>* rows = source.chunk(begin, end);
-    add_column_sums(m, rows, N, end - begin);
-    add_lower_half(g, rows, N, end - begin, tiles);
-  }
-  mirror(g, N, tiles);
+  std::atomic<i64> next = 0;
+  // The ranges that parallel_for hands out only say how many threads take part.
+  torch::stable::parallel_for(0, tiles.count(), 1, [&](i64, i64) {
+    TileScratch<Compute<In>> scratch;
+    for (i64 tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles.count();) {
+      const auto [i, j] = tiles.corners[tile];
+      const i64 m = std::min(tiles.side, N - i), n = std::min(tiles.side, N - j);
+      for (i64 begin = 0; begin < count; begin += kChunk) {
+        double column_sum[kMaxTile] = {};
+        tile_moment(rows, begin, std::min(begin + kChunk, count), i, m, j, n, scratch, column_sum);
+        add_tile(scratch.product.data(), g, N, i, m, j, n);
+        if (i != j) continue;
+        for (i64 c = 0; c < m; ++c) sums[i + c] += static_cast<Acc>(column_sum[c]);
+      }
+      mirror_tile(g, N, i, m, j, n);
+    }
+  });
 }
 
 template <typename In>
@@ -171,7 +105,6 @@ void check_arguments(const char* op, const Tensor& gram, const Tensor& mean, con
   check(is_floating(x.scalar_type()), op, ": x must be float32, float64, bfloat16 or float16, got ",
         name(x.scalar_type()));
   const i64 N = x.size(1);
-  check(N <= (1 << 30), op, ": N must fit a 32-bit BLAS, got ", N);
   check(gram.dim() == 2 && gram.size(0) == N && gram.size(1) == N && gram.is_contiguous(), op,
         ": gram must be contiguous of shape [", N, ", ", N, "], got ", shape(gram));
   check(mean.dim() == 1 && mean.size(0) == N && mean.is_contiguous(), op, ": mean must be contiguous of shape [", N,

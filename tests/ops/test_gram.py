@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from tolerance import (
@@ -25,11 +26,19 @@ def run(op, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.fl
     return gram, mean
 
 
+def exact_moment(rows: Tensor) -> Tensor:
+    """`rowsᵀ rows`; of fp64 rows in extended precision, because torch's own fp64 product is no truth for another."""
+    if rows.dtype != torch.float64:
+        return rows.double().T @ rows.double()
+    wide = rows.numpy().astype(np.longdouble)
+    return torch.from_numpy((wide.T @ wide).astype(np.float64))
+
+
 def assert_matches(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> None:
     gram, mean = run(ops.gram_accumulate_, x, mask, dtype)
     assert torch.equal(gram, gram.T)
     rows = x if mask is None else x[mask]
-    truth, total = rows.double().T @ rows.double(), rows.double().sum(0)
+    truth, total = exact_moment(rows), rows.double().sum(0)
     # What torch makes of 16-bit rows without the op: widened to fp32, which is also what the op promises.
     plain = rows if rows.dtype == torch.float64 and dtype == torch.float64 else rows.float()
     assert_as_good_as_torch(gram, plain.T @ plain, truth)

@@ -1,0 +1,76 @@
+"""`gram_accumulate_` against `addmm` of xᵀx and the twin, beside this machine's matrix product.
+
+    python bench/bench_gram.py --json out.json
+
+GFLOP/s count the products that a symmetric result needs, `T N (N + 1)`; `addmm` makes twice as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from record import write_result
+from shapes import MODELS
+from timing import compare, matmul_rate, parser, row, show
+from torch import Tensor
+
+from unirank import ops, reference
+
+
+def accumulate(op, x: Tensor, dtype: torch.dtype) -> Tensor:
+    gram, total = torch.zeros(x.shape[1], x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
+    op(gram, total, x)
+    return gram
+
+
+def check(x: Tensor) -> None:
+    """Against float64 no worse than twice torch, also where the moment is rank-deficient, has outliers or denormals."""
+    deficient = x[:, :1] * torch.randn(x.shape[1]).to(x.dtype)
+    outlier, tiny = x.clone(), x * torch.finfo(x.dtype).smallest_normal
+    outlier[:, 0] *= 1000
+    for case in (x, deficient, outlier, tiny):
+        truth = case.double().T @ case.double()
+        plain = (case.float().T @ case.float()).double()
+        error = (accumulate(ops.gram_accumulate_, case, torch.float64) - truth).abs().max()
+        assert error <= 2 * (plain - truth).abs().max() + 1e-6 * truth.abs().max()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser(__doc__).parse_args(argv)
+    shapes = [(64, 96)] if arguments.quick else [(4096, 1536), (4096, 576)]
+    shapes += [(4096, width) for name in arguments.models or [] for width in MODELS[name].inputs]
+    rows = []
+    for T, N in dict.fromkeys(shapes):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(T, N).to(dtype)
+            check(x[:, :128])
+            target = torch.zeros(N, N)
+
+            def addmm(x: Tensor = x, target: Tensor = target) -> Tensor:
+                x = x.float()
+                return torch.addmm(target, x.T, x)
+
+            def twin(x: Tensor = x) -> Tensor:
+                return accumulate(reference.gram_accumulate_, x, torch.float64)
+
+            for kept in (torch.float32, torch.float64):
+                for name, baseline in (("addmm", addmm), ("twin", twin)):
+                    gram, total = torch.zeros(N, N, dtype=kept), torch.zeros(N, dtype=kept)
+                    times = compare(
+                        lambda x=x, gram=gram, total=total: ops.gram_accumulate_(gram, total, x),
+                        baseline,
+                        arguments.repeats if name == "addmm" else 3,
+                    )
+                    label = f"{str(dtype).removeprefix('torch.')} into {str(kept).removeprefix('torch.')}"
+                    rate = matmul_rate(torch.float32, 96 if arguments.quick else 1536)
+                    rows.append(
+                        row("gram", f"{T} x {N}", label, name, *times, flops=T * N * (N + 1), matmul_gflops=rate)
+                    )
+    show(rows)
+    write_result(arguments.json, rows, seed=torch.initial_seed())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

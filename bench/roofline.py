@@ -1,0 +1,127 @@
+"""A MODEL, not a measurement: bytes, flops and the two floors of each op on a GPU, and of the whole job.
+
+    python bench/roofline.py --json out.json
+
+The memory floor is bytes over the peak bandwidth, the compute floor flops over the dense peak of the units that run
+them; the larger one is the least time. Eigensolvers stay far above it, because their tridiagonalisation is half
+matrix-vector products. Peaks are the makers' figures for H100 SXM, A100 SXM 80 GB and RTX 4090.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from record import write_result
+from rich.console import Console
+from rich.table import Table
+from shapes import MODELS, Model
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates per second: bytes of memory, and flops of bf16 tensor cores, fp32 and fp64 units."""
+
+    memory: float
+    bf16: float
+    fp32: float
+    fp64: float
+
+
+DEVICES = {
+    "H100": Device(3.35e12, 989e12, 67e12, 67e12),
+    "A100": Device(2.04e12, 312e12, 19.5e12, 19.5e12),
+    "4090": Device(1.01e12, 165e12, 82.6e12, 1.29e12),
+}
+WINDOWS, WINDOW = 256, 2048
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an op moves and computes, and on which units."""
+
+    op: str
+    bytes: float
+    flops: float
+    units: str
+
+    def floors(self, device: Device) -> tuple[float, float]:
+        return self.bytes / device.memory, self.flops / getattr(device, self.units)
+
+
+def works(model: Model) -> list[Work]:
+    """The whole job on `WINDOWS` windows: bf16 weights and streams, fp32 Grams, fp64 decomposition."""
+    T, D, L = WINDOWS * WINDOW, model.hidden, model.layers
+    weights = sum(m * n for m, n in model.linears)
+    traffic = sum(m + n for m, n in model.linears)
+    attention = 4 * T * WINDOW * model.query / 2  # causal
+    components = sum(min(m, n) for m, n in model.all_linears())
+    gram_flops = sum(T * n * (n + 1) for n in model.inputs)
+    gram_bytes = sum(2 * T * n + 8 * n * n for n in model.inputs)
+    # W C Wᵀ through the square part, factors, and for a tall weight its Cholesky QR.
+    products = sum(2 * min(m, n) * n * n + 4 * min(m, n) ** 2 * max(m, n) for m, n in model.linears)
+    eigh = sum(9 * min(m, n) ** 3 for m, n in model.linears)
+    matrix_bytes = sum(8 * (3 * m * n + 4 * min(m, n) ** 2) for m, n in model.linears)
+    return [
+        Work("forward", L * (2 * weights + 2 * T * traffic), L * (2 * T * weights + attention), "bf16"),
+        Work("cosine_accumulate_", L * 3 * 2 * 2 * T * D, L * 3 * 6 * T * D, "fp32"),
+        Work("gram_accumulate_", L * gram_bytes, L * gram_flops, "bf16"),
+        Work("products", L * matrix_bytes, L * products, "fp64"),
+        Work("batched_eigh", L * matrix_bytes, L * eigh, "fp64"),
+        # A radix sort reads and writes 16-byte pairs in 8 passes.
+        Work("global_topk", components * 16 * 2 * 8, 0, "fp32"),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="accepted like everywhere; the model is always quick")
+    parser.add_argument("--models", nargs="*", default=["llama-2-7b", "llama-3-70b"])
+    parser.add_argument("--json", type=Path, help="write rows and meta to this file")
+    arguments = parser.parse_args(argv)
+    console = Console(width=150)
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        for device_name, device in DEVICES.items():
+            title = f"MODEL, not a measurement: {name} on {device_name}, {WINDOWS} x {WINDOW} tokens"
+            table = Table("op", "GB", "TFLOP", "memory floor s", "compute floor s", "bound by", title=title)
+            total = 0.0
+            for work in works(MODELS[name]):
+                memory, compute = work.floors(device)
+                total += max(memory, compute)
+                bound = "memory" if memory >= compute else "compute"
+                cells = (f"{work.bytes / 1e9:.1f}", f"{work.flops / 1e12:.1f}", f"{memory:.4f}", f"{compute:.4f}")
+                table.add_row(work.op, *cells, bound)
+                rows.append(_row(work.op, name, device_name, work.units, max(memory, compute), work, bound))
+            everything = Work("whole job", 0, 0, "fp32")
+            rows.append(_row("whole job", name, device_name, "mixed", total, everything, "sum of the floors"))
+            table.add_row("whole job", "", "", "", f"{total:.2f}", "sum of the larger floors")
+            console.print(table)
+    write_result(arguments.json, rows, kind="model", windows=WINDOWS, window=WINDOW)
+    return 0
+
+
+def _row(op: str, shape: str, device: str, dtype: str, seconds: float, work: Work, bound: str) -> dict[str, Any]:
+    """The keys of every result file; a model has no baseline and so no ratio."""
+    return {
+        "op": op,
+        "shape": shape,
+        "dtype": dtype,
+        "baseline": f"roofline model of {device}",
+        "ratio": None,
+        "seconds": seconds,
+        "baseline_seconds": None,
+        "gbs": work.bytes / seconds / 1e9,
+        "gflops": work.flops / seconds / 1e9,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "bound": bound,
+        "measured": False,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
