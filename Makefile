@@ -10,26 +10,48 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 
-.PHONY: demo test lint format clean
+# The CUDA build of torch that check-cuda-link installs, about 5.5 GB.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+
+.PHONY: demo test lint format clean check-native check-cuda check-cuda-link test-gpu
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
 test: $(VENV)/.dev
-	UNIRANK_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest
+	UNIRANK_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest --ignore=tests/native
+
+# The CUDA sources on a CPU: emulated kernels, planted faults, sanitizers, the cuSOLVER driver against a mock. Needs g++;
+# the first run fetches NVIDIA's headers (600 MB of wheels, 1.3 MB kept). docs/verification.md says what it proves.
+check-native: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/native
+
+# Without a GPU: compile csrc/cuda for sm_80, 90 and 120, then look at the machine code. docs/verification.md says more.
+check-cuda: $(VENV)/.torch
+	$(BIN)/python tools/check_cuda.py
+	$(BIN)/python tools/check_sass.py
+
+# Without a GPU, and optional: link against a CUDA build of torch and load the result. Calls must end in a clean error.
+check-cuda-link: $(CUDA_VENV)/.linked
+	$(CUDA_VENV)/bin/python tools/check_cuda_link.py
+
+# On a machine with a GPU, in the environment where unirank was installed beside a CUDA build of torch.
+test-gpu:
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m pytest tests/gpu
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) build .pytest_cache .ruff_cache .hypothesis
 
 # Torch goes first and by name: the build looks at it, and a bare `torch` could be another build.
 $(VENV)/.torch:
@@ -46,6 +68,14 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(CUDA_VENV)/.linked: $(SOURCES)
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet '$(CUDA_TORCH)' 'scikit-build-core>=0.11' ninja 'cmake>=3.24'
+	$(CUDA_VENV)/bin/python -m pip install --quiet 'transformers>=5.0,<6' 'accelerate>=1.0' 'rich>=13' 'typer>=0.15'
+	UNIRANK_CUDA=ON PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" \
+		$(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.dev

@@ -8,6 +8,7 @@ execute_process(
 string(JSON UNIRANK_TORCH_ROOT GET "${torch_info}" root)
 string(JSON UNIRANK_TORCH_VERSION GET "${torch_info}" version)
 string(JSON UNIRANK_TORCH_CUDA GET "${torch_info}" cuda)
+string(JSON UNIRANK_TORCH_NVIDIA GET "${torch_info}" nvidia)
 
 if(UNIRANK_TORCH_ROOT STREQUAL "")
   message(FATAL_ERROR

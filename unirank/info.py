@@ -8,6 +8,7 @@ import torch
 
 from unirank.allocators import allocators
 from unirank.embedded import cache_root, embedded_package
+from unirank.ops import has_cuda_kernels
 from unirank.provenance import meta
 from unirank.schemes import schemes
 
@@ -20,7 +21,9 @@ def build_info() -> dict[str, Any]:
         "gpus": gpus,
         "torch_cuda": torch.version.cuda,
         "native_ops": [name for name in ops if hasattr(torch.ops.unirank, name)],
-        "cuda_kernels": "none in this version: on a GPU the ops run as torch compositions",
+        "cuda_kernels": "unirank_cuda.so"
+        if has_cuda_kernels()
+        else "not built: on a GPU the ops run as torch compositions",
         "schemes": list(schemes()),
         "allocators": list(allocators()),
         "embedded_model": str(embedded_package() or "not installed"),

@@ -1,7 +1,8 @@
 """The native ops, one function each: what it computes, its fake kernel for torch.compile, and the call.
 
-Kernels are in `unirank_cpu.so`, built from `csrc/`. CUDA tensors, and CPU tensors where torch exposes no LAPACK, are
-served by the torch compositions of `unirank.reference`, which define the meaning.
+Kernels are in `unirank_cpu.so` and, where it was built, `unirank_cuda.so`, both from `csrc/`. CUDA tensors without
+the latter, and CPU tensors where torch exposes no LAPACK, are served by the torch compositions of `unirank.reference`,
+which define the meaning.
 """
 
 from __future__ import annotations
@@ -14,24 +15,28 @@ from torch import Tensor
 
 from unirank import reference
 
-_LIBRARY = "unirank_cpu.so"
+_CPU_LIBRARY = "unirank_cpu.so"
+_CUDA_LIBRARY = "unirank_cuda.so"
 
 
-def _load_library() -> None:
-    # An editable install keeps the library in site-packages, away from the source: the package's path names both.
+def _load_library(name: str) -> bool:
+    # An editable install keeps the libraries in site-packages, away from the source: the package's path names both.
     package = sys.modules["unirank"]
     for folder in package.__path__:
-        path = Path(folder) / _LIBRARY
+        path = Path(folder) / name
         if path.exists():
             torch.ops.load_library(str(path))
-            return
+            return True
+    return False
+
+
+if not _load_library(_CPU_LIBRARY):
     raise ImportError(
-        f"unirank's native library {_LIBRARY} is not built: run `pip install --no-build-isolation -e .` "
+        f"unirank's native library {_CPU_LIBRARY} is not built: run `pip install --no-build-isolation -e .` "
         "in the source tree, with torch already installed."
     )
-
-
-_load_library()
+# Built against a CUDA torch, the library cannot load into a CPU torch that was installed over it.
+_has_cuda_kernels = torch.version.cuda is not None and _load_library(_CUDA_LIBRARY)
 _native = torch.ops.unirank
 
 
@@ -124,7 +129,9 @@ def batched_svd(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tenso
 
     Args:
         a: matrices, [B, M, N], fp32 or fp64.
-        driver: "auto" or "gesdd" (divide and conquer) on cpu; on cuda also "gesvd", "gesvdj" and "gesvda".
+        driver: "auto" or "gesdd" (divide and conquer) on cpu; on cuda "auto" and "gesdd" both mean Jacobi up to 32x32
+            and the polar method beyond, and there are "gesvd" (QR), "gesvdj" (Jacobi) and "gesvda" (through aᵀa: no
+            better than single precision, and less for left vectors of small values).
 
     Returns:
         u [B, M, K], s [B, K] and vh [B, K, N], all in the dtype of a.
@@ -193,6 +200,11 @@ def has_lapack() -> bool:
     return _native.has_lapack()
 
 
+def has_cuda_kernels() -> bool:
+    """Whether CUDA tensors are served by `unirank_cuda.so`; without, by the torch compositions."""
+    return _has_cuda_kernels
+
+
 def _global_topk_on_host(
     value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
 ) -> tuple[Tensor, Tensor]:
@@ -204,9 +216,10 @@ def _global_topk_on_host(
 
 def _register_compositions() -> None:
     lapack_ops = ("gram_accumulate_", "batched_eigh", "batched_svd")
-    for name in ("cosine_accumulate_", *lapack_ops):
-        torch.library.impl(f"unirank::{name}", "CUDA", getattr(reference, name))
-    torch.library.impl("unirank::global_topk", "CUDA", _global_topk_on_host)
+    if not has_cuda_kernels():
+        for name in ("cosine_accumulate_", *lapack_ops):
+            torch.library.impl(f"unirank::{name}", "CUDA", getattr(reference, name))
+        torch.library.impl("unirank::global_topk", "CUDA", _global_topk_on_host)
     if not has_lapack():
         for name in lapack_ops:
             torch.library.impl(f"unirank::{name}", "CPU", getattr(reference, name))

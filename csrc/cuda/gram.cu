@@ -1,0 +1,134 @@
+#include <cublas_v2.h>
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "cuda/ops.h"
+#include "kernels/gram.cuh"
+
+namespace unirank::cuda {
+namespace {
+
+void check_blas(cublasStatus_t status, const char* routine) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  throw std::runtime_error(std::string("gram_accumulate_: ") + routine + " failed: " + cublasGetStatusString(status));
+}
+
+// cuBLAS handles are not for sharing between threads, and torch's own would leave torch with our settings.
+class Handles {
+ public:
+  Handles() = default;
+  Handles(const Handles&) = delete;
+  Handles& operator=(const Handles&) = delete;
+  ~Handles() {
+    for (const auto& [device, handle] : handles_) cublasDestroy(handle);
+  }
+
+  cublasHandle_t on(int device, cudaStream_t stream) {
+    auto found = handles_.find(device);
+    if (found == handles_.end()) {
+      cublasHandle_t handle = nullptr;
+      check_blas(cublasCreate(&handle), "cublasCreate");
+      found = handles_.emplace(device, handle).first;
+      // No TF32, and partial sums of 16-bit products stay in fp32: the op promises fp32 within a chunk.
+      const auto mode =
+          static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION);
+      check_blas(cublasSetMathMode(handle, mode), "cublasSetMathMode");
+      check_blas(cublasSetAtomicsMode(handle, CUBLAS_ATOMICS_NOT_ALLOWED), "cublasSetAtomicsMode");
+    }
+    check_blas(cublasSetStream(found->second, stream), "cublasSetStream");
+    return found->second;
+  }
+
+ private:
+  std::map<int, cublasHandle_t> handles_;
+};
+
+template <typename In>
+constexpr cudaDataType_t kType = std::is_same_v<In, double>          ? CUDA_R_64F
+                                 : std::is_same_v<In, float>         ? CUDA_R_32F
+                                 : std::is_same_v<In, kernels::Bf16> ? CUDA_R_16BF
+                                                                     : CUDA_R_16F;
+
+// The product that accumulate_gram asks for. To cuBLAS, row-major x is the column-major [N, T] matrix, and the panel
+// of rows first..last of the gram is the [last, last - first] matrix x[:last] x[first:last]ᵀ.
+struct Multiply {
+  cublasHandle_t handle;
+
+  template <typename In, typename C>
+  void operator()(const In* x, i64 stride, i64 T, i64 first, i64 last, int accumulate, C* out, i64 ld) const {
+    const C one = 1, beta = static_cast<C>(accumulate);
+    const auto compute = std::is_same_v<C, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+    check_blas(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_T, int(last), int(last - first), int(T), &one, x, kType<In>,
+                            int(stride), x + first, kType<In>, int(stride), &beta, out, kType<C>, int(ld), compute,
+                            CUBLAS_GEMM_DEFAULT),
+               "cublasGemmEx");
+  }
+};
+
+template <typename In, typename Acc>
+void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
+  using Buffers = kernels::GramScratch<In, Acc>;
+  const i64 T = x.size(0), N = x.size(1);
+  const Queue queue(x);
+  Scratch scratch(x);
+  const Buffers buffers{
+      scratch.take<double>(kernels::kMaxSlices * N),
+      mask ? scratch.take<In>(std::min(kernels::kChunk, T) * N) : nullptr,
+      Buffers::widens ? scratch.take<kernels::Compute<In>>(std::min(kernels::kPanel, N) * N) : nullptr,
+  };
+  static thread_local Handles handles;
+  const Multiply multiply{handles.on(x.get_device_index(), queue.stream())};
+  kernels::accumulate_gram(queue, multiply, kernels::Rows<In>{const_data<In>(x), x.stride(0), T, N}, mask, buffers,
+                           data<Acc>(gram), data<Acc>(mean));
+}
+
+template <typename In>
+void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
+  if (gram.scalar_type() == ScalarType::Double) return accumulate<In, double>(gram, mean, x, mask);
+  return accumulate<In, float>(gram, mean, x, mask);
+}
+
+void check_arguments(const char* op, const Tensor& gram, const Tensor& mean, const Tensor& x) {
+  check(x.dim() == 2, op, ": x must have shape [T, N], got ", shape(x));
+  check(is_floating(x.scalar_type()), op, ": x must be float32, float64, bfloat16 or float16, got ",
+        name(x.scalar_type()));
+  const i64 N = x.size(1);
+  check(N <= (1 << 20), op, ": N must be at most ", 1 << 20, ", got ", N);
+  check(gram.dim() == 2 && gram.size(0) == N && gram.size(1) == N && gram.is_contiguous(), op,
+        ": gram must be contiguous of shape [", N, ", ", N, "], got ", shape(gram));
+  check(mean.dim() == 1 && mean.size(0) == N && mean.is_contiguous(), op, ": mean must be contiguous of shape [", N,
+        "], got ", shape(mean));
+  check(is_full(gram.scalar_type()) && mean.scalar_type() == gram.scalar_type(), op,
+        ": gram and mean must both be float64 or both float32, got ", name(gram.scalar_type()), " and ",
+        name(mean.scalar_type()));
+  check_device(op, "gram", gram, x);
+  check_device(op, "mean", mean, x);
+}
+
+}  // namespace
+
+void gram_accumulate_(Tensor gram, Tensor mean, Tensor x, std::optional<Tensor> mask) {
+  const char* op = "gram_accumulate_";
+  check_arguments(op, gram, mean, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const bool* counted = device_mask(op, mask, x);
+  if (x.size(0) == 0 || x.size(1) == 0) return;
+  x = with_rows(x);
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return accumulate<double>(gram, mean, x, counted);
+    case ScalarType::Float:
+      return accumulate<float>(gram, mean, x, counted);
+    case ScalarType::BFloat16:
+      return accumulate<kernels::Bf16>(gram, mean, x, counted);
+    default:
+      return accumulate<kernels::Fp16>(gram, mean, x, counted);
+  }
+}
+
+}  // namespace unirank::cuda

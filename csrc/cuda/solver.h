@@ -1,0 +1,69 @@
+// Batched eigendecomposition and SVD on cuSOLVER, free of torch: raw device pointers, a stream, and scratch memory from
+// the caller. Only cuSOLVER's and the runtime's C functions are called, so the tests can link a mock in their place.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace unirank::cuda::solver {
+
+// Memory that stays valid until the call it was passed to returns. The device's may be handed out again by then only to
+// work behind it on the same stream, which is what torch's caching allocator does.
+class Scratch {
+ public:
+  virtual void* device(std::size_t bytes) = 0;
+  virtual void* host(std::size_t bytes) = 0;
+
+ protected:
+  ~Scratch() = default;
+};
+
+struct Call {
+  const char* op;  // opens every error message
+  int device;
+  cudaStream_t stream;
+  Scratch& scratch;
+};
+
+enum class SvdMethod {
+  kJacobiBatched,  // gesvdjBatched: sides up to kJacobiBatchedSide, one call for the batch
+  kJacobi,         // gesvdj, matrix by matrix
+  kPolar,          // Xgesvdp, matrix by matrix; where it perturbs a matrix, gesvdj solves that one again
+  kQr,             // Xgesvd, matrix by matrix
+  kApproximate,    // gesvdaStridedBatched: through AᵀA, one call for the batch
+};
+
+inline constexpr std::int64_t kJacobiBatchedSide = 32;  // cuSOLVER refuses more
+
+// The rule, by driver and shape:
+//   "auto", "gesdd"   both sides <= 32: kJacobiBatched, else kPolar
+//   "gesvdj"          both sides <= 32: kJacobiBatched, else kJacobi
+//   "gesvd"           kQr
+//   "gesvda"          kApproximate; only on request, because NVIDIA promises no more than single precision of it, and
+//                     less for left vectors of small singular values: too little for whitened weights.
+// cuSOLVER has no divide and conquer, so "gesdd" means "auto". Throws std::invalid_argument on another name.
+SvdMethod choose_svd(const char* op, std::string_view driver, std::int64_t m, std::int64_t n);
+
+// Xgesvd alone hands out Vᵀ where the others hand out V.
+constexpr bool returns_transposed_right(SvdMethod method) { return method == SvdMethod::kQr; }
+
+// All matrices are column-major and packed; T is float or double; B and every side at least 1.
+// Both functions return after the work is done: they synchronise the stream once to read the outcome of the batch, and
+// svd once more where Jacobi had to repair what the polar method left.
+// They throw std::invalid_argument where a matrix is not finite or did not converge (naming the first), and
+// std::runtime_error where cuSOLVER, the runtime or the allocator fails.
+
+// a[b] = v[b] diag(w[b]) v[b]ᵀ with w ascending; reads the upper triangle of a [B, n, n]; w [B, n], v [B, n, n].
+template <typename T>
+void eigh(const Call& call, std::int64_t B, std::int64_t n, const T* a, T* w, T* v);
+
+// a[b] = left[b] diag(s[b]) right[b]ᵀ with s descending, for m >= n; a and left [B, m, n], s [B, n], right [B, n, n].
+// Where returns_transposed_right(method), right[b] holds its transpose.
+template <typename T>
+void svd(const Call& call, SvdMethod method, std::int64_t B, std::int64_t m, std::int64_t n, const T* a, T* s, T* left,
+         T* right);
+
+}  // namespace unirank::cuda::solver

@@ -1,0 +1,111 @@
+#include <cub/device/device_radix_sort.cuh>
+#include <cub/device/device_scan.cuh>
+
+#include "cuda/launch.h"
+#include "cuda/ops.h"
+#include "kernels/failure.cuh"
+#include "kernels/topk.cuh"
+
+namespace unirank::cuda {
+namespace {
+
+constexpr const char* kOp = "global_topk";
+
+// CUB is called twice: it first says how much memory it needs.
+template <typename Call>
+void with_storage(Scratch& scratch, const Call& call) {
+  std::size_t bytes = 0;
+  STD_CUDA_CHECK(call(nullptr, bytes));
+  void* storage = scratch.take<char>(static_cast<i64>(bytes));
+  STD_CUDA_CHECK(call(storage, bytes));
+}
+
+template <typename T>
+T fetch(const T* device, cudaStream_t stream) {
+  T value;
+  STD_CUDA_CHECK(cudaMemcpyAsync(&value, device, sizeof value, cudaMemcpyDeviceToHost, stream));
+  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  return value;
+}
+
+// Waits for the device once, at the end, to learn whether the input was legal.
+template <typename Score>
+void search(const Queue& queue, const kernels::RankProblem<Score>& problem, Scratch& scratch, i64* ranks,
+            double* threshold) {
+  const i64 C = problem.C, L = problem.L;
+  using Key = kernels::SortKey<Score>;
+  const kernels::RankScratch<Score> buffers{
+      scratch.take<Key>(C),          scratch.take<Key>(C),    scratch.take<std::int32_t>(C),
+      scratch.take<std::int32_t>(C), scratch.take<i64>(C),    scratch.take<i64>(C),
+      scratch.take<i64>(L),          scratch.take<double>(L), scratch.take<kernels::RankStatus>(1),
+  };
+  const auto sort = [&](const Key* keys, Key* sorted, const std::int32_t* index, std::int32_t* order, i64 count) {
+    with_storage(scratch, [&](void* storage, std::size_t& bytes) {
+      return cub::DeviceRadixSort::SortPairs(storage, bytes, keys, sorted, index, order, count, 0, 8 * int(sizeof(Key)),
+                                             queue.stream());
+    });
+  };
+  const auto add_up = [&](const i64* steps, i64* spent, i64 count) {
+    with_storage(scratch, [&](void* storage, std::size_t& bytes) {
+      return cub::DeviceScan::InclusiveSum(storage, bytes, steps, spent, count, queue.stream());
+    });
+  };
+  kernels::search_ranks(queue, sort, add_up, problem, buffers, ranks, threshold);
+  const kernels::RankStatus status = fetch(buffers.status, queue.stream());
+  const auto failure =
+      kernels::failure_message(status, problem, [&](const auto* device) { return fetch(device, queue.stream()); });
+  check(failure.empty(), kOp, ": ", failure);
+}
+
+void check_prices(const char* argument, const Tensor& t, i64 length, const Tensor& value) {
+  check(t.scalar_type() == ScalarType::Long, kOp, ": ", argument, " must be int64, got ", name(t.scalar_type()));
+  check(t.dim() == 1 && t.size(0) == length, kOp, ": ", argument, " must have shape [", length, "], got ", shape(t));
+  check_device(kOp, argument, t, value);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets,
+                                       std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of) {
+  const ScalarType type = value.scalar_type();
+  check(is_full(type), kOp, ": value must be float32 or float64, got ", name(type));
+  check(value.dim() == 1, kOp, ": value must have shape [C], got ", shape(value));
+  check(cost.dim() == 1, kOp, ": cost must have shape [L], got ", shape(cost));
+  const i64 C = value.size(0), L = cost.size(0);
+  check(C < (i64{1} << 31), kOp, ": value must have fewer than 2^31 components, got ", C);
+  check_prices("cost", cost, L, value);
+  check_prices("dense_cost", dense_cost, L, value);
+  check_prices("offsets", offsets, L + 1, value);
+  check(min_rank >= 0, kOp, ": min_rank must be at least 0, got ", min_rank);
+  check(multiple_of >= 1, kOp, ": multiple_of must be at least 1, got ", multiple_of);
+
+  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
+  value = torch::stable::contiguous(value);
+  cost = torch::stable::contiguous(cost);
+  dense_cost = torch::stable::contiguous(dense_cost);
+  offsets = torch::stable::contiguous(offsets);
+  Tensor ranks = torch::stable::new_empty(cost, {L});
+  Tensor threshold = torch::stable::new_empty(value, {}, ScalarType::Double);
+  const Queue queue(value);
+  Scratch scratch(value);
+  const auto run = [&]<typename Score>(const Score* scores) {
+    const kernels::RankProblem<Score> problem{scores,
+                                              const_data<i64>(cost),
+                                              const_data<i64>(dense_cost),
+                                              const_data<i64>(offsets),
+                                              C,
+                                              L,
+                                              budget,
+                                              min_rank,
+                                              multiple_of};
+    search(queue, problem, scratch, data<i64>(ranks), data<double>(threshold));
+  };
+  if (type == ScalarType::Double) {
+    run(const_data<double>(value));
+  } else {
+    run(const_data<float>(value));
+  }
+  return {ranks, threshold};
+}
+
+}  // namespace unirank::cuda

@@ -1,0 +1,63 @@
+#include "dispatch.h"
+#include "drivers.h"
+#include "kernels/gram.cuh"
+
+namespace drivers {
+namespace {
+
+using namespace unirank::kernels;
+
+// In place of cuBLAS. The squares on the diagonal are the product's to fill, but nothing may rely on their upper
+// halves.
+struct Multiply {
+  template <typename In, typename C>
+  void operator()(const In* x, i64 stride, i64 T, i64 first, i64 last, int beta, C* out, i64 ld) const {
+    for (i64 i = first; i < last; ++i) {
+      C* row = out + (i - first) * ld;
+      for (i64 j = 0; j < last; ++j) row[j] = j > i ? C(kNaN) : beta == 0 ? C(0) : row[j];
+      for (i64 t = 0; t < T; ++t) {
+        const C factor = widen(x[t * stride + i]);
+        for (i64 j = 0; j <= i; ++j) row[j] += factor * static_cast<C>(widen(x[t * stride + j]));
+      }
+    }
+  }
+};
+
+template <typename In, typename Acc>
+void run(const void* x, i64 T, i64 N, const bool* mask, Acc* gram, Acc* mean, const Setting& setting) {
+  using Scratch = GramScratch<In, Acc>;
+  auto rows = lay_out<In>(x, T, N, setting);
+  emulator::Guarded<bool> flags(T);
+  emulator::Guarded<Acc> sums(N * N), column_sums(N);
+  std::memcpy(sums.data(), gram, static_cast<std::size_t>(N * N) * sizeof(Acc));
+  std::memcpy(column_sums.data(), mean, static_cast<std::size_t>(N) * sizeof(Acc));
+  emulator::Guarded<double> partial(kMaxSlices * N);
+  emulator::Guarded<In> kept(mask ? std::min(kChunk, T) * N : 0);
+  emulator::Guarded<Compute<In>> product(Scratch::widens ? std::min(kPanel, N) * N : 0);
+  accumulate_gram(emulator::Launch{setting.seed}, Multiply{}, Rows<In>{rows.data(), N + setting.pad, T, N},
+                  copy_mask(mask, T, flags), Scratch{partial.data(), kept.data(), product.data()}, sums.data(),
+                  column_sums.data());
+  sums.check();
+  column_sums.check();
+  partial.check();
+  kept.check();
+  product.check();
+  std::memcpy(gram, sums.data(), static_cast<std::size_t>(N * N) * sizeof(Acc));
+  std::memcpy(mean, column_sums.data(), static_cast<std::size_t>(N) * sizeof(Acc));
+}
+
+}  // namespace
+
+void gram(Dtype dtype, const void* x, i64 T, i64 N, const bool* mask, bool fp64_sums, void* gram, void* mean,
+          const Setting& setting) {
+  if (T == 0 || N == 0) return;  // as in the launcher
+  with_element(dtype, [&]<typename In>(In) {
+    if (fp64_sums) {
+      run<In>(x, T, N, mask, static_cast<double*>(gram), static_cast<double*>(mean), setting);
+    } else {
+      run<In>(x, T, N, mask, static_cast<float*>(gram), static_cast<float*>(mean), setting);
+    }
+  });
+}
+
+}  // namespace drivers

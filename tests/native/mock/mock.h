@@ -1,0 +1,56 @@
+// A machine without a GPU that looks like one to the cuSOLVER driver: cuSOLVER and a little of the runtime on host
+// memory, with LAPACK for the mathematics. It checks what it is asked, counts what it hands out, and fails on request.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace mock {
+
+struct State {
+  // What happened.
+  std::vector<std::string> log;         // routines in call order
+  std::vector<std::string> violations;  // misuse that real cuSOLVER might accept in silence
+  std::map<std::string, int> live;      // handles, params, jacobi infos, allocations that exist now
+  std::map<std::string, int> created;
+  std::map<const char*, std::size_t> memory;  // device allocations by address
+  std::map<std::string, int> matrices;        // solved so far, by routine
+
+  // What shall go wrong.
+  struct Fault {
+    int status;
+    int after;  // calls that succeed first
+  };
+  std::map<std::string, Fault> faults;
+  std::map<std::pair<std::string, int>, int> info;  // (routine, matrix it solves) -> info
+  std::map<int, double> perturbation;               // matrix -> what Xgesvdp reports
+  std::string short_workspace;                      // routine whose query answers half of what it needs
+  int info_on_nan = 0;                              // what routines report for input that is not finite
+  int allocations_that_succeed = -1;                // -1: all
+
+  // Memory outside `memory` is accepted where torch's allocator, not the tests', owns it.
+  bool strict_memory = true;
+  // Copies to the host and host results, done only when the stream is synchronised: whoever reads early reads rubbish.
+  std::vector<std::function<void()>> pending;
+};
+
+State& state();
+
+// Notes the call; the injected status, or 0.
+int enter(const std::string& routine);
+
+// Notes a violation where `good` is false; returns `good`.
+bool expect(bool good, const std::string& routine, const std::string& what);
+
+// Whether [p, p + bytes) is device memory.
+bool on_device(const void* p, std::size_t bytes);
+
+void* allocate(const char* kind, std::size_t bytes);
+void release(const char* kind, void* p);
+
+}  // namespace mock

@@ -1,0 +1,136 @@
+"""Faults to plant in the kernels: each replaces one piece of text and must make a check of its kernel fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    kernel: str  # whose checks must notice
+    file: str  # in csrc/kernels/
+    search: str  # occurs in the file exactly once
+    replace: str
+    why: str
+
+
+FAULTS = (
+    Fault(
+        "cosine",
+        "reduce.cuh",
+        "scratch[threadIdx.x / kWarp] = v;\n  __syncthreads();",
+        "scratch[threadIdx.x / kWarp] = v;",
+        "missing barrier before the warps' results are read",
+    ),
+    Fault(
+        "cosine",
+        "reduce.cuh",
+        "__shfl_xor_sync(kWholeWarp, v, distance);\n}\n__device__ __forceinline__ i64",
+        "__shfl_xor_sync(0xffffu, v, distance);\n}\n__device__ __forceinline__ i64",
+        "wrong lane mask",
+    ),
+    Fault("cosine", "reduce.cuh", "distance = kWarp / 2;", "distance = kWarp / 4;", "reduction over half a warp"),
+    Fault("cosine", "reduce.cuh", "warp = 1; warp < kWarps", "warp = 1; warp < kWarps - 1", "last warp left out"),
+    Fault("cosine", "cosine.cuh", "for (i64 d = scalar_from + first;", "for (i64 d = scalar_from + first + 1;", "tail"),
+    Fault("cosine", "cosine.cuh", "if (t >= s.T ||", "if (t > s.T ||", "one row too many"),
+    Fault("cosine", "cosine.cuh", "if (mask && !mask[t]) continue;", "", "masked rows are summed"),
+    Fault("cosine", "cosine.cuh", "if (m.xx == 0 || m.yy == 0) return 0;", "", "zero norm"),
+    Fault(
+        "cosine",
+        "cosine.cuh",
+        "m.xy / (sqrt(m.xx) * sqrt(m.yy))",
+        "m.xy / sqrt(m.xx * m.yy)",
+        "overflow of a product of squares",
+    ),
+    Fault(
+        "cosine",
+        "cosine.cuh",
+        "const double a = widen(x), b = widen(y);",
+        "const float a = widen(x), b = widen(y);",
+        "products in fp32",
+    ),
+    Fault(
+        "cosine",
+        "cosine.cuh",
+        "return aligned(x, x_stride) && aligned(y, y_stride);",
+        "return true;",
+        "16-byte loads from anywhere",
+    ),
+    Fault(
+        "gram",
+        "gram.cuh",
+        "threadIdx.x] = sum;\n  __syncthreads();",
+        "threadIdx.x] = sum;",
+        "missing barrier in the column sums",
+    ),
+    Fault("gram", "gram.cuh", "lane < kRowLanes; ++lane", "lane < kRowLanes - 1; ++lane", "last row lane left out"),
+    Fault("gram", "gram.cuh", "begin + kSlice < T ? begin + kSlice : T", "begin + kSlice", "rows past the end"),
+    Fault("gram", "gram.cuh", "mask[t] ? x[t * stride + n] : In{}", "x[t * stride + n]", "missing mask"),
+    Fault("gram", "gram.cuh", "if (j > i) return;", "if (j >= i) return;", "diagonal left out"),
+    Fault(
+        "gram",
+        "gram.cuh",
+        "gram[j * N + i] = tile[column * (kTile + 1) + row];",
+        "gram[j * N + i] = tile[row * (kTile + 1) + column];",
+        "tile not turned",
+    ),
+    Fault(
+        "gram",
+        "gram.cuh",
+        "  __syncthreads();\n  for (int row = static_cast<int>(threadIdx.y)",
+        "  for (int row = static_cast<int>(threadIdx.y)",
+        "missing barrier in the mirror",
+    ),
+    Fault("gram", "gram.cuh", "if (blockIdx.x > blockIdx.y) return;", "if (blockIdx.x >= blockIdx.y) return;", "tiles"),
+    Fault("topk", "topk.cuh", "if (score == 0) score = 0;", "", "-0.0 below 0.0: ties no longer by index"),
+    Fault(
+        "topk",
+        "topk.cuh",
+        "return bits & kSign ? bits : ~(bits | kSign);",
+        "return bits & kSign ? ~bits : (bits | kSign);",
+        "ascending scores",
+    ),
+    Fault(
+        "topk",
+        "topk.cuh",
+        "std::is_same_v<Score, double>, std::uint64_t, std::uint32_t>",
+        "false, std::uint64_t, std::uint32_t>",
+        "keys cut to 32 bits",
+    ),
+    Fault(
+        "topk",
+        "segments.cuh",
+        "return r >= dense_rank ? dense_cost : r * cost;",
+        "return r * cost;",
+        "no dense cap on the price",
+    ),
+    Fault("topk", "segments.cuh", "return r >= dense_rank ? K : r;", "return r;", "dense ranks not reported as K"),
+    Fault("topk", "segments.cuh", "if (p.offsets[middle] <= c)", "if (p.offsets[middle] < c)", "segment of its first"),
+    Fault(
+        "topk", "segments.cuh", "(dense_high + (dense_low >> 32)) >> 31", "dense_high >> 31", "carry of the sum lost"
+    ),
+    Fault(
+        "topk", "topk.cuh", "if (r >= floor[l]) steps", "if (r > floor[l]) steps", "first step beyond the floor is free"
+    ),
+    Fault(
+        "topk", "topk.cuh", "b.score > a.score : b.l < a.l", "b.score > a.score : b.l > a.l", "ties by later segment"
+    ),
+    Fault(
+        "topk",
+        "topk.cuh",
+        "next[best.l] = -kInfinity;",
+        "next[best.l] = next_score(s, target);",
+        "a refused segment stays open",
+    ),
+    Fault(
+        "topk",
+        "topk.cuh",
+        "    }\n    __syncthreads();\n  }\n}",
+        "    }\n  }\n}",
+        "missing barrier in the residual fill",
+    ),
+    Fault(
+        "topk", "topk.cuh", "r = rounded < floor[l] ? floor[l] : rounded;", "r = rounded;", "rounded below the floor"
+    ),
+    Fault("topk", "topk.cuh", "*status = {kNone,", "  __syncthreads();\n    *status = {kNone,", "barrier in a branch"),
+)

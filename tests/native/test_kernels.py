@@ -1,0 +1,279 @@
+"""The CUDA kernels under the emulator: every dtype, ragged and real sizes, masks, layouts and thread schedules, against
+the CPU ops and float64. CUB and cuBLAS are replaced by what they promise; all else is the code that runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unirank import ops, reference
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = (0, 1, 31, 32, 33, 255, 257)
+# Pad and shift in elements: whole 16-byte loads, rows that miss them, operands that miss them.
+LAYOUTS = ((0, 0), (8, 0), (1, 0), (0, 1))
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def tensor(T: int, D: int, dtype: str, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(T * 1000 + D + 7 * seed)
+    return torch.randn(T, D, generator=g).to(DTYPES[dtype])
+
+
+def array(x: Tensor) -> np.ndarray:
+    return (x.view(torch.int16) if x.element_size() == 2 else x).numpy()
+
+
+def token_mask(T: int) -> Tensor:
+    return torch.arange(T) % 3 != 1
+
+
+def cosine_truth(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    state = torch.zeros(3, dtype=torch.float64)
+    ops.cosine_accumulate_(state, x, y, mask)
+    twin = torch.zeros(3, dtype=torch.float64)
+    reference.cosine_accumulate_(twin, x, y, mask)
+    torch.testing.assert_close(state, twin, rtol=1e-12, atol=1e-11, equal_nan=True)
+    return state
+
+
+def check_cosine(emulated: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None, dtype: str, seeds: range) -> None:
+    want = cosine_truth(x, y, mask)
+    flags = None if mask is None else mask.numpy()
+    for pad, shift in LAYOUTS:
+        results = {
+            tuple(emulated.cosine(array(x), array(y), flags, bf16=dtype == "bf16", pad=pad, shift=shift, seed=seed))
+            for seed in seeds
+        }
+        for result in results:
+            # The project's tolerance of this op, see tests/ops/test_cosine.py.
+            torch.testing.assert_close(
+                torch.tensor(result, dtype=torch.float64), want, rtol=1e-12, atol=1e-11, equal_nan=True
+            )
+        assert len(results) == 1 or want.isnan().any(), "the bits depend on the schedule"
+
+
+@dtypes
+@pytest.mark.parametrize("D", SIZES)
+def test_cosine_sizes(emulated: ModuleType, D: int, dtype: str) -> None:
+    for T in (0, 1, 9, 33):
+        x = tensor(T, D, dtype)
+        y = x + tensor(T, D, dtype, 1)
+        check_cosine(emulated, x, y, None, dtype, range(2))
+        check_cosine(emulated, x, y, token_mask(T), dtype, range(1, 3))
+
+
+@dtypes
+@pytest.mark.parametrize(("D", "seeds"), [(33, 50), (1024, 10), (1025, 50), (1536, 3), (4096, 3), (65536, 1)])
+def test_cosine_schedules_and_real_sizes(emulated: ModuleType, D: int, seeds: int, dtype: str) -> None:
+    x = tensor(3, D, dtype)
+    check_cosine(emulated, x, x + tensor(3, D, dtype, 1), token_mask(3), dtype, range(seeds))
+
+
+@dtypes
+def test_cosine_of_more_tokens_than_threads(emulated: ModuleType, dtype: str) -> None:
+    x = tensor(1100, 5, dtype)
+    check_cosine(emulated, x, tensor(1100, 5, dtype, 1), token_mask(1100), dtype, range(3))
+    check_cosine(emulated, x, tensor(1100, 5, dtype, 1), torch.zeros(1100).bool(), dtype, range(1))
+
+
+@dtypes
+@pytest.mark.parametrize("D", [40, 1100])
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, -math.inf])
+def test_cosine_of_degenerate_rows(emulated: ModuleType, dtype: str, bad: float, D: int) -> None:
+    x, y = tensor(4, D, dtype), tensor(4, D, dtype, 1)
+    if bad == 0:
+        x[1], y[2] = 0, 0
+    else:
+        x[1, 37] = bad
+        y[1] = 0
+    check_cosine(emulated, x, y, None, dtype, range(2))
+    check_cosine(emulated, x, y, torch.tensor([True, False, True, True]), dtype, range(2))
+
+
+def test_cosine_does_not_overflow_where_fp64_does_not(emulated: ModuleType) -> None:
+    for dtype in ("fp32", "bf16"):
+        x = tensor(3, 40, dtype) * 1e30
+        check_cosine(emulated, x, x, None, dtype, range(2))
+    check_cosine(emulated, tensor(2, 9, "fp64") * 1e100, tensor(2, 9, "fp64") * 1e140, None, "fp64", range(2))
+
+
+def check_gram(
+    emulated: ModuleType, x: Tensor, mask: Tensor | None, sums: torch.dtype, dtype: str, layout: tuple, seeds: range
+) -> None:
+    N = x.shape[1]
+    kept = x if mask is None else x[mask]
+    truth, total = kept.double().T @ kept.double(), kept.double().sum(0)
+    want, want_mean = torch.zeros(N, N, dtype=sums), torch.zeros(N, dtype=sums)
+    ops.gram_accumulate_(want, want_mean, x, mask)
+    # Half of the error goes to the product, in fp32 but for fp64 throughout, half to the sums.
+    exact = x.dtype == sums == torch.float64
+    eps = torch.finfo(torch.float64 if exact else torch.float32).eps
+    scale = kept.double().abs().T @ kept.double().abs()
+    mean_eps = torch.finfo(sums).eps * 4
+    results = set()
+    for seed in seeds:
+        gram, mean = torch.zeros(N, N, dtype=sums), torch.zeros(N, dtype=sums)
+        flags = None if mask is None else mask.numpy()
+        emulated.gram(
+            gram.numpy(), mean.numpy(), array(x), flags, bf16=dtype == "bf16", pad=layout[0], shift=layout[1], seed=seed
+        )
+        for right, right_mean in ((truth, total), (want, want_mean)):
+            assert bool(((gram - right).abs() <= 2 * math.sqrt(len(kept) + 4) * eps * scale).all())
+            assert bool(((mean - right_mean).abs() <= mean_eps * (1 + kept.double().abs().sum(0))).all())
+        assert torch.equal(gram, gram.T)
+        results.add((gram.numpy().tobytes(), mean.numpy().tobytes()))
+    assert len(results) == 1, "the bits depend on the schedule"
+
+
+@dtypes
+@pytest.mark.parametrize("N", SIZES)
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64])
+def test_gram_sizes(emulated: ModuleType, N: int, sums: torch.dtype, dtype: str) -> None:
+    # Two slices of the column sums where rows are short; a thread an element is dear to emulate where they are long.
+    for T, layout in zip((0, 1, 33, 129) if N < 100 else (0, 1, 2, 9), LAYOUTS, strict=True):
+        x = tensor(T, N, dtype)
+        check_gram(emulated, x, None, sums, dtype, layout, range(2))
+        x[~token_mask(T)] = math.nan
+        check_gram(emulated, x, token_mask(T), sums, dtype, layout, range(1, 3))
+
+
+@dtypes
+@pytest.mark.parametrize(("T", "N", "seeds"), [(33, 40, 50), (40, 576, 1), (4, 1536, 1)])
+def test_gram_schedules_and_real_sizes(emulated: ModuleType, T: int, N: int, seeds: int, dtype: str) -> None:
+    check_gram(emulated, tensor(T, N, dtype), token_mask(T), torch.float64, dtype, (0, 0), range(seeds))
+
+
+@dtypes
+def test_gram_of_more_rows_than_a_chunk(emulated: ModuleType, dtype: str) -> None:
+    x = tensor(2500, 9, dtype)
+    check_gram(emulated, x, None, torch.float64, dtype, (0, 0), range(1))
+    check_gram(emulated, x, token_mask(2500), torch.float64, dtype, (0, 0), range(1))
+
+
+def test_gram_adds_to_what_is_there(emulated: ModuleType) -> None:
+    x = tensor(20, 35, "fp32")
+    gram, mean = torch.ones(35, 35).double(), torch.ones(35).double()
+    for part in (x[:7], x[7:]):
+        emulated.gram(gram.numpy(), mean.numpy(), part.numpy())
+    torch.testing.assert_close(gram, x.double().T @ x.double() + 1, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean, x.double().sum(0) + 1)
+
+
+@st.composite
+def rankings(draw: st.DrawFn) -> tuple[list[float], list[int], list[int], list[int]]:
+    few = st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, 1.0])  # ties within and between segments
+    any_float = st.floats(allow_nan=False, allow_infinity=False, width=32)
+    one = draw(st.sampled_from([few, any_float]))
+    scores = draw(st.lists(st.lists(one, min_size=1, max_size=12), max_size=6))
+    cost = [draw(st.integers(1, 9)) for _ in scores]
+    # Below K * cost the dense cap bites, above it the segment was truncated by the caller.
+    dense = [draw(st.integers(1, 2 * c * len(s))) for c, s in zip(cost, scores, strict=True)]
+    offsets = [0]
+    for s in scores:
+        offsets.append(offsets[-1] + len(s))
+    return [v for s in scores for v in sorted(s, reverse=True)], cost, dense, offsets
+
+
+def outcome(op, value, cost, dense, offsets, *rest) -> tuple[list[int], float] | str:
+    try:
+        ranks, threshold = op(value, cost, dense, offsets, *rest)
+    except ValueError as error:
+        return str(error)
+    return list(ranks), float(threshold)
+
+
+def check_topk(
+    emulated: ModuleType, ranking: tuple, budget: int, min_rank: int, multiple_of: int, fp64: bool, seeds: range
+) -> None:
+    value, cost, dense, offsets = ranking
+    scores = torch.tensor(value, dtype=torch.float64 if fp64 else torch.float32)
+    prices = (torch.tensor(numbers, dtype=torch.int64) for numbers in (cost, dense, offsets))
+    want = outcome(ops.global_topk, scores, *prices, budget, min_rank, multiple_of)
+    for seed in seeds:
+        got = outcome(
+            lambda *a, seed=seed: emulated.topk(*a, fp64=fp64, seed=seed),
+            scores.double().tolist(), cost, dense, offsets, budget, min_rank, multiple_of,
+        )  # fmt: skip
+        assert got == want
+        if not isinstance(got, str):
+            assert math.copysign(1, got[1]) == math.copysign(1, want[1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(rankings(), st.integers(-1, 250), st.integers(0, 14), st.integers(1, 6), st.booleans(), st.integers(0, 1000))
+def test_topk_ranks_are_those_of_the_cpu(
+    emulated: ModuleType, ranking: tuple, budget: int, min_rank: int, multiple_of: int, fp64: bool, seed: int
+) -> None:
+    check_topk(emulated, ranking, budget, min_rank, multiple_of, fp64, range(seed, seed + 2))
+
+
+def whole_model(L: int, K: int) -> tuple[list[float], list[int], list[int], list[int]]:
+    g = torch.Generator().manual_seed(L)
+    value = torch.rand(L, K, generator=g).mul(2 * K).round().sort(1, descending=True).values.flatten()
+    M = torch.randint(K, 3 * K, (L,), generator=g)
+    return value.tolist(), (M + K).tolist(), (M * K).tolist(), [seg * K for seg in range(L + 1)]
+
+
+@pytest.mark.parametrize("fp64", [True, False])
+@pytest.mark.parametrize("multiple_of", [1, 8, 64])
+@pytest.mark.parametrize("keep", [0.25, 0.8, 1.0])
+def test_topk_of_a_whole_model(emulated: ModuleType, keep: float, multiple_of: int, fp64: bool) -> None:
+    ranking = whole_model(210, 96)
+    check_topk(emulated, ranking, int(keep * sum(ranking[2])), 1, multiple_of, fp64, range(2))
+
+
+def test_topk_of_more_segments_than_threads(emulated: ModuleType) -> None:
+    ranking = whole_model(700, 5)
+    for multiple_of in (1, 2):
+        check_topk(emulated, ranking, sum(ranking[2]) // 2, 1, multiple_of, True, range(3))
+
+
+@pytest.mark.parametrize("multiple_of", [1, 3])
+def test_topk_schedules(emulated: ModuleType, multiple_of: int) -> None:
+    ranking = whole_model(20, 16)
+    check_topk(emulated, ranking, sum(ranking[2]) // 2, 1, multiple_of, True, range(50))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"value": [3.0, 1, 2, math.nan]},
+        {"value": [math.inf, 1, 2, 0]},
+        {"value": [3.0, 1, 0, 2]},
+        {"cost": [5, 0]},
+        {"dense_cost": [-9, 9]},
+        {"dense_cost": [2**62, 2**62]},
+        {"offsets": [0, 2, 3]},
+        {"offsets": [0, 4, 4]},
+        {"offsets": [0, -3, 4]},
+        {"offsets": [0, 9, 4]},
+        {"budget": 9},
+        {"budget": -(2**63)},
+        {"cost": [2**62 - 1, 5], "dense_cost": [2**62 - 1, 2**60], "budget": 2**62 + 10, "min_rank": 0},
+        {"value": [], "cost": [], "dense_cost": [], "offsets": [0]},
+        {"value": [1.0, 1e-300, 1e-310, 5e-324]},
+        {"min_rank": 2**62, "budget": 2**62, "multiple_of": 2**62},
+    ],
+)
+def test_topk_says_what_the_cpu_says(emulated: ModuleType, changed: dict) -> None:
+    good = {
+        "value": [3.0, 1, 2, 0],
+        "cost": [5, 5],
+        "dense_cost": [9, 9],
+        "offsets": [0, 2, 4],
+        "budget": 15,
+        "min_rank": 1,
+        "multiple_of": 1,
+    }
+    *ranking, budget, min_rank, multiple_of = {**good, **changed}.values()
+    check_topk(emulated, tuple(ranking), budget, min_rank, multiple_of, True, range(4))
