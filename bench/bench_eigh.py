@@ -31,11 +31,12 @@ def errors(a: Tensor, w: Tensor, v: Tensor) -> tuple[float, float]:
 
 
 def check(a: Tensor) -> dict[str, float]:
-    """Residual and orthogonality at most twice torch's."""
+    """Residual and orthogonality at most twice torch's, with the tests' 4 ulps where torch happens to be near exact."""
     residual, orthogonality = errors(a, *ops.batched_eigh(a))
     torch_residual, torch_orthogonality = errors(a, *torch.linalg.eigh(a))
-    assert residual <= 2 * torch_residual
-    assert orthogonality <= 2 * torch_orthogonality
+    slack = 4 * torch.finfo(a.dtype).eps
+    assert residual <= 2 * torch_residual + slack
+    assert orthogonality <= 2 * torch_orthogonality + slack
     return {
         "residual": residual,
         "torch_residual": torch_residual,
