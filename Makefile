@@ -14,9 +14,11 @@ SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 
-.PHONY: demo test lint format clean check-native check-cuda check-cuda-link test-gpu
+.PHONY: demo install test lint format clean check-native check-cuda check-cuda-link test-gpu
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
+
+install: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	UNIRANK_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest --ignore=tests/native

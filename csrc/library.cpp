@@ -20,10 +20,10 @@ STABLE_TORCH_LIBRARY_IMPL(unirank, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(unirank, CPU, m) {
   m.impl("cosine_accumulate_", TORCH_BOX(&unirank::cpu::cosine_accumulate_));
+  m.impl("gram_accumulate_", TORCH_BOX(&unirank::cpu::gram_accumulate_));
   m.impl("global_topk", TORCH_BOX(&unirank::cpu::global_topk));
-  // Without a reachable BLAS and LAPACK these stay free, and ops.py puts the torch compositions in their place.
+  // Without a reachable LAPACK these stay free, and ops.py puts the torch compositions in their place.
   if (unirank::has_lapack()) {
-    m.impl("gram_accumulate_", TORCH_BOX(&unirank::cpu::gram_accumulate_));
     m.impl("batched_eigh", TORCH_BOX(&unirank::cpu::batched_eigh));
     m.impl("batched_svd", TORCH_BOX(&unirank::cpu::batched_svd));
   }

@@ -191,3 +191,19 @@ def test_the_demo_writes_comparable_rows_and_resumes(model_dir: Path, text_file:
     second = run()
     assert written(tmp_path / "demo" / "analysis") == before
     assert [row.perplexity for row in second.rows] == [row.perplexity for row in first.rows]
+
+
+def test_a_finished_store_is_taken_as_it_is_unless_calibration_is_asked_for(
+    unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    store, out = tmp_path / "store", tmp_path / "out"
+    options = ["--calib", text_file, "--windows", 4, "--window", 24]
+    assert unirank("analyze", model_dir, "-o", store, *options)[0] == 0
+    before = (store / "analysis.json").read_bytes()
+    common = ["compress", model_dir, "--remove", 0.3, "-o", out, "--store", store]
+    assert unirank(*common)[0] == 0
+    # Other calibration, even with --overwrite, must not replace a store that the user named.
+    code, _, err = unirank(*common, "--overwrite", "--windows", 5)
+    assert code == 3
+    assert "calibration.windows (store: 4, now: 5)" in err
+    assert (store / "analysis.json").read_bytes() == before

@@ -16,7 +16,7 @@ from unirank.models import describe, load
 from unirank.progress import OnProgress, silent
 from unirank.schemes import scheme as scheme_of
 from unirank.score import ScoreSettings
-from unirank.store import AnalysisStore
+from unirank.store import MANIFEST, AnalysisStore, open_store
 from unirank.truncate import truncate
 from unirank.types import LoadedModel, RankPlan
 
@@ -45,7 +45,8 @@ def compress(
         tokenizer: needed when `model` is a `PreTrainedModel`.
         scheme, allocator: names from `unirank.schemes()` and `unirank.allocators()`.
         settings, min_rank, multiple_of: see `unirank.plan`.
-        calibration: which tokens calibrate; None is 64 windows of 512 tokens of Python's documentation.
+        calibration: which tokens calibrate; None takes a finished `store` as it is, else 64 windows of 512 tokens of
+            Python's documentation.
         store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
         dtype, device: how to load a path or name.
 
@@ -58,11 +59,31 @@ def compress(
     check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
     with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
         where = Path(store) if store is not None else Path(scratch) / "store"
-        analysis = analyze(loaded, where, scheme=scheme, calibration=calibration, progress=progress)
+        analysis = analysis_for(loaded, where, scheme=scheme, calibration=calibration, progress=progress)
         plan = make_plan(
             analysis, remove, allocator=allocator, settings=settings, min_rank=min_rank, multiple_of=multiple_of
         )
         return apply(loaded, analysis, plan, progress=progress)
+
+
+def analysis_for(
+    loaded: LoadedModel,
+    path: Path,
+    *,
+    scheme: str,
+    calibration: Calibration | None,
+    overwrite: bool = False,
+    progress: OnProgress = silent,
+) -> AnalysisStore:
+    """The store at `path`: as it is when finished, of this scheme, and no calibration is asked for; else analyzed.
+
+    `truncate` refuses a store of another model in either case. Raises like `analyze`.
+    """
+    if calibration is None and not overwrite and (path / MANIFEST).is_file():
+        store = open_store(path)
+        if store.complete and store.identity["scheme"] == scheme:
+            return store
+    return analyze(loaded, path, scheme=scheme, calibration=calibration, overwrite=overwrite, progress=progress)
 
 
 def apply(

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from unirank.allocate import plan as make_plan
 from unirank.allocators import allocators
 from unirank.analyze import Calibration
 from unirank.analyze import analyze as run_analyze
-from unirank.api import apply
+from unirank.api import analysis_for, apply
 from unirank.checkpoint import PLAN_FILE
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.demo import demo as run_demo
@@ -54,7 +55,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for ma
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that unirank made before.")]
 Scheme = Annotated[str, typer.Option(help=f"Decomposition scheme: {', '.join(schemes())}.")]
 AllocatorName = Annotated[str, typer.Option("--allocator", help=f"Allocator: {', '.join(allocators())}.")]
-Calib = Annotated[str, typer.Option(help=f"Calibration text: a UTF-8 file, or {BUILTIN!r} (Python's documentation).")]
+CALIB_HELP = f"Calibration text: a UTF-8 file, or {BUILTIN!r} (Python's documentation)."
+Calib = Annotated[str, typer.Option(help=CALIB_HELP)]
 Windows = Annotated[int, typer.Option(help="Calibration windows.")]
 Window = Annotated[int, typer.Option(help="Tokens a calibration window.")]
 Seed = Annotated[int, typer.Option(help="Seed of the window positions.")]
@@ -76,16 +78,25 @@ class _Session:
     def __init__(self, as_json: bool, progress: OnProgress) -> None:
         self.progress = progress
         self._json = as_json
+        self._result: tuple[dict[str, Any], tuple[Any, ...]] | None = None
 
     def show(self, record: dict[str, Any], *renderables: Any) -> None:
-        """Print `record` under --json, else the renderables."""
+        """The command's result: `record` under --json, else the renderables."""
+        self._result = record, renderables
+
+    def print(self) -> None:
+        """Print the result. Only when the progress bars are gone, whose last redraw would wipe lines out."""
+        if self._result is None:
+            return
+        record, renderables = self._result
         if self._json:
             print(json.dumps(record, indent=1))
-        else:
-            # A pipe has no width; tables should not be cut there.
-            console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-            for renderable in renderables:
-                console.print(renderable)
+            return
+        # A pipe has no width; tables should not be cut there.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+        console = Console(width=width, highlight=False)
+        for renderable in renderables:
+            console.print(renderable)
 
 
 @contextmanager
@@ -94,12 +105,15 @@ def _session(as_json: bool) -> Iterator[_Session]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
     errors = Console(stderr=True)
     try:
         with bars(errors, enabled=not as_json and errors.is_terminal) as progress:
-            yield _Session(as_json, progress)
+            session = _Session(as_json, progress)
+            yield session
+        session.print()
     except KeyboardInterrupt:
-        errors.print("Interrupted. Finished layers are kept; the same command resumes from them.")
+        errors.print("Interrupted. Nothing half-written is left; an analysis resumes with the same command.")
         raise typer.Exit(130) from None
 
 
@@ -180,7 +194,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Ranks for an exact budget from a finished store: milliseconds, any ratio, any allocator."""
+    """Ranks for an exact budget from a finished store; loads no model. Any ratio, any allocator."""
     with _session(as_json) as session:
         settings = _settings(importance, distance, gamma, local, per_parameter)
         ranks = make_plan(
@@ -191,9 +205,11 @@ def plan(
             min_rank=min_rank,
             multiple_of=multiple_of,
         )
+        written = []
         if out is not None:
             write_text(out, ranks.to_json())
-        session.show(json.loads(ranks.to_json()), tables.plan_table(ranks), tables.plan_summary(ranks))
+            written.append(f"Written to {out}.")
+        session.show(json.loads(ranks.to_json()), tables.plan_table(ranks), tables.plan_summary(ranks), *written)
 
 
 @app.command()
@@ -202,7 +218,11 @@ def compress(
     remove: Remove,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the compressed checkpoint.")],
     store: Annotated[
-        Path | None, typer.Option(help="Analysis store to make, resume or reuse; default: OUT with -analysis appended.")
+        Path | None,
+        typer.Option(
+            help="Analysis store to make, resume or reuse; default: OUT with -analysis appended. "
+            "A finished one is taken as it is where no calibration option is given."
+        ),
     ] = None,
     scheme: Scheme = "whiten",
     allocator: AllocatorName = "unirank",
@@ -213,11 +233,11 @@ def compress(
     gamma: Gamma = 1.0,
     local: Local = "energy",
     per_parameter: PerParameter = False,
-    calib: Calib = BUILTIN,
-    windows: Windows = 64,
-    window: Window = 512,
-    seed: Seed = 0,
-    batch: Batch = 8,
+    calib: Annotated[str | None, typer.Option(help=f"{CALIB_HELP} Default: {BUILTIN}.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Calibration windows. Default: 64.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a calibration window. Default: 512.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the window positions. Default: 0.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows that run together. Default: 8.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     overwrite: Overwrite = False,
@@ -231,12 +251,14 @@ def compress(
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         loaded = load(model, dtype=dtype, device=device)
         check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
-        analysis = run_analyze(
+        given = {"text": calib, "windows": windows, "window": window, "seed": seed, "batch": batch}
+        given = {key: value for key, value in given.items() if value is not None}
+        analysis = analysis_for(
             loaded,
             store or out.with_name(out.name + "-analysis"),
             scheme=scheme,
-            calibration=Calibration(calib, windows, window, seed, batch),
-            overwrite=overwrite,
+            calibration=Calibration(**given) if given else None,
+            overwrite=overwrite and store is None,  # a store that the user named is never replaced in passing
             progress=session.progress,
         )
         ranks = make_plan(

@@ -15,7 +15,7 @@ from unirank.api import apply
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT, read_text
 from unirank.embedded import NAME
 from unirank.evaluate import EvalReport, evaluate, generate
-from unirank.files import bytes_on_disk, check_output, write_json
+from unirank.files import bytes_on_disk, check_output, make_directory, write_json
 from unirank.models import load
 from unirank.progress import OnProgress, silent
 from unirank.provenance import default_device, meta
@@ -95,7 +95,7 @@ def demo(
     with clock.time("load"):
         loaded = load(model, device=device)
     progress("load", 1, 1)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     if not (out / RESULTS).is_file():
         write_json(out / RESULTS, {"rows": [], "meta": {}})  # marks the directory as ours
     name = Path(model).name

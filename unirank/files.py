@@ -22,7 +22,7 @@ from unirank.errors import InputError, WriteError
 
 def _explain(path: Path, error: Exception) -> WriteError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else str(error)
+    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
     return WriteError(f"Could not write {path}: {reason}. Nothing half-written was left behind.")
 
 
@@ -72,6 +72,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     metadata = {"unirank": json.dumps(header, sort_keys=True)}
     flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and its parents. Raises WriteError when the file system refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _explain(path, error) from error
 
 
 def check_output(out: Path, *, marker: str, overwrite: bool) -> None:

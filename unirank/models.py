@@ -66,6 +66,8 @@ def load_pretrained(
     target = _usable_device(device or default_device())
     path = str(embedded.embedded_model()) if name_or_path == embedded.NAME else name_or_path
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not path:
+        raise InputError("The model's name is empty; give a directory, a hub name, or smollm2-135m.")
     if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
         raise InputError(f"The model directory {path} does not exist.")
     if Path(path).exists() and not (Path(path) / "config.json").is_file():

@@ -196,7 +196,7 @@ def _(
 
 
 def has_lapack() -> bool:
-    """Whether the CPU kernels reach the BLAS and LAPACK inside torch; without, gram, eigh and svd are compositions."""
+    """Whether the CPU kernels reach the LAPACK inside torch; without, eigh and svd are torch compositions."""
     return _native.has_lapack()
 
 
@@ -215,9 +215,9 @@ def _global_topk_on_host(
 
 
 def _register_compositions() -> None:
-    lapack_ops = ("gram_accumulate_", "batched_eigh", "batched_svd")
+    lapack_ops = ("batched_eigh", "batched_svd")
     if not has_cuda_kernels():
-        for name in ("cosine_accumulate_", *lapack_ops):
+        for name in ("cosine_accumulate_", "gram_accumulate_", *lapack_ops):
             torch.library.impl(f"unirank::{name}", "CUDA", getattr(reference, name))
         torch.library.impl("unirank::global_topk", "CUDA", _global_topk_on_host)
     if not has_lapack():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from unirank.calibrate import Streams
 from unirank.errors import StoreError
-from unirank.files import check_output, sha256_text, write_json, write_tensors
+from unirank.files import check_output, make_directory, sha256_text, write_json, write_tensors
 from unirank.types import CosineStat, Factors, LinearSpec
 
 MANIFEST = "analysis.json"
@@ -173,7 +173,7 @@ def create_or_resume(
             if not overwrite:
                 raise
         else:
-            differs = sorted(_differences(found.identity, identity))
+            differs = _differences(found.identity, identity)
             if not differs and found.linears == linears:
                 store.remove_leftovers()
                 return store
@@ -185,7 +185,7 @@ def create_or_resume(
                 )
         # The old manifest goes last, when the new one takes its place: without one this would be no store of ours.
         _remove(path, rf"{_LEFTOVER}|{_TENSORS}")
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(path)
     manifest = {"format": _FORMAT, "identity": identity, "linears": [asdict(spec) for spec in linears]}
     write_json(path / MANIFEST, manifest)
     return store
@@ -216,10 +216,13 @@ def _remove(folder: Path, pattern: str) -> None:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs, in words; hashes only where nothing that can be read differs."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = old.keys() | new.keys()
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if old == new else [f"{path} (store: {old!r}, now: {new!r})"]
+        keys = sorted(old.keys() | new.keys())
+        lines = [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+        return [line for line in lines if "sha256" not in line] or lines
+    short = [value[:12] if "sha256" in path and isinstance(value, str) else value for value in (old, new)]
+    return [] if old == new else [f"{path} (store: {short[0]!r}, now: {short[1]!r})"]
 
 
 def _damaged(

@@ -102,8 +102,8 @@ def info_table(record: dict[str, Any]) -> Table:
         if isinstance(value, dict):
             value = ", ".join(f"{name} {version}" for name, version in value.items())
         elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
-        table.add_row(key.replace("_", " "), Text(str(value)))
+            value = ", ".join(map(str, value)) or None
+        table.add_row(key.replace("_", " "), Text("none" if value is None else str(value)))
     return table
 
 

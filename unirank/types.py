@@ -149,7 +149,7 @@ class RankPlan:
     def to_json(self) -> str:
         record = asdict(self)
         record["format"] = 1
-        return json.dumps(record, indent=1, sort_keys=True) + "\n"
+        return json.dumps(record, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:

@@ -15,7 +15,7 @@ void find(F& function, const char* symbol) {
 
 template <typename T>
 bool complete(const Blas<T>& b) {
-  return b.gemm && b.syevd && b.gesdd;
+  return b.syevd && b.gesdd;
 }
 
 using SetThreads = int (*)(int);  // returns the thread's previous setting; 0 means "follow the global one"
@@ -35,7 +35,6 @@ template <>
 const Blas<float>& blas<float>() {
   static const Blas<float> table = [] {
     Blas<float> b;
-    find(b.gemm, "sgemm_");
     find(b.syevd, "ssyevd_");
     find(b.gesdd, "sgesdd_");
     return b;
@@ -47,7 +46,6 @@ template <>
 const Blas<double>& blas<double>() {
   static const Blas<double> table = [] {
     Blas<double> b;
-    find(b.gemm, "dgemm_");
     find(b.syevd, "dsyevd_");
     find(b.gesdd, "dgesdd_");
     return b;

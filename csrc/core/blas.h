@@ -1,4 +1,4 @@
-// The BLAS and LAPACK that torch itself runs, found among the loaded libraries: no second one is linked.
+// The LAPACK that torch itself runs, found among the loaded libraries: no second one is linked.
 #pragma once
 
 namespace unirank {
@@ -7,14 +7,10 @@ namespace unirank {
 // LP64 Fortran interface: 32-bit integers. Each character argument has a hidden length at the end (as size_t).
 template <typename T>
 struct Blas {
-  using Gemm = void (*)(const char* transa, const char* transb, const int* m, const int* n, const int* k,
-                        const T* alpha, const T* a, const int* lda, const T* b, const int* ldb, const T* beta, T* c,
-                        const int* ldc, unsigned long, unsigned long);
   using Syevd = void (*)(const char* jobz, const char* uplo, const int* n, T* a, const int* lda, T* w, T* work,
                          const int* lwork, int* iwork, const int* liwork, int* info, unsigned long, unsigned long);
   using Gesdd = void (*)(const char* jobz, const int* m, const int* n, T* a, const int* lda, T* s, T* u, const int* ldu,
                          T* vt, const int* ldvt, T* work, const int* lwork, int* iwork, int* info, unsigned long);
-  Gemm gemm = nullptr;
   Syevd syevd = nullptr;
   Gesdd gesdd = nullptr;
 };

@@ -111,7 +111,9 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 constexpr int kTotalThreads = 512;
 
 // state += (sum of cosines, sum of their squares, count). One block: the order of the sum does not depend on the
-// device. registers: add_cosines <= 64
+// device.
+//
+// registers: add_cosines <= 64
 static __global__ void __launch_bounds__(kTotalThreads, 2)
     add_cosines(const double* __restrict__ cosine, const bool* __restrict__ mask, i64 T, double* __restrict__ state) {
   UNIRANK_SHARED(CosineSums, scratch, kTotalThreads / kWarp);

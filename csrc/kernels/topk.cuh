@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(kRankThreads, 4)
 }
 
 // Raises ranks from the floor to the longest affordable prefix. `spent` is the inclusive sum of the steps. Scores do
-// not rise inside a segment, so its components come in their own order and the last one bought is its rank. registers:
-// buy_prefix <= 64
+// not rise inside a segment, so its components come in their own order and the last one bought is its rank.
+//
+// registers: buy_prefix <= 64
 template <typename Score>
 __global__ void __launch_bounds__(kRankThreads, 4)
     buy_prefix(RankProblem<Score> p, const RankStatus* status, const std::int32_t* __restrict__ order,
