@@ -44,7 +44,7 @@ def analysis(
     loaded: LoadedModel, store: Path, calibration: unirank.Calibration
 ) -> tuple[unirank.AnalysisStore, float, float]:
     """The store, the seconds of the whole analysis, and those of its decomposition."""
-    stage = sys.modules["unirank.analyze"]  # the name in the package is the function
+    stage: Any = sys.modules["unirank.analyze"]  # the name in the package is the function
     decompose, spent = stage.decompose_layer, 0.0
 
     def timed(*args: Any) -> Any:
