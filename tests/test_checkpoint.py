@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import unirank
 from tests.conftest import build
 from unirank import CompressedModel, InputError, LowRankLinear, RankPlan
+from unirank.modules import align_weights
 
 NAMES = ("llama", "llama-bias", "gemma3")
 IDS = torch.arange(2, 22)[None]
@@ -281,3 +282,14 @@ def test_files_get_the_mode_of_the_users_umask(make_model, calibration: unirank.
     for folder in (out, tmp_path / "store"):
         assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
     assert out.stat().st_mode & 0o777 == 0o750
+
+
+def test_weights_off_a_64_byte_boundary_are_moved_onto_one() -> None:
+    linear = torch.nn.Linear(16, 8)
+    home, values = linear.weight, linear.weight.detach().clone()
+    linear.weight.data = torch.empty(8 * 16 + 1)[1:].view(8, 16).copy_(values)
+    assert linear.weight.data_ptr() % 64
+    align_weights(linear)
+    assert linear.weight.data_ptr() % 64 == 0
+    assert linear.weight is home  # tied modules hold the same object
+    assert torch.equal(linear.weight, values)

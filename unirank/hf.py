@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unirank.errors import InputError
-from unirank.modules import LowRankLinear
+from unirank.modules import LowRankLinear, align_weights
 
 METHOD = "unirank"
 
@@ -41,6 +41,9 @@ class UniRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for name, rank in self.quantization_config.ranks.items():  # pyright: ignore[reportAttributeAccessIssue]
             make_low_rank(model, name, rank)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        align_weights(model)
 
     def is_serializable(self, **_: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""`LowRankLinear`: what a compressed linear becomes."""
+"""`LowRankLinear`: what a compressed linear becomes, and where in memory its weights lie."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+_ALIGNMENT = 64  # bytes: the widest vector of a CPU, and what MKL asks for
+
+
+def align_weights(model: nn.Module) -> None:
+    """Copy every CPU parameter that does not start on a 64-byte boundary to memory that does; values stay.
+
+    Weights mapped from a file lie where the file's header put them, and BLAS adds in another order at another
+    alignment. Without this, the same weights could give other last bits in another process.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()  # torch allocates on the boundary

@@ -11,7 +11,7 @@ from torch import nn
 from unirank.errors import InputError, UnirankError
 from unirank.hf import UniRankConfig, make_low_rank
 from unirank.models import weight_of, weights_hash
-from unirank.modules import LowRankLinear
+from unirank.modules import LowRankLinear, align_weights
 from unirank.progress import OnProgress, silent
 from unirank.store import AnalysisStore
 from unirank.types import DENSE, LoadedModel, RankPlan
@@ -92,6 +92,7 @@ def truncate(
             low.left.weight.copy_(left)
             low.right.weight.copy_(right)
         progress("truncate", position + 1, len(loaded.linears))
+    align_weights(model)
     low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
     if low_rank:
         model.config.quantization_config = UniRankConfig(ranks=low_rank)
