@@ -50,8 +50,7 @@ struct Moments {
 struct RowCosine {
   template <int Bytes, typename T>
   static UNIRANK_INLINE double run(const T* x, const T* y, std::int64_t D) {
-    // Four doubles at most: GCC widens eight at a time by taking registers apart and putting them together again.
-    Moments<(Bytes < 32 ? Bytes : 32)> m;
+    Moments<Bytes> m;
     std::int64_t d = 0;
     for (; d + kStep <= D; d += kStep) m.add_step(x + d, y + d);
     if (d < D) {
