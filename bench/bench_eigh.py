@@ -47,8 +47,7 @@ def check(a: Tensor) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(__doc__).parse_args(argv)
     torch.manual_seed(0)
-    # Not smaller: at 24 x 24 the residual is up to 4x torch's, a known miss that docs/numerics.md records.
-    shapes = [(2, 192)] if arguments.quick else [(30, 576), (30, 192)]
+    shapes = [(2, 24)] if arguments.quick else [(30, 576), (30, 192)]
     rows = []
     for B, N in shapes:
         for dtype in (torch.float32, torch.float64):
