@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -161,6 +162,18 @@ def test_a_problem_is_solved_the_same_alone_and_among_others(name: str) -> None:
         assert torch.equal(factors.left, alone.left)
         assert torch.equal(factors.right, alone.right)
         assert torch.equal(factors.energy, alone.energy)
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-7, 0.0])
+def test_a_tall_weight_of_any_condition_gets_an_orthonormal_left_factor(smallest: float) -> None:
+    """Well-conditioned, too badly conditioned for a Cholesky factor of WᵀW to be orthogonal, and rank-deficient."""
+    problem, _ = synthetic(60, 20, 200, outlier=False)
+    u, _, vh = torch.linalg.svd(problem.weight.double(), full_matrices=False)
+    weight = u[:, :19] @ vh[:19] + smallest * u[:, 19:] @ vh[19:]
+    factors = solve("whiten", dataclasses.replace(problem, weight=weight))
+    torch.testing.assert_close(factors.left @ factors.right, weight, rtol=1e-9, atol=1e-9)
+    error = factors.left.T @ factors.left - torch.eye(20, dtype=torch.float64)
+    assert float(error.abs().max()) < 1e-9
 
 
 def test_dead_input_gives_zero_energy_and_still_the_weight() -> None:
