@@ -15,7 +15,7 @@ import unirank
 from unirank import ops
 from unirank.decompose import decompose_layer
 from unirank.schemes import Problem, scheme, schemes
-from unirank.types import CosineStat, Factors, LayerStats, LoadedModel, Moment
+from unirank.types import CosineStat, Factors, Gradient, LayerStats, LoadedModel, Moment
 
 # (M, N, tokens): wide, tall, square; then moments of less than full rank, and a single row and column.
 SHAPES = [(6, 9, 40), (9, 6, 40), (8, 8, 40), (7, 10, 4), (10, 7, 4), (1, 5, 9), (5, 1, 9)]
@@ -29,7 +29,10 @@ def synthetic(m: int, n: int, tokens: int, *, outlier: bool, seed: int = 0) -> t
     x = x @ (torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5 + torch.eye(n, dtype=torch.float64))
     if outlier:
         x[:, n // 2] *= 1e4
-    return Problem("w", weight, Moment(x.T @ x / tokens, x.mean(0), tokens), min(m, n)), x
+    moment = Moment(x.T @ x / tokens, x.mean(0), tokens, x.abs().mean(0))
+    g = torch.randn(tokens + m, m, generator=generator, dtype=torch.float64)
+    gradient = Gradient(g.T @ g / len(g), g.square().sum(0), torch.randn(m, n, generator=generator).double())
+    return Problem("w", weight, moment, min(m, n), gradient), x
 
 
 def solve(name: str, problem: Problem) -> Factors:

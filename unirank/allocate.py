@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from unirank.allocators import Request
 from unirank.allocators import allocator as allocator_of
-from unirank.allocators.base import check_floor
+from unirank.allocators.base import Workbench, check_floor, options_of
 from unirank.errors import InputError
 from unirank.score import ScoreSettings
 from unirank.store import AnalysisStore
@@ -22,6 +22,8 @@ def plan(
     settings: ScoreSettings | None = None,
     min_rank: int = 1,
     multiple_of: int = 1,
+    options: Mapping[str, float] | None = None,
+    workbench: Workbench | None = None,
 ) -> RankPlan:
     """Ranks for every target of `store`, at most `floor((1 - remove) Σ M N)` parameters in total.
 
@@ -31,6 +33,8 @@ def plan(
         settings: score settings of the allocators that rank components; None is UniRank.
         min_rank: least rank of a matrix.
         multiple_of: ranks are multiples of this (dense matrices aside).
+        options: the allocator's own options by name.
+        workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`).
 
     Raises:
         InputError: an argument is not legal, or `min_rank` makes `remove` unreachable.
@@ -39,8 +43,27 @@ def plan(
     settings = settings or ScoreSettings()
     budget = check_request(store.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
     rule = allocator_of(allocator)
+    chosen = options_of(rule, options or {})
+    if rule.measures and workbench is None:
+        raise InputError(f"The allocator {allocator} measures the model, so a plan needs the model and its text.")
+    if rule.gradients and not store.has_gradients:
+        raise InputError(
+            f"The allocator {allocator} needs gradients and the store {store.path} has none; analyze with --gradients N."
+        )
     store.require_complete()
-    request = Request(store.linears, store.energies(), store.cosines(), settings, remove, budget, min_rank, multiple_of)
+    request = Request(
+        store.linears,
+        store.energies(),
+        store.cosines(),
+        settings,
+        remove,
+        budget,
+        min_rank,
+        multiple_of,
+        store,
+        chosen,
+        workbench,
+    )
     numbers, threshold = rule.allocate(request)
     ranks: dict[str, Rank] = {
         spec.name: _rank(spec, number) for spec, number in zip(store.linears, numbers, strict=True)
@@ -54,7 +77,7 @@ def plan(
         threshold=threshold,
         allocator=allocator,
         scheme=store.identity["scheme"],
-        settings={"min_rank": min_rank, "multiple_of": multiple_of} | (asdict(settings) if rule.scored else {}),
+        settings={"min_rank": min_rank, "multiple_of": multiple_of} | chosen | (asdict(settings) if rule.scored else {}),
         analysis=store.digest,
     )
 

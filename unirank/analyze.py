@@ -13,12 +13,17 @@ from unirank.data import BUILTIN, Text, bos_of, calibration_windows, read_text, 
 from unirank.decompose import decompose_layer
 from unirank.errors import InputError
 from unirank.files import sha256_tensors, sha256_text
+from unirank.gradients import gradient_pass
 from unirank.models import tokenizer_hash, weights_hash
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
+from unirank.schemes import Scheme
 from unirank.schemes import scheme as scheme_of
 from unirank.store import AnalysisStore, create_or_resume
 from unirank.types import LoadedModel
+
+
+_GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Calibration:
         window: tokens a window.
         seed: of the positions.
         batch: windows that run together; more need more memory and round differently.
+        gradient_windows: how many of the windows also run backward; None is 0, or 32 for a scheme that needs gradients.
     """
 
     text: str = BUILTIN
@@ -38,6 +44,7 @@ class Calibration:
     window: int = 512
     seed: int = 0
     batch: int = 8
+    gradient_windows: int | None = None
 
 
 def analyze(
@@ -61,25 +68,42 @@ def analyze(
     chosen = scheme_of(scheme)
     if calibration.batch < 1:
         raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
+    gradient_windows = _gradient_windows(calibration, chosen)
     text = read_text(calibration.text)
     windows = _windows(loaded, text, calibration)
-    identity = _identity(loaded, text, windows, calibration, scheme)
+    identity = _identity(loaded, text, windows, calibration, gradient_windows, scheme)
     store = create_or_resume(Path(store_path), identity, loaded.linears, overwrite=overwrite)
     first, count = store.layers_done(), store.layer_count
     progress("calibrate and decompose", first, count)
     if first == count:
         return store
+    if gradient_windows:
+        gradient_pass(loaded, windows[:gradient_windows], store, batch=calibration.batch, progress=progress)
     recording = record(loaded, windows, batch=calibration.batch)
     device = recording.start.probe.device
     # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
     resumed = store.has_streams(first)
     streams = store.read_streams(first, device) if resumed else recording.start
     for layer in range(first if resumed else 0, count):
-        stats = calibrate_layer(loaded, layer, recording, streams, moments=chosen.needs_moment and layer >= first)
+        moments = layer >= first and (chosen.needs_moment or gradient_windows > 0)
+        stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=chosen.needs_mean_abs)
         if layer >= first:
-            store.write_layer(layer, decompose_layer(loaded, stats, chosen), stats.cosines, streams)
+            gradients = store.gradients(layer) if gradient_windows else None
+            store.write_layer(layer, decompose_layer(loaded, stats, chosen, gradients), stats.cosines, streams)
             progress("calibrate and decompose", layer + 1, count)
     return store
+
+
+def _gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
+    asked = calibration.gradient_windows
+    count = min(_GRADIENT_WINDOWS, calibration.windows) if asked is None and scheme.needs_gradient else asked or 0
+    if not 0 <= count <= calibration.windows:
+        raise InputError(
+            f"gradient_windows = {count} is not legal; it is at least 0 and at most windows = {calibration.windows}."
+        )
+    if scheme.needs_gradient and count == 0:
+        raise InputError(f"The scheme {scheme.name} needs gradients; gradient_windows must be at least 1.")
+    return count
 
 
 def _windows(loaded: LoadedModel, text: Text, calibration: Calibration) -> torch.Tensor:
@@ -91,7 +115,12 @@ def _windows(loaded: LoadedModel, text: Text, calibration: Calibration) -> torch
 
 
 def _identity(
-    loaded: LoadedModel, text: Text, windows: torch.Tensor, calibration: Calibration, scheme: str
+    loaded: LoadedModel,
+    text: Text,
+    windows: torch.Tensor,
+    calibration: Calibration,
+    gradient_windows: int,
+    scheme: str,
 ) -> dict[str, Any]:
     parameter = next(loaded.model.parameters())
     return {
@@ -111,6 +140,7 @@ def _identity(
             "window": calibration.window,
             "seed": calibration.seed,
             "batch": calibration.batch,
+            "gradient_windows": gradient_windows,
         },
         "scheme": scheme,
         "device": device_name(parameter.device),

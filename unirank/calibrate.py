@@ -56,6 +56,7 @@ class Recording:
     """What the recording pass saw: `calls[batch][layer]`, the probe's calls, and the streams that enter layer 0."""
 
     calls: list[list[LayerCall]]
+    returns_tuple: bool  # whether a layer returns its hidden states in a tuple
     probe_calls: list[LayerCall]
     start: Streams
 
@@ -93,7 +94,7 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int) -> Recordi
                 return (hidden,) if returns_tuple else hidden
 
             # An instance attribute shadows the class's forward, so the layer keeps its other attributes (Gemma's type).
-            stack.enter_context(_shadowed(layer, forward))
+            stack.enter_context(shadowed(layer, forward))
         decoder = loaded.model.base_model
         for ids in (windows[:1, :PROBE_TOKENS], *windows.split(batch)):
             decoder(input_ids=ids.to(device), use_cache=False)
@@ -102,11 +103,12 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int) -> Recordi
     for stream in streams:
         if not stream.isfinite().all():
             raise NonFiniteError("The embeddings give NaN or infinity on the calibration text.")
-    return Recording(calls[1:], calls[0], Streams(streams[1:], streams[0]))
+    return Recording(calls[1:], bool(returns_tuple), calls[0], Streams(streams[1:], streams[0]))
 
 
 @contextmanager
-def _shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`layer` runs `forward` in the place of its own."""
     before = layer.__dict__.get("forward")  # accelerate, for one, puts a wrapper there
     layer.__dict__["forward"] = forward
     try:
@@ -126,12 +128,13 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, to
 
 @torch.no_grad()
 def calibrate_layer(
-    loaded: LoadedModel, index: int, recording: Recording, streams: Streams, *, moments: bool = True
+    loaded: LoadedModel, index: int, recording: Recording, streams: Streams, *, moments: bool = True, mean_abs: bool = False
 ) -> LayerStats:
     """Run layer `index` over all batches; `streams` moves on in place to what enters the next layer.
 
     Args:
         moments: accumulate input moments; schemes that look at weights only need none.
+        mean_abs: accumulate the mean absolute input too.
 
     Raises:
         NonFiniteError: an input, an output or a statistic is NaN or infinity; names the linear or the layer.
@@ -141,7 +144,7 @@ def calibrate_layer(
     prefix = f"{loaded.layers}.{index}"
     specs = [spec for spec in loaded.linears if spec.layer == index]
     trace, streams.probe = trace_layer(layer, prefix, specs, recording.probe_calls[index].run, streams.probe)
-    grams = _Grams(layer, prefix, trace, enabled=moments)
+    grams = _Grams(layer, prefix, trace, enabled=moments, mean_abs=mean_abs)
     cosines = _Cosines(layer, prefix, trace, device=streams.probe.device)
     with grams.hooked(), cosines.hooked():
         for position, hidden in enumerate(streams.batches):
@@ -154,11 +157,12 @@ def calibrate_layer(
 class _Grams:
     """One running Gram matrix per distinct input of the layer's linears."""
 
-    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, *, enabled: bool) -> None:
+    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, *, enabled: bool, mean_abs: bool) -> None:
         self._owners = sorted(set(trace.input_of.values())) if enabled else []
         self._modules = {name: layer.get_submodule(name.removeprefix(prefix + ".")) for name in self._owners}
         self._gram: dict[str, torch.Tensor] = {}
         self._sum: dict[str, torch.Tensor] = {}
+        self._abs: dict[str, torch.Tensor] | None = {} if mean_abs else None
         self._tokens: dict[str, int] = dict.fromkeys(self._owners, 0)
 
     @contextmanager
@@ -176,6 +180,8 @@ class _Grams:
                 self._gram[name] = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
                 self._sum[name] = x.new_zeros((x.shape[1],), dtype=torch.float64)
             ops.gram_accumulate_(self._gram[name], self._sum[name], x)
+            if self._abs is not None:
+                self._abs[name] = self._abs.get(name, 0) + x.abs().sum(0, dtype=torch.float64)
             self._tokens[name] += x.shape[0]
 
         return accumulate
@@ -186,7 +192,8 @@ class _Grams:
             gram, total, tokens = self._gram.pop(name), self._sum.pop(name), self._tokens[name]
             if not (gram.diagonal().isfinite().all() and total.isfinite().all()):
                 raise NonFiniteError(f"The input of {name} is NaN or infinity on the calibration text.")
-            moments[name] = Moment(gram.div_(tokens), total.div_(tokens), tokens)
+            mean_abs = self._abs.pop(name) / tokens if self._abs is not None else None
+            moments[name] = Moment(gram.div_(tokens), total.div_(tokens), tokens, mean_abs)
         return moments
 
 

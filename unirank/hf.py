@@ -7,7 +7,7 @@ unknown method; the guard of `LowRankLinear` then makes it stop with a shape mis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,17 @@ METHOD = "unirank"
 
 
 class UniRankConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compressed checkpoint: the rank of every linear that is no longer dense."""
+    """`quantization_config` of a compressed checkpoint: the rank of every linear that is no longer dense.
 
-    def __init__(self, ranks: Mapping[str, int] | None = None, **_: Any) -> None:
+    `biased` names those that have a bias where the dense linear has none (scheme `afm`).
+    """
+
+    def __init__(self, ranks: Mapping[str, int] | None = None, biased: Sequence[str] = (), **_: Any) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         if ranks is not None and not isinstance(ranks, Mapping):
             raise InputError(f"quantization_config.ranks must map names to ranks, got {type(ranks).__name__}.")
         self.ranks = dict(ranks or {})
+        self.biased = list(biased)
 
 
 class UniRankQuantizer(HfQuantizer):
@@ -39,8 +43,9 @@ class UniRankQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for name, rank in self.quantization_config.ranks.items():  # pyright: ignore[reportAttributeAccessIssue]
-            make_low_rank(model, name, rank)
+        config: Any = self.quantization_config
+        for name, rank in config.ranks.items():
+            make_low_rank(model, name, rank, add_bias=name in config.biased)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         align_weights(model)
@@ -61,8 +66,10 @@ register_quantization_config(METHOD)(UniRankConfig)
 register_quantizer(METHOD)(UniRankQuantizer)
 
 
-def make_low_rank(model: nn.Module, name: str, rank: int) -> LowRankLinear:
+def make_low_rank(model: nn.Module, name: str, rank: int, *, add_bias: bool = False) -> LowRankLinear:
     """Put an empty `LowRankLinear` of that rank in the place of the linear `name`, on its device and in its dtype.
+
+    A bias is kept; where there is none, `add_bias` makes one of zeros.
 
     Raises InputError when there is no such linear, or the rank does not fit its shape.
     """
@@ -80,9 +87,12 @@ def make_low_rank(model: nn.Module, name: str, rank: int) -> LowRankLinear:
         raise InputError(f"The rank of {name} is {rank!r}; legal are whole numbers from 1 to {min(m, n)}.")
     weight: torch.Tensor = linear.weight
     has_bias = linear.bias is not None
-    low = LowRankLinear(n, m, rank, bias=has_bias, device=weight.device, dtype=weight.dtype)
+    low = LowRankLinear(n, m, rank, bias=has_bias or add_bias, device=weight.device, dtype=weight.dtype)
     low.train(linear.training)
     if has_bias:
         low.left.bias = linear.bias
+    elif add_bias:
+        low.added_bias = True
+        nn.init.zeros_(low.left.bias)
     model.set_submodule(name, low)
     return low

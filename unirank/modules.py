@@ -26,6 +26,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.added_bias = False  # whether the bias is not the dense linear's
         self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", torch.full((1,), rank, dtype=torch.int64, device=device))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from unirank.calibrate import Streams
 from unirank.errors import StoreError
 from unirank.files import check_output, make_directory, sha256_text, write_json, write_tensors
-from unirank.types import CosineStat, Factors, LinearSpec
+from unirank.types import CosineStat, Factors, Gradient, LinearSpec
 
 MANIFEST = "analysis.json"
 _FORMAT = 1
-_TENSORS = r"(layer|stream)-\d{4}\.safetensors"
+_OPTIONAL = ("mean", "curvature", "slope")
+Scratch = Literal["forward", "backward"]
+_TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
 # What a run that was killed while it wrote leaves behind (see `write_atomically`).
 _LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS})\.\d+\.tmp"
 
@@ -47,11 +49,14 @@ class AnalysisStore:
         """SHA-256 of the identity."""
         return sha256_text(json.dumps(self.identity, sort_keys=True))
 
+    def _file(self, kind: str, layer: int) -> Path:
+        return self.path / f"{kind}-{layer:04d}.safetensors"
+
     def layer_file(self, layer: int) -> Path:
-        return self.path / f"layer-{layer:04d}.safetensors"
+        return self._file("layer", layer)
 
     def _stream_file(self, layer: int) -> Path:
-        return self.path / f"stream-{layer:04d}.safetensors"
+        return self._file("stream", layer)
 
     def layers_done(self) -> int:
         """Number of layers finished without a gap."""
@@ -81,6 +86,9 @@ class AnalysisStore:
         tensors = {}
         for name, factor in factors.items():
             tensors |= {f"{name}.energy": factor.energy, f"{name}.left": factor.left, f"{name}.right": factor.right}
+            for key in _OPTIONAL:
+                if (tensor := getattr(factor, key)) is not None:
+                    tensors[f"{name}.{key}"] = tensor
         header = {
             "layer": layer,
             "cosines": {key: asdict(stat) for key, stat in cosines.items()},
@@ -100,13 +108,38 @@ class AnalysisStore:
 
     def read_streams(self, layer: int, device: torch.device) -> Streams:
         """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing."""
-        file = self._stream_file(layer)
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise _damaged(file, error) from error
+        tensors = _load(self._stream_file(layer))
         probe = tensors.pop("probe").to(device)
         return Streams([tensors[key].to(device) for key in sorted(tensors)], probe)
+
+    def layers_without_gradients(self) -> int:
+        """Layers whose gradients are still to do; they are made from the last layer to the first."""
+        return next((i + 1 for i in reversed(range(self.layer_count)) if not self._file("gradient", i).is_file()), 0)
+
+    def write_gradients(self, layer: int, gradients: Mapping[str, Gradient]) -> None:
+        """Keep the gradients of one layer, matrices in float32."""
+        tensors = {}
+        for name, gradient in gradients.items():
+            tensors |= {f"{name}.g": gradient.g.float(), f"{name}.weight": gradient.weight.float()}
+            tensors[f"{name}.rows"] = gradient.rows
+        write_tensors(self._file("gradient", layer), tensors, {"layer": layer})
+
+    def has_scratch(self, kind: Scratch, layer: int) -> bool:
+        """Whether what enters (`forward`) or arrives backward at the input of (`backward`) `layer` is on disk."""
+        return self._file(kind, layer).is_file()
+
+    def write_scratch(self, kind: Scratch, layer: int, batches: Sequence[torch.Tensor]) -> None:
+        """Keep one tensor `[B, T, D]` a batch until `remove_scratch`."""
+        tensors = {f"batch.{i:06d}": batch for i, batch in enumerate(batches)}
+        write_tensors(self._file(kind, layer), tensors, {"layer": layer})
+
+    def read_scratch(self, kind: Scratch, layer: int, device: torch.device) -> list[torch.Tensor]:
+        """What `write_scratch` kept; raises StoreError when it is missing or damaged."""
+        tensors = _load(self._file(kind, layer))
+        return [tensors[key].to(device) for key in sorted(tensors)]
+
+    def remove_scratch(self, kind: Scratch, layer: int) -> None:
+        self._file(kind, layer).unlink(missing_ok=True)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -119,17 +152,63 @@ class AnalysisStore:
 
     def energies(self) -> dict[str, torch.Tensor]:
         """Energy spectrum `[K]` (float64, descending) of every linear, in the order of `linears`."""
-        energies = {}
+        return self._vectors("energy")
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward pass was part of the analysis."""
+        return bool(self.identity["calibration"].get("gradient_windows"))
+
+    def curvatures(self) -> dict[str, torch.Tensor]:
+        """`Factors.curvature` `[R]` of every linear. Raises StoreError in a store without gradients."""
+        return self._vectors("curvature")
+
+    def slopes(self) -> dict[str, torch.Tensor]:
+        """`Factors.slope` `[R]` of every linear. Raises StoreError in a store without gradients."""
+        return self._vectors("slope")
+
+    def damping(self) -> dict[str, float]:
+        """`Factors.damping` of every linear."""
+        return {name: eps for layer in range(self.layer_count) for name, eps in self._header(layer)["damping"].items()}
+
+    def gradients(self, layer: int) -> dict[str, Gradient]:
+        """The gradients of one layer, float64. Raises StoreError in a store without gradients."""
+        self._require_gradients()
+        tensors = _load(self._file("gradient", layer))
+        return {
+            spec.name: Gradient(*(tensors[f"{spec.name}.{key}"].double() for key in ("g", "rows", "weight")))
+            for spec in self.linears
+            if spec.layer == layer
+        }
+
+    def input_mean(self, spec: LinearSpec) -> torch.Tensor | None:
+        """`Factors.mean` `[N]`, or None where the scheme gives no bias."""
+        file = self.layer_file(spec.layer)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                key = f"{spec.name}.mean"
+                return tensors.get_tensor(key) if key in tensors.keys() else None
+        except (OSError, SafetensorError) as error:
+            raise _damaged(file, error) from error
+
+    def _vectors(self, key: str) -> dict[str, torch.Tensor]:
+        if key in ("curvature", "slope"):
+            self._require_gradients()
+        vectors = {}
         for layer in range(self.layer_count):
             file = self.layer_file(layer)
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for spec in self.linears:
                         if spec.layer == layer:
-                            energies[spec.name] = tensors.get_tensor(f"{spec.name}.energy")
+                            vectors[spec.name] = tensors.get_tensor(f"{spec.name}.{key}")
             except (OSError, SafetensorError) as error:
                 raise _damaged(file, error) from error
-        return energies
+        return vectors
+
+    def _require_gradients(self) -> None:
+        if not self.has_gradients:
+            raise StoreError(f"The store {self.path} was analyzed without gradients; make one with: --gradients.")
 
     def factors(self, spec: LinearSpec, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`left [M, R]` and `right [R, N]` of the first `rank` components. Raises StoreError beyond what is stored."""
@@ -213,6 +292,13 @@ def _remove(folder: Path, pattern: str) -> None:
     for file in list(folder.iterdir()):
         if re.fullmatch(pattern, file.name):
             file.unlink()
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(file, error) from error
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

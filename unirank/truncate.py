@@ -63,6 +63,15 @@ def count_target(module: nn.Module) -> int:
     return weight_of(module).numel()
 
 
+def lost_output(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor:
+    """`(W - left right) mean`, `[M]`: what a bias must add so that the mean output stays. Computed in float64."""
+    mean = mean.double().to(weight.device)
+    lost = weight.double() @ mean - left.double().to(weight.device) @ (right.double().to(weight.device) @ mean)
+    return lost.to(weight.dtype)
+
+
 @torch.no_grad()
 def truncate(
     loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progress: OnProgress = silent
@@ -88,14 +97,19 @@ def truncate(
         rank = plan.ranks[spec.name]
         if rank != DENSE:
             left, right = store.factors(spec, int(rank))
-            low = make_low_rank(model, spec.name, int(rank))
+            mean = store.input_mean(spec)
+            weight = weight_of(model.get_submodule(spec.name))
+            low = make_low_rank(model, spec.name, int(rank), add_bias=mean is not None)
             low.left.weight.copy_(left)
             low.right.weight.copy_(right)
+            if mean is not None and low.left.bias is not None:
+                low.left.bias += lost_output(weight, left, right, mean)
         progress("truncate", position + 1, len(loaded.linears))
     align_weights(model)
     low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
+    biased = [name for name in low_rank if model.get_submodule(name).added_bias]
     if low_rank:
-        model.config.quantization_config = UniRankConfig(ranks=low_rank)
+        model.config.quantization_config = UniRankConfig(ranks=low_rank, biased=biased)
     targets_after = sum(count_target(model.get_submodule(spec.name)) for spec in loaded.linears)
     if targets_after != plan.used:
         raise UnirankError(f"The modules hold {targets_after} target parameters, the plan says {plan.used}.")

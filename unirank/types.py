@@ -74,11 +74,27 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Moment:
-    """Second moment and mean of one input: `c [N, N]` and `mean [N]`, float64, averaged over `tokens`."""
+    """Moments of one input, float64, averaged over `tokens`: `c [N, N]` of `x xᵀ`, `mean [N]`, `mean_abs [N]` of `|x|`."""
 
     c: torch.Tensor
     mean: torch.Tensor
     tokens: int
+    mean_abs: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Gradients of the loss (summed token NLL) at one linear's output, `g = ∂L/∂y`, and at its weight.
+
+    Attributes:
+        g: `[M, M]`, mean over tokens of `g gᵀ`.
+        rows: `[M]`, mean over windows of the squared entries of a window's `∂L/∂W`, summed along each row.
+        weight: `[M, N]`, mean over tokens of `g xᵀ`.
+    """
+
+    g: torch.Tensor
+    rows: torch.Tensor
+    weight: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -106,12 +122,22 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Factors:
-    """`W ≈ left @ right`: `left [M, R]`, `right [R, N]`, R = ceil(r*); `energy [K]`, float64, descending, is whole."""
+    """`W ≈ left @ right`: `left [M, R]`, `right [R, N]`, R = ceil(r*); `energy [K]`, float64, descending, is whole.
+
+    Attributes:
+        damping: relative to the mean diagonal of what was damped; 0 when nothing was.
+        mean: `[N]`, the input whose output a bias restores after truncation, or None (see the scheme `afm`).
+        curvature: `[R]`, second-order estimate of the loss increase of dropping each component alone (times 2).
+        slope: `[R]`, first-order estimate of the same. Both need gradients; None without them.
+    """
 
     left: torch.Tensor
     right: torch.Tensor
     energy: torch.Tensor
-    damping: float  # relative to the mean diagonal of what was damped; 0 when nothing was
+    damping: float
+    mean: torch.Tensor | None = None
+    curvature: torch.Tensor | None = None
+    slope: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from unirank.allocators import uniform, unirank
-from unirank.allocators.base import Allocator, Request
+from unirank.allocators import curvature, uniform, unirank
+from unirank.allocators.base import Allocator, Request, Workbench
 from unirank.errors import InputError
 
-_REGISTRY: dict[str, Allocator] = {allocator.name: allocator for allocator in (unirank.ALLOCATOR, uniform.ALLOCATOR)}
+_REGISTRY: dict[str, Allocator] = {
+    allocator.name: allocator for allocator in (unirank.ALLOCATOR, uniform.ALLOCATOR, curvature.ALLOCATOR)
+}
 
 
 def allocators() -> tuple[str, ...]:
@@ -21,4 +23,4 @@ def allocator(name: str) -> Allocator:
     return _REGISTRY[name]
 
 
-__all__ = ["Allocator", "Request", "allocator", "allocators"]
+__all__ = ["Allocator", "Request", "Workbench", "allocator", "allocators"]

@@ -1,21 +1,39 @@
-"""What an allocator is: a function from spectra and a budget to ranks."""
+"""What an allocator is: a function from an analysis and a budget to ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from unirank import ops
 from unirank.errors import InputError
+from unirank.progress import OnProgress, silent
 from unirank.score import Components, ScoreSettings
-from unirank.types import CosineStat, LinearSpec
+from unirank.store import AnalysisStore
+from unirank.types import CosineStat, LinearSpec, LoadedModel
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What rules that measure need: the dense model, and windows of calibration text, int64 `[W, T]`."""
+
+    loaded: LoadedModel
+    windows: torch.Tensor
+    progress: OnProgress = silent
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an allocator is asked: linears, their spectra and cosines, and the budget in parameters."""
+    """What an allocator is asked: linears, their spectra and cosines, and the budget in parameters.
+
+    Attributes:
+        store: for what else a rule reads (curvatures, slopes, factors).
+        options: the rule's own options, complete and checked against `Allocator.options`.
+        workbench: for rules that measure the model; None otherwise.
+    """
 
     linears: tuple[LinearSpec, ...]
     energies: Mapping[str, torch.Tensor]
@@ -25,18 +43,28 @@ class Request:
     budget: int
     min_rank: int
     multiple_of: int
+    store: AnalysisStore
+    options: Mapping[str, float]
+    workbench: Workbench | None = None
 
 
 @dataclass(frozen=True)
 class Allocator:
     """A rule: `allocate` returns ranks (K means dense) in the order of the linears, and the threshold or None.
 
-    `scored` says whether the score settings matter to it.
+    Attributes:
+        scored: the score settings matter to it.
+        options: numbers that it takes by name, with their defaults.
+        measures: it runs the model, so `Request.workbench` is needed.
+        gradients: it needs a store that was analyzed with gradients.
     """
 
     name: str
     scored: bool
     allocate: Callable[[Request], tuple[list[int], float | None]]
+    options: Mapping[str, float] = field(default_factory=dict)
+    measures: bool = False
+    gradients: bool = False
 
 
 def take_best(components: Components, request: Request) -> tuple[list[int], float | None]:
@@ -67,3 +95,14 @@ def check_floor(linears: Sequence[LinearSpec], remove: float, budget: int, min_r
             f"remove = {remove} cannot be reached: min_rank = {min_rank} with multiple_of = {multiple_of} already "
             f"needs {floor} parameters and the budget is {budget}."
         )
+
+
+def options_of(rule: Allocator, given: Mapping[str, float]) -> dict[str, float]:
+    """The rule's options with `given` in the place of defaults; raises InputError for a name or number that is not legal."""
+    for name, value in given.items():
+        if name not in rule.options:
+            legal = f"it takes {', '.join(rule.options)}" if rule.options else "it takes none"
+            raise InputError(f"The allocator {rule.name} has no option {name!r}; {legal}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"The option {name} = {value!r} of {rule.name} is not legal; it must be a finite number.")
+    return {**rule.options, **given}

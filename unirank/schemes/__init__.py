@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from unirank.errors import InputError
-from unirank.schemes import svd, whiten
+from unirank.schemes import afm, kfac, scaled, svd, whiten
 from unirank.schemes.base import Problem, Scheme
 
-_REGISTRY: dict[str, Scheme] = {scheme.name: scheme for scheme in (svd.SCHEME, whiten.SCHEME)}
+_REGISTRY: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (svd.SCHEME, scaled.ASVD, scaled.AWSVD, scaled.FWSVD, whiten.SCHEME, afm.SCHEME, kfac.SCHEME)
+}
 
 
 def schemes() -> tuple[str, ...]:

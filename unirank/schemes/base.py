@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from unirank import ops
-from unirank.types import Factors, Moment
+from unirank.types import Factors, Gradient, Moment
 
 # Energies of one matrix span more decades than float32 resolves: with SmolLM2's outlier channels the largest
 # eigenvalue of a layer-0 output moment is 1e8 times the median, and float32 would order the rest by noise.
@@ -17,12 +17,13 @@ WORK_DTYPE = torch.float64
 
 @dataclass(frozen=True)
 class Problem:
-    """One matrix to decompose: `weight [M, N]`, and the moment of its input when the scheme asks for it."""
+    """One matrix to decompose: `weight [M, N]`, and the moment of its input and its gradients where asked for."""
 
     name: str
     weight: torch.Tensor
     moment: Moment | None
     max_rank: int  # factors are returned up to this rank, the spectrum whole
+    gradient: Gradient | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Scheme:
     name: str
     needs_moment: bool
     decompose: Callable[[Sequence[Problem]], list[Factors]]
+    needs_mean_abs: bool = False
+    needs_gradient: bool = False
 
 
 def eigh_descending(matrices: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -47,3 +50,15 @@ def eigh_descending(matrices: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor
             # Rounding makes the tail of a semidefinite matrix negative; energy is not.
             results[i] = (values[position].flip(0).clamp_min(0.0), vectors[position].flip(1))
     return [result for result in results if result is not None]
+
+
+def svd(matrices: Sequence[torch.Tensor], max_ranks: Sequence[int]) -> list[Factors]:
+    """`A = U S Vᵀ` of each: left `U S`, right `Vᵀ`, energies `S²`. Matrices of one shape are solved in one batch."""
+    results: dict[int, Factors] = {}
+    for shape in sorted({tuple(matrix.shape) for matrix in matrices}):
+        members = [i for i, matrix in enumerate(matrices) if tuple(matrix.shape) == shape]
+        u, s, vh = ops.batched_svd(torch.stack([matrices[i] for i in members]))
+        for position, i in enumerate(members):
+            left = u[position, :, : max_ranks[i]] * s[position, : max_ranks[i]]
+            results[i] = Factors(left, vh[position, : max_ranks[i]], s[position].square(), damping=0.0)
+    return [results[i] for i in range(len(matrices))]
