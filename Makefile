@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 
-.PHONY: demo install test lint format clean check-native check-cuda check-cuda-link test-gpu
+.PHONY: demo install test lint format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
@@ -40,6 +40,13 @@ check-cuda-link: $(CUDA_VENV)/.linked
 # On a machine with a GPU, in the environment where unirank was installed beside a CUDA build of torch.
 test-gpu:
 	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m pytest tests/gpu
+
+# The ops' benchmarks there; bench/README.md says how to read them.
+bench-gpu:
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_cosine.py --device cuda
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_gram.py --device cuda
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_eigh.py --device cuda
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_topk.py --device cuda
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from record import write_result
+from roofline import cosine_work, gpu_floor
 from shapes import MODELS
-from timing import compare, parser, read_rate, row, show
+from timing import compare, device_of, op_parser, read_rate, row, show
 from torch import Tensor
 
 from unirank import ops, reference
@@ -26,13 +27,13 @@ def composition(x: Tensor, y: Tensor) -> Tensor:
 
 
 def in_numpy(x: Tensor, y: Tensor) -> float:
-    a, b = x.double().numpy(), y.double().numpy()
+    a, b = x.double().cpu().numpy(), y.double().cpu().numpy()
     cosine = (a * b).sum(1) / (np.sqrt((a * a).sum(1)) * np.sqrt((b * b).sum(1)))
     return float(cosine.sum())
 
 
 def accumulate(op, x: Tensor, y: Tensor) -> Tensor:
-    state = torch.zeros(3, dtype=torch.float64)
+    state = torch.zeros(3, dtype=torch.float64, device=x.device)
     op(state, x, y)
     return state
 
@@ -52,34 +53,39 @@ def check(x: Tensor, y: Tensor) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser(__doc__).parse_args(argv)
+    arguments = op_parser(__doc__).parse_args(argv)
+    device = device_of(arguments)
     shapes = [(64, 96)] if arguments.quick else [(4096, 4096)]
     names = arguments.models or ([] if arguments.quick else ["smollm2-135m"])
     shapes += [(4096, MODELS[name].hidden) for name in names]
     rows = []
     for T, D in dict.fromkeys(shapes):
         for dtype in DTYPES:
-            x = torch.randn(T, D).to(dtype)
-            y = (x + torch.randn(T, D)).to(dtype)
+            x = torch.randn(T, D, device=device).to(dtype)
+            y = (x + torch.randn(T, D, device=device)).to(dtype)
             check(x, y)
             read_bytes = 2 * x.numel() * x.element_size()
+            floor = gpu_floor(cosine_work(T, D, dtype), device)
             for name, baseline in (
                 ("cosine_similarity and sums", lambda x=x, y=y: composition(x, y)),
                 ("twin", lambda x=x, y=y: accumulate(reference.cosine_accumulate_, x, y)),
                 ("numpy", lambda x=x, y=y: in_numpy(x, y)),
             ):
+                if name == "numpy" and device.type != "cpu":
+                    continue
                 repeats = arguments.repeats if name.startswith("cos") else 3
-                times = compare(lambda x=x, y=y: accumulate(ops.cosine_accumulate_, x, y), baseline, repeats)
-                rate = read_rate(read_bytes)  # beside every row: on a shared machine it changes by the minute
+                times = compare(lambda x=x, y=y: accumulate(ops.cosine_accumulate_, x, y), baseline, repeats, device)
+                # Beside every row: on a shared machine it changes by the minute.
+                rate = read_rate(read_bytes, device=device)
                 best = read_bytes / min(times[0]) / 1e9
                 label = str(dtype).removeprefix("torch.")
-                more = {"read_gbs": rate, "of_read": best / rate}
-                rows.append(row("cosine", f"{T} x {D}", label, name, *times, read_bytes=read_bytes, **more))
-    show(rows)
+                more = {"read_bytes": read_bytes, "read_gbs": rate, "of_read": best / rate}
+                rows.append(row("cosine", f"{T} x {D}", label, name, *times, floor=floor, **more))
+    show(rows, device)
     for r in rows:
         if r["baseline"].startswith("cos"):
             print(f"{r['shape']} {r['dtype']}: {r['of_read']:.0%} of a plain read ({r['read_gbs']:.1f} GB/s)")
-    write_result(arguments.json, rows, seed=torch.initial_seed())
+    write_result(arguments.json, rows, device=device, seed=torch.initial_seed())
     return 0
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from record import write_result
-from timing import compare, parser, row, show
+from roofline import eigh_work, gpu_floor
+from timing import compare, device_of, op_parser, row, show
 from torch import Tensor
 
 from unirank import ops
@@ -26,7 +27,7 @@ def errors(a: Tensor, w: Tensor, v: Tensor) -> tuple[float, float]:
     """Largest relative residual `|A V - V W|` and loss of orthogonality `|VᵀV - I|`, in float64."""
     a, w, v = a.double(), w.double(), v.double()
     residual = (a @ v - v * w[:, None]).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)
-    eye = torch.eye(a.shape[1], dtype=torch.float64)
+    eye = torch.eye(a.shape[1], dtype=torch.float64, device=a.device)
     return residual.max().item(), (v.mT @ v - eye).flatten(1).norm(dim=1).max().item()
 
 
@@ -45,25 +46,27 @@ def check(a: Tensor) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser(__doc__).parse_args(argv)
+    arguments = op_parser(__doc__).parse_args(argv)
+    device = device_of(arguments)
     torch.manual_seed(0)
     shapes = [(2, 24)] if arguments.quick else [(30, 576), (30, 192)]
     rows = []
     for B, N in shapes:
         for dtype in (torch.float32, torch.float64):
-            check(moments(2, N, dtype, deficient=True))
-            a = moments(B, N, dtype)
-            accuracy = check(a)
+            check(moments(2, N, dtype, deficient=True).to(device))
+            a = moments(B, N, dtype).to(device)
+            more = check(a) | {"flops": 9 * B * N**3}
+            floor = gpu_floor(eigh_work(B, N, dtype), device)
             shape, label = f"{B} x {N} x {N}", str(dtype).removeprefix("torch.")
             repeats = min(arguments.repeats, 5)
-            eigh = compare(lambda a=a: ops.batched_eigh(a), lambda a=a: torch.linalg.eigh(a), repeats)
-            rows.append(row("eigh", shape, label, "torch.linalg.eigh", *eigh, flops=9 * B * N**3, **accuracy))
+            eigh = compare(lambda a=a: ops.batched_eigh(a), lambda a=a: torch.linalg.eigh(a), repeats, device)
+            rows.append(row("eigh", shape, label, "torch.linalg.eigh", *eigh, floor=floor, **more))
             if N == 576 and dtype == torch.float64:
                 continue  # minutes, and nobody waits for it
-            svd = compare(lambda a=a: ops.batched_eigh(a), lambda a=a: torch.linalg.svd(a), min(repeats, 3))
-            rows.append(row("eigh", shape, label, "torch.linalg.svd", *svd, flops=9 * B * N**3, **accuracy))
-    show(rows)
-    write_result(arguments.json, rows, seed=torch.initial_seed())
+            svd = compare(lambda a=a: ops.batched_eigh(a), lambda a=a: torch.linalg.svd(a), min(repeats, 3), device)
+            rows.append(row("eigh", shape, label, "torch.linalg.svd", *svd, floor=floor, **more))
+    show(rows, device)
+    write_result(arguments.json, rows, device=device, seed=torch.initial_seed())
     return 0
 
 

@@ -11,22 +11,23 @@ from collections.abc import Sequence
 
 import torch
 from record import write_result
+from roofline import gpu_floor, gram_work
 from shapes import MODELS
-from timing import compare, matmul_rate, parser, row, show
+from timing import compare, device_of, matmul_rate, op_parser, row, show
 from torch import Tensor
 
 from unirank import ops, reference
 
 
 def accumulate(op, x: Tensor, dtype: torch.dtype) -> Tensor:
-    gram, total = torch.zeros(x.shape[1], x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
+    gram, total = (torch.zeros(shape, dtype=dtype, device=x.device) for shape in (x.shape[1:] * 2, x.shape[1:]))
     op(gram, total, x)
     return gram
 
 
 def check(x: Tensor) -> None:
     """Against float64 no worse than twice torch, also where the moment is rank-deficient, has outliers or denormals."""
-    deficient = x[:, :1] * torch.randn(x.shape[1]).to(x.dtype)
+    deficient = x[:, :1] * torch.randn(x.shape[1], device=x.device).to(x.dtype)
     outlier, tiny = x.clone(), x * torch.finfo(x.dtype).smallest_normal
     outlier[:, 0] *= 1000
     for case in (x, deficient, outlier, tiny):
@@ -37,15 +38,16 @@ def check(x: Tensor) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser(__doc__).parse_args(argv)
+    arguments = op_parser(__doc__).parse_args(argv)
+    device = device_of(arguments)
     shapes = [(64, 96)] if arguments.quick else [(4096, 1536), (4096, 576)]
     shapes += [(4096, width) for name in arguments.models or [] for width in MODELS[name].inputs]
     rows = []
     for T, N in dict.fromkeys(shapes):
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(T, N).to(dtype)
+            x = torch.randn(T, N, device=device).to(dtype)
             check(x[:, :128])
-            target = torch.zeros(N, N)
+            target = torch.zeros(N, N, device=device)
 
             def addmm(x: Tensor = x, target: Tensor = target) -> Tensor:
                 x = x.float()
@@ -56,19 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for kept in (torch.float32, torch.float64):
                 for name, baseline in (("addmm", addmm), ("twin", twin)):
-                    gram, total = torch.zeros(N, N, dtype=kept), torch.zeros(N, dtype=kept)
+                    gram, total = (torch.zeros(shape, dtype=kept, device=device) for shape in ((N, N), (N,)))
                     times = compare(
                         lambda x=x, gram=gram, total=total: ops.gram_accumulate_(gram, total, x),
                         baseline,
                         arguments.repeats if name == "addmm" else 3,
+                        device,
                     )
                     label = f"{str(dtype).removeprefix('torch.')} into {str(kept).removeprefix('torch.')}"
-                    rate = matmul_rate(torch.float32, 96 if arguments.quick else 1536)
-                    rows.append(
-                        row("gram", f"{T} x {N}", label, name, *times, flops=T * N * (N + 1), matmul_gflops=rate)
-                    )
-    show(rows)
-    write_result(arguments.json, rows, seed=torch.initial_seed())
+                    rate = matmul_rate(torch.float32, 96 if arguments.quick else 1536, device=device)
+                    floor = gpu_floor(gram_work(T, N, dtype, kept), device)
+                    more = {"flops": T * N * (N + 1), "matmul_gflops": rate}
+                    rows.append(row("gram", f"{T} x {N}", label, name, *times, floor=floor, **more))
+    show(rows, device)
+    write_result(arguments.json, rows, device=device, seed=torch.initial_seed())
     return 0
 
 

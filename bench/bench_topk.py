@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from record import write_result
+from roofline import gpu_floor, topk_work
 from shapes import MODELS
-from timing import compare, parser, row, show
+from timing import compare, device_of, op_parser, row, show
 from torch import Tensor
 
 from unirank import ops, reference
@@ -21,7 +22,7 @@ from unirank import ops, reference
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def problem(linears: Sequence[tuple[int, int]], K: int | None, kind: str) -> Problem:
+def problem(linears: Sequence[tuple[int, int]], K: int | None, kind: str, device: torch.device) -> Problem:
     """Scores of every linear, sorted: "random", "ties" (64 values), or "equal leading bits" (neighbours of 1)."""
     generator = torch.Generator().manual_seed(0)
     values, sizes = [], []
@@ -36,7 +37,7 @@ def problem(linears: Sequence[tuple[int, int]], K: int | None, kind: str) -> Pro
         sizes.append(size)
     shapes = torch.tensor(linears)
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    return torch.cat(values), shapes.sum(1), shapes.prod(1), offsets
+    return torch.cat(values).to(device), shapes.sum(1).to(device), shapes.prod(1).to(device), offsets.to(device)
 
 
 def in_python(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int) -> list[int]:
@@ -67,14 +68,15 @@ def refuses_infinity(p: Problem, budget: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser(__doc__).parse_args(argv)
+    arguments = op_parser(__doc__).parse_args(argv)
+    device = device_of(arguments)
     cases = [("llama-3-70b", 8214)] if not (arguments.quick or arguments.models) else []
     cases += [(name, None) for name in arguments.models or ["smollm2-135m"]]
     rows = []
     for name, K in cases:
         linears = list(MODELS[name].all_linears())[: 14 if arguments.quick else None]
         for kind in ("random", "ties", "equal leading bits"):
-            p = problem(linears, K, kind)
+            p = problem(linears, K, kind, device)
             budget = int(0.8 * int(p[2].sum()))
             ranks, threshold = ops.global_topk(*p, budget, 0, 1)
             twin_ranks, twin_threshold = reference.global_topk(*p, budget, 0, 1)
@@ -86,17 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lambda p=p, budget=budget: ops.global_topk(*p, budget, 0, 1),
                 lambda p=p, budget=budget: reference.global_topk(*p, budget, 0, 1),
                 arguments.repeats if kind == "random" else 3,
+                device,
             )
-            rows.append(row("topk", shape, "float64", "twin (stable sort)", *times, read_bytes=8 * len(p[0])))
+            size, floor = 8 * len(p[0]), gpu_floor(topk_work(len(p[0])), device)
+            rows.append(row("topk", shape, "float64", "twin (stable sort)", *times, read_bytes=size, floor=floor))
             if kind != "random":
                 continue
             start = time.perf_counter()
             assert in_python(*p, budget) == ranks.tolist()
             python = time.perf_counter() - start
             best = min(times[0])
-            rows.append(row("topk", shape, "float64", "pure Python", [best], [python], read_bytes=8 * len(p[0])))
-    show(rows)
-    write_result(arguments.json, rows, seed=0)
+            rows.append(row("topk", shape, "float64", "pure Python", [best], [python], read_bytes=size, floor=floor))
+    show(rows, device)
+    write_result(arguments.json, rows, device=device, seed=0)
     return 0
 
 

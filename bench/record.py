@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unirank.files import write_json
 from unirank.provenance import default_device, meta
 
 
-def write_result(path: Path | None, rows: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Write `rows` and `meta` (versions, device, threads, and `more`: seeds, hashes) to `path`; None writes nothing."""
+def write_result(
+    path: Path | None, rows: Sequence[dict[str, Any]], *, device: torch.device | None = None, **more: Any
+) -> None:
+    """Write `rows` and `meta` (versions, device, threads, and `more`: seeds, hashes) to `path`; None writes nothing.
+
+    `device`: where it was measured; None: on the GPU where there is one.
+    """
     if path is not None:
-        write_json(path, {"rows": list(rows), "meta": meta(default_device(), command=sys.argv, **more)})
+        write_json(path, {"rows": list(rows), "meta": meta(device or default_device(), command=sys.argv, **more)})

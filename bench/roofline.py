@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from record import write_result
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +24,12 @@ from shapes import MODELS, Model
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates per second: bytes of memory, and flops of bf16 tensor cores, fp32 and fp64 units."""
+    """Peak rates per second: bytes of memory, and flops of bf16 tensor cores, fp32 and fp64 units.
 
+    `driver_name` is what the driver calls it: other variants (PCIe, 40 GB) have other peaks.
+    """
+
+    driver_name: str
     memory: float
     bf16: float
     fp32: float
@@ -32,9 +37,9 @@ class Device:
 
 
 DEVICES = {
-    "H100": Device(3.35e12, 989e12, 67e12, 67e12),
-    "A100": Device(2.04e12, 312e12, 19.5e12, 19.5e12),
-    "4090": Device(1.01e12, 165e12, 82.6e12, 1.29e12),
+    "H100": Device("NVIDIA H100 80GB HBM3", 3.35e12, 989e12, 67e12, 67e12),
+    "A100": Device("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12, 19.5e12, 19.5e12),
+    "4090": Device("NVIDIA GeForce RTX 4090", 1.01e12, 165e12, 82.6e12, 1.29e12),
 }
 WINDOWS, WINDOW = 256, 2048
 
@@ -51,6 +56,41 @@ class Work:
     def floors(self, device: Device) -> tuple[float, float]:
         return self.bytes / device.memory, self.flops / getattr(device, self.units)
 
+    def times(self, calls: int) -> Work:
+        return replace(self, bytes=calls * self.bytes, flops=calls * self.flops)
+
+
+def cosine_work(T: int, D: int, dtype: torch.dtype = torch.bfloat16) -> Work:
+    """One call on two streams [T, D]."""
+    return Work("cosine_accumulate_", 2 * dtype.itemsize * T * D, 6 * T * D, "fp32")
+
+
+def gram_work(T: int, N: int, dtype: torch.dtype = torch.bfloat16, kept: torch.dtype = torch.float32) -> Work:
+    """One call on x [T, N]; the gram of dtype `kept` is read and written."""
+    return Work("gram_accumulate_", dtype.itemsize * T * N + 2 * kept.itemsize * N * N, T * N * (N + 1), _units(dtype))
+
+
+def eigh_work(B: int, N: int, dtype: torch.dtype) -> Work:
+    """One call on B matrices: each is read, its vectors are written."""
+    return Work("batched_eigh", 2 * dtype.itemsize * B * N * N, 9 * B * N**3, _units(dtype))
+
+
+def topk_work(components: int) -> Work:
+    """One call: a radix sort reads and writes 16-byte pairs in 8 passes."""
+    return Work("global_topk", components * 16 * 2 * 8, 0, "fp32")
+
+
+def _units(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float64: "fp64"}.get(dtype, "bf16")
+
+
+def gpu_floor(work: Work, device: torch.device) -> float | None:
+    """The least time of `work` on this GPU; None on a CPU and on GPUs whose peaks are not listed here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((max(work.floors(d)) for d in DEVICES.values() if d.driver_name == name), None)
+
 
 def works(model: Model) -> list[Work]:
     """The whole job on `WINDOWS` windows: bf16 weights and streams, fp32 Grams, fp64 decomposition."""
@@ -59,20 +99,18 @@ def works(model: Model) -> list[Work]:
     traffic = sum(m + n for m, n in model.linears)
     attention = 4 * T * WINDOW * model.query / 2  # causal
     components = sum(min(m, n) for m, n in model.all_linears())
-    gram_flops = sum(T * n * (n + 1) for n in model.inputs)
-    gram_bytes = sum(2 * T * n + 8 * n * n for n in model.inputs)
+    grams = [gram_work(T, n) for n in model.inputs]
     # W C Wᵀ through the square part, factors, and for a tall weight its Cholesky QR.
     products = sum(2 * min(m, n) * n * n + 4 * min(m, n) ** 2 * max(m, n) for m, n in model.linears)
     eigh = sum(9 * min(m, n) ** 3 for m, n in model.linears)
     matrix_bytes = sum(8 * (3 * m * n + 4 * min(m, n) ** 2) for m, n in model.linears)
     return [
         Work("forward", L * (2 * weights + 2 * T * traffic), L * (2 * T * weights + attention), "bf16"),
-        Work("cosine_accumulate_", L * 3 * 2 * 2 * T * D, L * 3 * 6 * T * D, "fp32"),
-        Work("gram_accumulate_", L * gram_bytes, L * gram_flops, "bf16"),
+        cosine_work(T, D).times(3 * L),
+        Work("gram_accumulate_", L * sum(g.bytes for g in grams), L * sum(g.flops for g in grams), "bf16"),
         Work("products", L * matrix_bytes, L * products, "fp64"),
         Work("batched_eigh", L * matrix_bytes, L * eigh, "fp64"),
-        # A radix sort reads and writes 16-byte pairs in 8 passes.
-        Work("global_topk", components * 16 * 2 * 8, 0, "fp32"),
+        topk_work(components),
     ]
 
 

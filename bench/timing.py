@@ -1,9 +1,14 @@
-"""How the benchmarks measure: cold caches, the baseline interleaved with the op, and this machine's own limits."""
+"""How the benchmarks measure: cold caches, the baseline interleaved with the op, and this machine's own limits.
+
+On a GPU a time runs from an idle device to an idle device, launches included: what a caller waits for.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,30 +18,57 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from unirank import ops
+
+CPU = torch.device("cpu")
 # Larger than the last-level cache of the machines at hand.
-_FLUSH = 64 * 2**20
+_FLUSH = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
-def flush() -> None:
+def device_of(arguments: argparse.Namespace) -> torch.device:
+    """What `--device` names. Without a usable GPU the program ends here: with 0, or 1 under UNIRANK_REQUIRE_CUDA=1."""
+    if arguments.device == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        missing = "no CUDA device is usable"
+    elif not ops.has_cuda_kernels():
+        missing = "unirank_cuda.so is not built, so the ops would run as torch compositions"
+    else:
+        return torch.device("cuda", torch.cuda.current_device())
+    if os.environ.get("UNIRANK_REQUIRE_CUDA") == "1":
+        sys.exit(f"UNIRANK_REQUIRE_CUDA=1, but {missing}")
+    print(f"skipped: {missing}")
+    sys.exit(0)
+
+
+def flush(device: torch.device = CPU) -> None:
     """Push everything out of the caches."""
-    torch.ones(_FLUSH // 4).add_(1)
+    torch.ones(_FLUSH[device.type] // 4, device=device).add_(1)
 
 
-def seconds(run: Callable[[], object]) -> float:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object], device: torch.device = CPU) -> float:
     """One cold run."""
-    flush()
+    flush(device)
+    synchronise(device)
     start = time.perf_counter()
     run()
+    synchronise(device)
     return time.perf_counter() - start
 
 
 def compare(
-    run: Callable[[], object], baseline: Callable[[], object], repeats: int = 7
+    run: Callable[[], object], baseline: Callable[[], object], repeats: int = 7, device: torch.device = CPU
 ) -> tuple[list[float], list[float]]:
     """Seconds of `run` and of `baseline`, turn by turn, so that a busy machine hurts both alike."""
     run()
     baseline()
-    pairs = [(seconds(run), seconds(baseline)) for _ in range(repeats)]
+    pairs = [(seconds(run, device), seconds(baseline, device)) for _ in range(repeats)]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
@@ -50,11 +82,17 @@ def row(
     *,
     read_bytes: float = 0,
     flops: float = 0,
+    floor: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """One flat row: medians, the ratios of the interleaved pairs, and the rates where bytes or flops are given."""
+    """One flat row: medians, the ratios of the interleaved pairs, and the rates where bytes or flops are given.
+
+    `floor`: the least time that the roofline model gives the op on this GPU, in seconds.
+    """
     ratios = [b / a for a, b in zip(times, baseline_times, strict=True)]
     median = statistics.median(times)
+    if floor is not None:
+        more |= {"model_seconds": floor, "over_model": median / floor}
     return {
         "op": op,
         "shape": shape,
@@ -73,22 +111,22 @@ def row(
     } | more
 
 
-def read_rate(nbytes: int, repeats: int = 7) -> float:
+def read_rate(nbytes: int, repeats: int = 7, device: torch.device = CPU) -> float:
     """GB/s of a plain read of `nbytes` with all threads (a float32 sum), best of `repeats` cold runs."""
-    data = torch.ones(nbytes // 4)
+    data = torch.ones(nbytes // 4, device=device)
     data.sum()
-    return nbytes / min(seconds(data.sum) for _ in range(repeats)) / 1e9
+    return nbytes / min(seconds(data.sum, device) for _ in range(repeats)) / 1e9
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 1536, repeats: int = 5) -> float:
+def matmul_rate(dtype: torch.dtype, size: int = 1536, repeats: int = 5, device: torch.device = CPU) -> float:
     """GFLOP/s of torch's matrix product with all threads, best of `repeats`."""
-    a = torch.randn(size, size, dtype=dtype)
+    a = torch.randn(size, size, dtype=dtype, device=device)
     torch.mm(a, a)
-    return 2 * size**3 / min(seconds(lambda: torch.mm(a, a)) for _ in range(repeats)) / 1e9
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, a), device) for _ in range(repeats)) / 1e9
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every op's benchmark has."""
+    """The options that most benchmarks have."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--quick", action="store_true", help="tiny shapes: does it run? (the figures mean nothing)")
     result.add_argument("--models", nargs="*", help="names from shapes.py; default: the target shape and SmolLM2")
@@ -97,14 +135,27 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows."""
+def op_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every op's benchmark has; `device_of` reads `--device`."""
+    result = parser(description)
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the op runs; default: cpu")
+    return result
+
+
+def show(rows: Sequence[dict[str, Any]], device: torch.device = CPU) -> None:
+    """Print the rows; beside the times of a GPU that the roofline model knows, its floors."""
+    digits = 4 if device.type == "cuda" else 2
+    floors = any("model_seconds" in r for r in rows)
     table = Table()
     for column in ("op", "shape", "dtype", "baseline", "ms", "baseline ms", "ratio min / median / max", "rate"):
         table.add_column(column)
+    if floors:
+        table.add_column("floor ms (model)")
     for r in rows:
         rate = f"{r['gbs']:.1f} GB/s" if r["gbs"] else f"{r['gflops']:.0f} GFLOP/s" if r["gflops"] else ""
         ratios = f"{r['ratio_min']:.2f} / {r['ratio_median']:.2f} / {r['ratio_max']:.2f}"
         cells = (r["op"], r["shape"], r["dtype"], r["baseline"])
-        table.add_row(*cells, f"{r['seconds'] * 1e3:.2f}", f"{r['baseline_seconds'] * 1e3:.2f}", ratios, rate)
+        times = (f"{r[key] * 1e3:.{digits}f}" for key in ("seconds", "baseline_seconds"))
+        floor = [f"{r['model_seconds'] * 1e3:.{digits}f}" if "model_seconds" in r else ""] if floors else []
+        table.add_row(*cells, *times, ratios, rate, *floor)
     Console(width=150).print(table)

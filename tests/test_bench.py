@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 KEYS = {"op", "shape", "dtype", "baseline", "ratio", "seconds", "baseline_seconds", "gbs"}
-NAMES = ("bench_cosine", "bench_gram", "bench_eigh", "bench_topk", "bench_compress", "bench_scaling", "roofline")
+OPS = ("bench_cosine", "bench_gram", "bench_eigh", "bench_topk")
+NAMES = (*OPS, "bench_compress", "bench_scaling", "roofline")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,6 +27,38 @@ def test_quick_run_writes_rows(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert row["seconds"] >= 0
         assert all(not isinstance(value, dict) for value in row.values()), "rows are flat"
     assert {"versions", "device", "threads"} <= record["meta"].keys()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_without_a_gpu_the_cuda_mode_skips_and_fails_only_on_demand(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    main = importlib.import_module(name).main
+    monkeypatch.delenv("UNIRANK_REQUIRE_CUDA", raising=False)
+    with pytest.raises(SystemExit) as skipped:
+        main(["--device", "cuda"])
+    assert skipped.value.code == 0
+    assert capsys.readouterr().out == "skipped: no CUDA device is usable\n"
+    monkeypatch.setenv("UNIRANK_REQUIRE_CUDA", "1")
+    with pytest.raises(SystemExit, match="UNIRANK_REQUIRE_CUDA=1, but no CUDA device is usable"):
+        main(["--device", "cuda"])
+
+
+def test_a_floor_stands_beside_the_times_of_a_gpu_that_the_model_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    roofline, timing = (importlib.import_module(name) for name in ("roofline", "timing"))
+    work = roofline.cosine_work(4096, 4096, torch.float32)
+    assert roofline.gpu_floor(work, torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    floor = roofline.gpu_floor(work, torch.device("cuda", 0))
+    assert floor == 2 * 4 * 4096**2 / 3.35e12
+    row = timing.row("cosine", "4096 x 4096", "float32", "twin", [3 * floor], [6 * floor], floor=floor)
+    assert (row["model_seconds"], row["over_model"]) == (floor, 3)
+    timing.show([row], torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another GPU")
+    assert roofline.gpu_floor(work, torch.device("cuda", 0)) is None
 
 
 def test_models_have_the_published_number_of_components(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "core/moment.h"
-#include "cpu/check.h"
 #include "cpu/ops.h"
+#include "operands.h"
 
 namespace unirank::cpu {
 namespace {
@@ -68,12 +68,12 @@ void mirror_tile(Acc* gram, i64 N, i64 i0, i64 m, i64 j0, i64 n) {
 template <typename In, typename Acc>
 void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
   const i64 N = x.size(1);
-  Acc* g = static_cast<Acc*>(gram.mutable_data_ptr());
-  Acc* sums = static_cast<Acc*>(mean.mutable_data_ptr());
+  Acc* g = data<Acc>(gram);
+  Acc* sums = data<Acc>(mean);
   const std::vector<i64> index = mask ? counted_rows(mask, x.size(0)) : std::vector<i64>();
   const i64 count = mask ? static_cast<i64>(index.size()) : x.size(0);
   if (count == 0) return;
-  const RowsOf<In> rows{static_cast<const In*>(x.const_data_ptr()), N, mask ? index.data() : nullptr};
+  const RowsOf<In> rows{const_data<In>(x), N, mask ? index.data() : nullptr};
   const Tiles tiles(N);
   std::atomic<i64> next = 0;
   // The ranges that parallel_for hands out only say how many threads take part.
@@ -100,38 +100,15 @@ void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const b
   return accumulate<In, float>(gram, mean, x, mask);
 }
 
-void check_arguments(const char* op, const Tensor& gram, const Tensor& mean, const Tensor& x) {
-  check(x.dim() == 2, op, ": x must have shape [T, N], got ", shape(x));
-  check(is_floating(x.scalar_type()), op, ": x must be float32, float64, bfloat16 or float16, got ",
-        name(x.scalar_type()));
-  const i64 N = x.size(1);
-  check(gram.dim() == 2 && gram.size(0) == N && gram.size(1) == N && gram.is_contiguous(), op,
-        ": gram must be contiguous of shape [", N, ", ", N, "], got ", shape(gram));
-  check(mean.dim() == 1 && mean.size(0) == N && mean.is_contiguous(), op, ": mean must be contiguous of shape [", N,
-        "], got ", shape(mean));
-  check(is_full(gram.scalar_type()) && mean.scalar_type() == gram.scalar_type(), op,
-        ": gram and mean must both be float64 or both float32, got ", name(gram.scalar_type()), " and ",
-        name(mean.scalar_type()));
-}
-
 }  // namespace
 
 void gram_accumulate_(Tensor gram, Tensor mean, Tensor x, std::optional<Tensor> mask) {
   const char* op = "gram_accumulate_";
-  check_arguments(op, gram, mean, x);
-  if (mask) mask = torch::stable::contiguous(*mask);
+  check_tokens(op, x);
+  check_moments(op, gram, mean, x.size(1));
   const bool* counted = mask_data(op, mask, x.size(0));
   x = torch::stable::contiguous(x);
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return accumulate<double>(gram, mean, x, counted);
-    case ScalarType::Float:
-      return accumulate<float>(gram, mean, x, counted);
-    case ScalarType::BFloat16:
-      return accumulate<Bf16>(gram, mean, x, counted);
-    default:
-      return accumulate<Fp16>(gram, mean, x, counted);
-  }
+  with_element_type<Bf16, Fp16>(x.scalar_type(), [&]<typename In>() { accumulate<In>(gram, mean, x, counted); });
 }
 
 }  // namespace unirank::cpu

@@ -7,26 +7,16 @@
 
 #include "core/blas.h"
 #include "core/workspace.h"
-#include "cpu/check.h"
 #include "cpu/ops.h"
+#include "operands.h"
 
 namespace unirank::cpu {
 namespace {
 
 using i64 = std::int64_t;
 
-// The largest order whose workspace length (about 4 K^2 + 7 K) still fits LAPACK's 32-bit integers.
-constexpr i64 kMaxOrder = 23000;
-
 // What became of one matrix: LAPACK's info, or this where the input or the result is not finite.
 constexpr int kNotFinite = std::numeric_limits<int>::min();
-
-void check_matrices(const char* op, const Tensor& a) {
-  check(is_full(a.scalar_type()), op, ": a must be float32 or float64, got ", name(a.scalar_type()));
-  check(a.dim() == 3, op, ": a must have shape [B, M, N], got ", shape(a));
-  check(std::min(a.size(1), a.size(2)) <= kMaxOrder && std::max(a.size(1), a.size(2)) <= (1 << 30), op,
-        ": the smaller side of a matrix must be at most ", kMaxOrder, ", got ", shape(a));
-}
 
 void check_outcome(const char* op, const std::vector<int>& outcome) {
   for (std::size_t b = 0; b < outcome.size(); ++b) {
@@ -38,11 +28,6 @@ void check_outcome(const char* op, const std::vector<int>& outcome) {
 template <typename T>
 bool all_finite(const T* p, i64 n) {
   return std::all_of(p, p + n, [](T v) { return std::isfinite(v); });
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 // A workspace query answers in the matrix's own dtype, which rounds large lengths: never below the documented minimum.
@@ -191,8 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> svd(const Tensor& a) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> batched_eigh(Tensor a) {
-  check_matrices("batched_eigh", a);
-  check(a.size(1) == a.size(2), "batched_eigh: a must have shape [B, N, N], got ", shape(a));
+  check_square_matrices("batched_eigh", a);
   a = torch::stable::contiguous(a);
   return a.scalar_type() == ScalarType::Double ? eigh<double>(a) : eigh<float>(a);
 }

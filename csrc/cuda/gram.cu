@@ -13,6 +13,9 @@
 namespace unirank::cuda {
 namespace {
 
+// Only here: mirror_lower has a row of blocks for every kTile rows, and a grid holds at most 65535 of them.
+constexpr i64 kMaxFeatures = i64{1} << 20;
+
 void check_blas(cublasStatus_t status, const char* routine) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
   throw std::runtime_error(std::string("gram_accumulate_: ") + routine + " failed: " + cublasGetStatusString(status));
@@ -93,42 +96,22 @@ void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const b
   return accumulate<In, float>(gram, mean, x, mask);
 }
 
-void check_arguments(const char* op, const Tensor& gram, const Tensor& mean, const Tensor& x) {
-  check(x.dim() == 2, op, ": x must have shape [T, N], got ", shape(x));
-  check(is_floating(x.scalar_type()), op, ": x must be float32, float64, bfloat16 or float16, got ",
-        name(x.scalar_type()));
-  const i64 N = x.size(1);
-  check(N <= (1 << 20), op, ": N must be at most ", 1 << 20, ", got ", N);
-  check(gram.dim() == 2 && gram.size(0) == N && gram.size(1) == N && gram.is_contiguous(), op,
-        ": gram must be contiguous of shape [", N, ", ", N, "], got ", shape(gram));
-  check(mean.dim() == 1 && mean.size(0) == N && mean.is_contiguous(), op, ": mean must be contiguous of shape [", N,
-        "], got ", shape(mean));
-  check(is_full(gram.scalar_type()) && mean.scalar_type() == gram.scalar_type(), op,
-        ": gram and mean must both be float64 or both float32, got ", name(gram.scalar_type()), " and ",
-        name(mean.scalar_type()));
-  check_device(op, "gram", gram, x);
-  check_device(op, "mean", mean, x);
-}
-
 }  // namespace
 
 void gram_accumulate_(Tensor gram, Tensor mean, Tensor x, std::optional<Tensor> mask) {
   const char* op = "gram_accumulate_";
-  check_arguments(op, gram, mean, x);
+  check_tokens(op, x);
+  const i64 N = x.size(1);
+  check(N <= kMaxFeatures, op, ": N must be at most ", kMaxFeatures, ", got ", N);
+  check_moments(op, gram, mean, N);
+  check_device(op, "gram", gram, x);
+  check_device(op, "mean", mean, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const bool* counted = device_mask(op, mask, x);
-  if (x.size(0) == 0 || x.size(1) == 0) return;
+  if (x.size(0) == 0 || N == 0) return;
   x = with_rows(x);
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return accumulate<double>(gram, mean, x, counted);
-    case ScalarType::Float:
-      return accumulate<float>(gram, mean, x, counted);
-    case ScalarType::BFloat16:
-      return accumulate<kernels::Bf16>(gram, mean, x, counted);
-    default:
-      return accumulate<kernels::Fp16>(gram, mean, x, counted);
-  }
+  with_element_type<kernels::Bf16, kernels::Fp16>(x.scalar_type(),
+                                                  [&]<typename In>() { accumulate<In>(gram, mean, x, counted); });
 }
 
 }  // namespace unirank::cuda

@@ -11,21 +11,11 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/check.h"
+#include "operands.h"
 
 namespace unirank::cuda {
 
 using i64 = std::int64_t;
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <typename T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
 
 // Torch's current stream on the device of a tensor; calling it queues a kernel. Empty grids launch nothing.
 class Queue {
@@ -82,7 +72,6 @@ inline void check_device(const char* op, const char* argument, const Tensor& t, 
 inline const bool* device_mask(const char* op, std::optional<Tensor>& mask, const Tensor& x) {
   if (!mask) return nullptr;
   check_device(op, "mask", *mask, x);
-  mask = torch::stable::contiguous(*mask);
   return mask_data(op, mask, x.size(0));
 }
 

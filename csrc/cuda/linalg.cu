@@ -10,23 +10,13 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/check.h"
 #include "cuda/solver.h"
+#include "operands.h"
 
 namespace unirank::cuda {
 namespace {
 
 using i64 = std::int64_t;
-
-// As on the CPU; cuSOLVER's own 64-bit routines give up a little above it.
-constexpr i64 kMaxOrder = 23000;
-
-void check_matrices(const char* op, const Tensor& a) {
-  check(is_full(a.scalar_type()), op, ": a must be float32 or float64, got ", name(a.scalar_type()));
-  check(a.dim() == 3, op, ": a must have shape [B, M, N], got ", shape(a));
-  check(std::min(a.size(1), a.size(2)) <= kMaxOrder && std::max(a.size(1), a.size(2)) <= (1 << 30), op,
-        ": the smaller side of a matrix must be at most ", kMaxOrder, ", got ", shape(a));
-}
 
 // Torch's caching allocator orders reuse by stream, so memory freed when the op returns is safe.
 class TorchScratch final : public solver::Scratch {
@@ -53,16 +43,6 @@ cudaStream_t current_stream(int device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <typename T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
 }
 
 Tensor transposed(const Tensor& t) { return torch::stable::contiguous(torch::stable::transpose(t, 1, 2)); }
@@ -98,8 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> svd(const solver::Call& call, solver::SvdMeth
 
 std::tuple<Tensor, Tensor> batched_eigh(Tensor a) {
   const char* op = "batched_eigh";
-  check_matrices(op, a);
-  check(a.size(1) == a.size(2), op, ": a must have shape [B, N, N], got ", shape(a));
+  check_square_matrices(op, a);
   const i64 B = a.size(0), N = a.size(1);
   if (B == 0 || N == 0) return {torch::stable::new_empty(a, {B, N}), torch::stable::new_empty(a, {B, N, N})};
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());

@@ -58,8 +58,7 @@ void search(const Queue& queue, const kernels::RankProblem<Score>& problem, Scra
 }
 
 void check_prices(const char* argument, const Tensor& t, i64 length, const Tensor& value) {
-  check(t.scalar_type() == ScalarType::Long, kOp, ": ", argument, " must be int64, got ", name(t.scalar_type()));
-  check(t.dim() == 1 && t.size(0) == length, kOp, ": ", argument, " must have shape [", length, "], got ", shape(t));
+  check_integers(kOp, argument, t, length);
   check_device(kOp, argument, t, value);
 }
 
@@ -67,10 +66,7 @@ void check_prices(const char* argument, const Tensor& t, i64 length, const Tenso
 
 std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets,
                                        std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of) {
-  const ScalarType type = value.scalar_type();
-  check(is_full(type), kOp, ": value must be float32 or float64, got ", name(type));
-  check(value.dim() == 1, kOp, ": value must have shape [C], got ", shape(value));
-  check(cost.dim() == 1, kOp, ": cost must have shape [L], got ", shape(cost));
+  check_ranking(kOp, value, cost);
   const i64 C = value.size(0), L = cost.size(0);
   check(C < (i64{1} << 31), kOp, ": value must have fewer than 2^31 components, got ", C);
   check_prices("cost", cost, L, value);
@@ -100,7 +96,7 @@ std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_c
                                               multiple_of};
     search(queue, problem, scratch, data<i64>(ranks), data<double>(threshold));
   };
-  if (type == ScalarType::Double) {
+  if (value.scalar_type() == ScalarType::Double) {
     run(const_data<double>(value));
   } else {
     run(const_data<float>(value));

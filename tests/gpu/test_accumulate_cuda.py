@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.cases import FLOATING, FULL, SIZES, activations, masks, run_cosine, run_gram, token_mask
+from tests.ops.tolerance import assert_moments, assert_same_cosine_sums
 from unirank import ops, reference
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from tolerance import FLOATING, FULL, SIZES, assert_as_good_as_torch, masks, token_mask
 
 REAL = (576, 1536)
 
 
-def tokens(T: int, D: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(T, D, generator=torch.Generator().manual_seed(T * 1000 + D + seed)).to(dtype)
-
-
-def cosine(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    state = torch.zeros(3, dtype=torch.float64, device=x.device)
-    ops.cosine_accumulate_(state, x, y, mask)
-    return state.cpu()
-
-
-def gram(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    N = x.shape[1]
-    g, mean = (torch.zeros(shape, dtype=dtype, device=x.device) for shape in ((N, N), (N,)))
-    ops.gram_accumulate_(g, mean, x, mask)
-    return g.cpu(), mean.cpu()
+cosine = partial(run_cosine, ops.cosine_accumulate_)
+gram = partial(run_gram, ops.gram_accumulate_)
 
 
 def assert_same_cosine(x: Tensor, y: Tensor, mask: Tensor | None, device: torch.device) -> None:
     got = cosine(x.to(device), y.to(device), None if mask is None else mask.to(device))
-    # Products are exact and sums are fp64 on both sides, so every dtype is held to fp64.
-    torch.testing.assert_close(got, cosine(x, y, mask), rtol=1e-12, atol=1e-11, equal_nan=True)
+    assert_same_cosine_sums(got, cosine(x, y, mask))
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("D", [*SIZES, *REAL])
 @pytest.mark.parametrize("T", SIZES)
 def test_cosine(cuda: torch.device, T: int, D: int, dtype: torch.dtype) -> None:
-    assert_same_cosine(tokens(T, D, dtype), tokens(T, D, dtype, 1), None, cuda)
+    assert_same_cosine(activations(T, D, dtype), activations(T, D, dtype, 1), None, cuda)
 
 
 @masks
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("D", REAL)
 def test_cosine_with_masks(cuda: torch.device, D: int, dtype: torch.dtype, mask_kind: str) -> None:
-    assert_same_cosine(tokens(300, D, dtype), tokens(300, D, dtype, 1), token_mask(mask_kind, 300), cuda)
+    assert_same_cosine(activations(300, D, dtype), activations(300, D, dtype, 1), token_mask(mask_kind, 300), cuda)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_cosine_of_zero_and_non_finite_rows(cuda: torch.device, dtype: torch.dtype, bad: float) -> None:
-    x, y = tokens(40, 64, dtype), tokens(40, 64, dtype, 1)
+    x, y = activations(40, 64, dtype), activations(40, 64, dtype, 1)
     x[7] = bad
     assert_same_cosine(x, y, None, cuda)
     assert_same_cosine(x, y, torch.arange(40) != 7, cuda)
@@ -65,31 +49,27 @@ def test_cosine_of_zero_and_non_finite_rows(cuda: torch.device, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_cosine_of_rows_that_no_vector_load_may_touch(cuda: torch.device, dtype: torch.dtype) -> None:
-    wide = tokens(50, 131, dtype).to(cuda)
+    wide = activations(50, 131, dtype).to(cuda)
     x, y = wide[:, 1:66], wide[:, 66:131]
     torch.testing.assert_close(cosine(x, y), cosine(x.contiguous(), y.contiguous()), rtol=1e-12, atol=1e-11)
 
 
 def test_cosine_bits_repeat(cuda: torch.device) -> None:
-    x, y = (tokens(3000, 576, torch.bfloat16, seed).to(cuda) for seed in (0, 1))
+    x, y = (activations(3000, 576, torch.bfloat16, seed).to(cuda) for seed in (0, 1))
     assert torch.equal(cosine(x, y), cosine(x, y))
 
 
 def assert_gram(x: Tensor, mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-    g, mean = gram(x.to(device), None if mask is None else mask.to(device), dtype)
-    assert torch.equal(g, g.T)
     rows = x if mask is None else x[mask]
-    truth, total = rows.double().T @ rows.double(), rows.double().sum(0)
-    plain = rows if rows.dtype == torch.float64 and dtype == torch.float64 else rows.float()
-    assert_as_good_as_torch(g, plain.T @ plain, truth)
-    assert_as_good_as_torch(mean, plain.sum(0), total)
+    found = gram(x.to(device), None if mask is None else mask.to(device), dtype)
+    assert_moments(*found, rows, rows.double().T @ rows.double())
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("N", SIZES)
 @pytest.mark.parametrize("T", SIZES)
 def test_gram(cuda: torch.device, T: int, N: int, dtype: torch.dtype) -> None:
-    assert_gram(tokens(T, N, dtype), None, torch.float64, cuda)
+    assert_gram(activations(T, N, dtype), None, torch.float64, cuda)
 
 
 @masks
@@ -99,16 +79,16 @@ def test_gram(cuda: torch.device, T: int, N: int, dtype: torch.dtype) -> None:
 def test_gram_of_real_shapes(
     cuda: torch.device, N: int, dtype: torch.dtype, gram_dtype: torch.dtype, mask_kind: str
 ) -> None:
-    assert_gram(tokens(300, N, dtype), token_mask(mask_kind, 300), gram_dtype, cuda)
+    assert_gram(activations(300, N, dtype), token_mask(mask_kind, 300), gram_dtype, cuda)
 
 
 @pytest.mark.parametrize("T", [2047, 2048, 2049, 5000])
 def test_gram_of_more_rows_than_a_chunk(cuda: torch.device, T: int) -> None:
-    assert_gram(tokens(T, 33, torch.float32), token_mask("some", T), torch.float64, cuda)
+    assert_gram(activations(T, 33, torch.float32), token_mask("some", T), torch.float64, cuda)
 
 
 def test_gram_does_not_look_at_masked_rows(cuda: torch.device) -> None:
-    x, mask = tokens(50, 20, torch.float32), token_mask("some", 50)
+    x, mask = activations(50, 20, torch.float32), token_mask("some", 50)
     assert mask is not None
     clean = gram(x.to(cuda), mask.to(cuda))
     x[~mask] = float("nan")
@@ -117,7 +97,7 @@ def test_gram_does_not_look_at_masked_rows(cuda: torch.device) -> None:
 
 
 def test_tf32_is_never_used(cuda: torch.device) -> None:
-    x = tokens(2048, 256, torch.float32)
+    x = activations(2048, 256, torch.float32)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -127,7 +107,7 @@ def test_tf32_is_never_used(cuda: torch.device) -> None:
 
 
 def test_another_stream_is_respected(cuda: torch.device) -> None:
-    x = tokens(4096, 576, torch.float32).to(cuda)
+    x = activations(4096, 576, torch.float32).to(cuda)
     want = gram(x)
     with torch.cuda.stream(torch.cuda.Stream()):
         got = gram(x)
@@ -136,7 +116,7 @@ def test_another_stream_is_respected(cuda: torch.device) -> None:
 
 
 def test_mixed_devices_are_refused(cuda: torch.device) -> None:
-    x = tokens(4, 5, torch.float32)
+    x = activations(4, 5, torch.float32)
     for op in (ops.cosine_accumulate_, reference.cosine_accumulate_):
         with pytest.raises(ValueError, match="cuda"):
             op(torch.zeros(3, dtype=torch.float64, device=cuda), x.to(cuda), x)

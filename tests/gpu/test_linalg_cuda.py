@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.cases import FULL, SIZES, matrices, symmetric
+from tests.ops.tolerance import assert_eigh, assert_svd
 from unirank import ops
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-from tolerance import FULL, SIZES, assert_as_good_as_torch
 
 SHAPES = [(1, 1), (1, 33), (33, 1), (31, 33), (33, 31), (32, 32), (255, 32), (32, 257), (64, 64), (576, 192)]
 REAL = [(576, 576), (1536, 576), (576, 1536)]
 DRIVERS = ("auto", "gesdd", "gesvd", "gesvdj")
-
-
-def matrices(B: int, M: int, N: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(B, M, N, generator=torch.Generator().manual_seed(M * 1000 + N), dtype=torch.float64).to(dtype)
-
-
-def symmetric(B: int, N: int, dtype: torch.dtype) -> Tensor:
-    a = matrices(B, N, N, torch.float64)
-    return (a + a.mT).to(dtype)
-
-
-def identity_error(q: Tensor) -> Tensor:
-    return q.double().mT @ q.double()
 
 
 @pytest.mark.parametrize("dtype", FULL)
@@ -38,15 +21,7 @@ def identity_error(q: Tensor) -> Tensor:
 def test_eigh(cuda: torch.device, N: int, B: int, dtype: torch.dtype) -> None:
     a = symmetric(B, N, dtype)
     w, v = (t.cpu() for t in ops.batched_eigh(a.to(cuda)))
-    assert v.is_contiguous()
-    assert bool((w.diff() >= 0).all())
-    plain_w, plain_v = torch.linalg.eigh(a)
-    assert_as_good_as_torch(w, plain_w, torch.linalg.eigvalsh(a.double()))
-    rebuilt = v.double() @ torch.diag_embed(w.double()) @ v.double().mT
-    plain = plain_v.double() @ torch.diag_embed(plain_w.double()) @ plain_v.double().mT
-    assert_as_good_as_torch(rebuilt.to(dtype), plain.to(dtype), a)
-    eye = torch.eye(N, dtype=torch.float64).expand(B, N, N)
-    assert_as_good_as_torch(identity_error(v).to(dtype), identity_error(plain_v).to(dtype), eye)
+    assert_eigh(a, w, v)
 
 
 def test_eigh_reads_only_the_lower_half(cuda: torch.device) -> None:
@@ -62,33 +37,24 @@ def test_eigh_of_more_matrices_than_one_call_takes(cuda: torch.device) -> None:
     torch.testing.assert_close(v @ torch.diag_embed(w) @ v.mT, a, rtol=0, atol=1e-4)
 
 
-def assert_svd(a: Tensor, driver: str, device: torch.device) -> None:
-    (B, M, N), K, dtype = a.shape, min(a.shape[1:]), a.dtype
+def assert_svd_on(device: torch.device, a: Tensor, driver: str) -> None:
     u, s, vh = (t.cpu() for t in ops.batched_svd(a.to(device), driver))
-    assert (u.shape, s.shape, vh.shape) == ((B, M, K), (B, K), (B, K, N))
     assert u.is_contiguous()
     assert vh.is_contiguous()
-    assert bool((s.diff() <= 0).all())
-    plain_u, plain_s, plain_vh = (t.cpu() for t in torch.linalg.svd(a.to(device), full_matrices=False))
-    assert_as_good_as_torch(s, plain_s, torch.linalg.svdvals(a.double()))
-    plain = (plain_u.double() * plain_s.double()[:, None]) @ plain_vh.double()
-    assert_as_good_as_torch(((u.double() * s.double()[:, None]) @ vh.double()).to(dtype), plain.to(dtype), a)
-    eye = torch.eye(K, dtype=torch.float64).expand(B, K, K)
-    assert_as_good_as_torch(identity_error(u).to(dtype), identity_error(plain_u).to(dtype), eye)
-    assert_as_good_as_torch(identity_error(vh.mT).to(dtype), identity_error(plain_vh.mT).to(dtype), eye)
+    assert_svd(a, (u, s, vh), [t.cpu() for t in torch.linalg.svd(a.to(device), full_matrices=False)])
 
 
 @pytest.mark.parametrize("dtype", FULL)
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize(("M", "N"), SHAPES)
 def test_svd(cuda: torch.device, M: int, N: int, driver: str, dtype: torch.dtype) -> None:
-    assert_svd(matrices(3, M, N, dtype), driver, cuda)
+    assert_svd_on(cuda, matrices(3, M, N, dtype), driver)
 
 
 @pytest.mark.parametrize("dtype", FULL)
 @pytest.mark.parametrize(("M", "N"), REAL)
 def test_svd_of_real_shapes(cuda: torch.device, M: int, N: int, dtype: torch.dtype) -> None:
-    assert_svd(matrices(2, M, N, dtype), "auto", cuda)
+    assert_svd_on(cuda, matrices(2, M, N, dtype), "auto")
 
 
 @pytest.mark.parametrize(("M", "N"), [(257, 32), (32, 257)])
@@ -113,7 +79,7 @@ def test_hard_matrices(cuda: torch.device, scale: float, N: int) -> None:
 @pytest.mark.parametrize("N", [9, 64])
 def test_rank_deficient_matrices(cuda: torch.device, N: int) -> None:
     a = matrices(2, N, 3, torch.float64) @ matrices(2, 3, N, torch.float64)
-    assert_svd(a, "auto", cuda)
+    assert_svd_on(cuda, a, "auto")
     _, s, _ = ops.batched_svd(torch.zeros(1, N, N, device=cuda))
     assert torch.equal(s.cpu(), torch.zeros(1, N))
 

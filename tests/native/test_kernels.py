@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.ops.cases import SIZES
+from tests.ops.tolerance import assert_same_cosine_sums
 from unirank import ops, reference
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZES = (0, 1, 31, 32, 33, 255, 257)
 # Pad and shift in elements: whole 16-byte loads, rows that miss them, operands that miss them.
 LAYOUTS = ((0, 0), (8, 0), (1, 0), (0, 1))
 
@@ -42,7 +43,7 @@ def cosine_truth(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     ops.cosine_accumulate_(state, x, y, mask)
     twin = torch.zeros(3, dtype=torch.float64)
     reference.cosine_accumulate_(twin, x, y, mask)
-    torch.testing.assert_close(state, twin, rtol=1e-12, atol=1e-11, equal_nan=True)
+    assert_same_cosine_sums(state, twin)
     return state
 
 
@@ -55,10 +56,7 @@ def check_cosine(emulated: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None
             for seed in seeds
         }
         for result in results:
-            # The project's tolerance of this op, see tests/ops/test_cosine.py.
-            torch.testing.assert_close(
-                torch.tensor(result, dtype=torch.float64), want, rtol=1e-12, atol=1e-11, equal_nan=True
-            )
+            assert_same_cosine_sums(torch.tensor(result, dtype=torch.float64), want)
         assert len(results) == 1 or want.isnan().any(), "the bits depend on the schedule"
 
 

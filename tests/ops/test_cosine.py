@@ -1,8 +1,9 @@
 import pytest
 import torch
-from tolerance import FLOATING, SCHEMA_CHECKS, SIZES, assert_same_bits_for_any_thread_count, masks, token_mask
 from torch import Tensor
 
+from tests.ops.cases import FLOATING, SCHEMA_CHECKS, SIZES, masks, run_cosine, token_mask
+from tests.ops.tolerance import assert_same_bits_for_any_thread_count, assert_same_cosine_sums
 from unirank import ops, reference
 
 
@@ -12,26 +13,15 @@ def streams(T: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.to(dtype), (x + torch.randn(T, D, generator=g)).to(dtype)
 
 
-def run(op, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    state = torch.zeros(3, dtype=torch.float64)
-    op(state, x, y, mask)
-    return state
-
-
-def assert_close(got: Tensor, want: Tensor) -> None:
-    # Products are exact and sums are fp64 on both sides, so every dtype is held to fp64.
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-11, equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("D", SIZES)
 @pytest.mark.parametrize("T", SIZES)
 def test_equals_twin_and_fp64(T: int, D: int, dtype: torch.dtype) -> None:
     x, y = streams(T, D, dtype)
-    got = run(ops.cosine_accumulate_, x, y)
-    assert_close(got, run(reference.cosine_accumulate_, x, y))
+    got = run_cosine(ops.cosine_accumulate_, x, y)
+    assert_same_cosine_sums(got, run_cosine(reference.cosine_accumulate_, x, y))
     cosine = torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=1, eps=1e-300)
-    assert_close(got, torch.tensor([cosine.sum(), (cosine**2).sum(), T], dtype=torch.float64))
+    assert_same_cosine_sums(got, torch.tensor([cosine.sum(), (cosine**2).sum(), T], dtype=torch.float64))
 
 
 @masks
@@ -40,8 +30,8 @@ def test_equals_twin_and_fp64(T: int, D: int, dtype: torch.dtype) -> None:
 def test_masks_at_real_shapes(D: int, dtype: torch.dtype, mask_kind: str) -> None:
     x, y = streams(300, D, dtype)
     mask = token_mask(mask_kind, 300)
-    got = run(ops.cosine_accumulate_, x, y, mask)
-    assert_close(got, run(reference.cosine_accumulate_, x, y, mask))
+    got = run_cosine(ops.cosine_accumulate_, x, y, mask)
+    assert_same_cosine_sums(got, run_cosine(reference.cosine_accumulate_, x, y, mask))
     assert got[2] == (300 if mask is None else mask.sum())
 
 
@@ -50,15 +40,15 @@ def test_accumulates_onto_state() -> None:
     state = torch.zeros(3, dtype=torch.float64)
     for part in (slice(0, 20), slice(20, 64)):
         ops.cosine_accumulate_(state, x[part], y[part])
-    assert_close(state, run(ops.cosine_accumulate_, x, y))
+    assert_same_cosine_sums(state, run_cosine(ops.cosine_accumulate_, x, y))
 
 
 def test_non_contiguous_inputs() -> None:
     x, y = streams(40, 50, torch.float32)
     wide = torch.cat((x, y), 1)
     mask = torch.arange(80) % 4 == 0
-    got = run(ops.cosine_accumulate_, wide[:, :50], y.T.contiguous().T, mask[::2])
-    assert torch.equal(got, run(ops.cosine_accumulate_, x, y, mask[::2].contiguous()))
+    got = run_cosine(ops.cosine_accumulate_, wide[:, :50], y.T.contiguous().T, mask[::2])
+    assert torch.equal(got, run_cosine(ops.cosine_accumulate_, x, y, mask[::2].contiguous()))
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -67,8 +57,9 @@ def test_zero_rows_count_as_cosine_zero(dtype: torch.dtype) -> None:
     x[1] = 0
     y[3] = 0
     x[4] = y[4] = 0
-    got = run(ops.cosine_accumulate_, x, y)
-    assert_close(got, run(ops.cosine_accumulate_, x[[0, 2]], y[[0, 2]]) + torch.tensor([0.0, 0.0, 3.0]).double())
+    got = run_cosine(ops.cosine_accumulate_, x, y)
+    others = run_cosine(ops.cosine_accumulate_, x[[0, 2]], y[[0, 2]])
+    assert_same_cosine_sums(got, others + torch.tensor([0.0, 0.0, 3.0]).double())
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -80,10 +71,10 @@ def test_non_finite_rows_poison_unless_masked(dtype: torch.dtype, bad: float, ot
     if other_is_zero:
         y[2] = 0
     for op in (ops.cosine_accumulate_, reference.cosine_accumulate_):
-        state = run(op, x, y)
+        state = run_cosine(op, x, y)
         assert state[:2].isnan().all()
         assert state[2] == 5
-        assert run(op, x, y, torch.arange(5) != 2).isfinite().all()
+        assert run_cosine(op, x, y, torch.arange(5) != 2).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -92,20 +83,20 @@ def test_every_16_bit_value_is_widened_exactly(dtype: torch.dtype) -> None:
     every = every[every.isfinite()]
     # D = 1: the cosine is the product of signs, and squares of the smallest subnormal stay above zero in fp64.
     x, y = every[:, None], torch.ones_like(every)[:, None]
-    assert torch.equal(run(ops.cosine_accumulate_, x, y), run(reference.cosine_accumulate_, x, y))
+    assert torch.equal(run_cosine(ops.cosine_accumulate_, x, y), run_cosine(reference.cosine_accumulate_, x, y))
     # Against a fixed second column the cosine depends on the magnitude too.
     x, y = torch.stack((every, torch.ones_like(every)), 1), torch.ones(len(every), 2, dtype=dtype)
-    assert_close(run(ops.cosine_accumulate_, x, y), run(reference.cosine_accumulate_, x, y))
+    assert_same_cosine_sums(run_cosine(ops.cosine_accumulate_, x, y), run_cosine(reference.cosine_accumulate_, x, y))
 
 
 def test_cosine_never_leaves_unit_interval() -> None:
     x, _ = streams(1000, 33, torch.float64)
-    assert run(ops.cosine_accumulate_, x, x * 3)[0] <= 1000
+    assert run_cosine(ops.cosine_accumulate_, x, x * 3)[0] <= 1000
 
 
 def test_bits_do_not_depend_on_threads() -> None:
     x, y = streams(3000, 257, torch.float32)
-    assert_same_bits_for_any_thread_count(lambda: [run(ops.cosine_accumulate_, x, y)])
+    assert_same_bits_for_any_thread_count(lambda: [run_cosine(ops.cosine_accumulate_, x, y)])
 
 
 @pytest.mark.parametrize("op", [ops.cosine_accumulate_, reference.cosine_accumulate_])

@@ -1,29 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from tolerance import (
-    FLOATING,
-    FULL,
-    SCHEMA_CHECKS,
-    SIZES,
-    assert_as_good_as_torch,
-    assert_same_bits_for_any_thread_count,
-    masks,
-    token_mask,
-)
 from torch import Tensor
 
+from tests.ops.cases import FLOATING, FULL, SCHEMA_CHECKS, SIZES, activations, masks, run_gram, token_mask
+from tests.ops.tolerance import assert_as_good_as_torch, assert_moments, assert_same_bits_for_any_thread_count
 from unirank import ops, reference
-
-
-def activations(T: int, N: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(T, N, generator=torch.Generator().manual_seed(T * 1000 + N)).to(dtype)
-
-
-def run(op, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    gram, mean = torch.zeros(x.shape[1], x.shape[1], dtype=dtype), torch.zeros(x.shape[1], dtype=dtype)
-    op(gram, mean, x, mask)
-    return gram, mean
 
 
 def exact_moment(rows: Tensor) -> Tensor:
@@ -35,17 +17,10 @@ def exact_moment(rows: Tensor) -> Tensor:
 
 
 def assert_matches(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> None:
-    gram, mean = run(ops.gram_accumulate_, x, mask, dtype)
-    assert torch.equal(gram, gram.T)
     rows = x if mask is None else x[mask]
-    truth, total = exact_moment(rows), rows.double().sum(0)
-    # What torch makes of 16-bit rows without the op: widened to fp32, which is also what the op promises.
-    plain = rows if rows.dtype == torch.float64 and dtype == torch.float64 else rows.float()
-    assert_as_good_as_torch(gram, plain.T @ plain, truth)
-    assert_as_good_as_torch(mean, plain.sum(0), total)
-    twin_gram, twin_mean = run(reference.gram_accumulate_, x, mask, dtype)
-    assert_as_good_as_torch(twin_gram, plain.T @ plain, truth)
-    assert_as_good_as_torch(twin_mean, plain.sum(0), total)
+    truth = exact_moment(rows)
+    for op in (ops.gram_accumulate_, reference.gram_accumulate_):
+        assert_moments(*run_gram(op, x, mask, dtype), rows, truth)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -76,7 +51,7 @@ def test_more_rows_than_a_chunk(T: int) -> None:
 
 def test_accumulates_onto_state() -> None:
     x = activations(90, 50)
-    gram, mean = run(ops.gram_accumulate_, x[:30])
+    gram, mean = run_gram(ops.gram_accumulate_, x[:30])
     ops.gram_accumulate_(gram, mean, x[30:])
     assert_as_good_as_torch(gram, x.T @ x, x.double().T @ x.double())
     assert_as_good_as_torch(mean, x.sum(0), x.double().sum(0))
@@ -85,16 +60,16 @@ def test_accumulates_onto_state() -> None:
 def test_masked_rows_are_not_looked_at() -> None:
     x, mask = activations(50, 20), token_mask("some", 50)
     assert mask is not None
-    clean = run(ops.gram_accumulate_, x, mask)
+    clean = run_gram(ops.gram_accumulate_, x, mask)
     x[~mask] = float("nan")
-    for got, want in zip(run(ops.gram_accumulate_, x, mask), clean, strict=True):
+    for got, want in zip(run_gram(ops.gram_accumulate_, x, mask), clean, strict=True):
         assert torch.equal(got, want)
 
 
 def test_non_finite_rows_show() -> None:
     x = activations(50, 20)
     x[7, 3] = float("nan")
-    gram, mean = run(ops.gram_accumulate_, x)
+    gram, mean = run_gram(ops.gram_accumulate_, x)
     assert gram[3].isnan().all()
     assert mean[3].isnan()
 
@@ -103,7 +78,7 @@ def test_layout_and_alignment_do_not_change_bits() -> None:
     x = activations(301, 64)
     flat = torch.cat((torch.zeros(1), x.flatten()))
     for other in (x.T.contiguous().T, flat[1:].view(301, 64)):
-        for got, want in zip(run(ops.gram_accumulate_, other), run(ops.gram_accumulate_, x), strict=True):
+        for got, want in zip(run_gram(ops.gram_accumulate_, other), run_gram(ops.gram_accumulate_, x), strict=True):
             assert torch.equal(got, want)
 
 
@@ -111,7 +86,7 @@ def test_layout_and_alignment_do_not_change_bits() -> None:
 @pytest.mark.parametrize("N", [33, 576, 1000])
 def test_bits_do_not_depend_on_threads(N: int, dtype: torch.dtype) -> None:
     x = activations(2500, N, dtype)
-    assert_same_bits_for_any_thread_count(lambda: run(ops.gram_accumulate_, x))
+    assert_same_bits_for_any_thread_count(lambda: run_gram(ops.gram_accumulate_, x))
 
 
 @pytest.mark.parametrize("op", [ops.gram_accumulate_, reference.gram_accumulate_])

@@ -1,30 +1,12 @@
 import pytest
 import torch
-from tolerance import (
-    FULL,
-    SCHEMA_CHECKS,
-    SIZES,
-    assert_as_good_as_torch,
-    assert_same_bits_for_any_thread_count,
-)
 from torch import Tensor
 
+from tests.ops.cases import FULL, SCHEMA_CHECKS, SIZES, matrices, symmetric
+from tests.ops.tolerance import assert_eigh, assert_same_bits_for_any_thread_count, assert_svd
 from unirank import ops, reference
 
 SHAPES = [(1, 1), (1, 33), (33, 1), (31, 33), (33, 31), (255, 32), (32, 257), (64, 64)]
-
-
-def matrices(B: int, M: int, N: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(B, M, N, generator=torch.Generator().manual_seed(M * 1000 + N), dtype=torch.float64).to(dtype)
-
-
-def symmetric(B: int, N: int, dtype: torch.dtype) -> Tensor:
-    a = matrices(B, N, N, torch.float64)
-    return (a + a.mT).to(dtype)
-
-
-def identity_error(q: Tensor) -> Tensor:
-    return q.double().mT @ q.double()
 
 
 @pytest.mark.parametrize("dtype", FULL)
@@ -32,19 +14,8 @@ def identity_error(q: Tensor) -> Tensor:
 @pytest.mark.parametrize("N", SIZES)
 def test_eigh_is_as_good_as_torch(N: int, B: int, dtype: torch.dtype) -> None:
     a = symmetric(B, N, dtype)
-    plain_w, plain_v = torch.linalg.eigh(a)
-    truth = torch.linalg.eigvalsh(a.double())
-    eye = torch.eye(N, dtype=torch.float64).expand(B, N, N)
     for op in (ops.batched_eigh, reference.batched_eigh):
-        w, v = op(a)
-        assert w.dtype == v.dtype == dtype
-        assert v.is_contiguous()
-        assert bool((w.diff() >= 0).all())
-        assert_as_good_as_torch(w, plain_w, truth)
-        rebuilt = v.double() @ torch.diag_embed(w.double()) @ v.double().mT
-        plain = plain_v.double() @ torch.diag_embed(plain_w.double()) @ plain_v.double().mT
-        assert_as_good_as_torch(rebuilt.to(dtype), plain.to(dtype), a)
-        assert_as_good_as_torch(identity_error(v).to(dtype), identity_error(plain_v).to(dtype), eye)
+        assert_eigh(a, *op(a))
 
 
 def test_eigh_reads_only_the_lower_half() -> None:
@@ -58,19 +29,10 @@ def test_eigh_reads_only_the_lower_half() -> None:
 @pytest.mark.parametrize("driver", ["auto", "gesdd"])
 @pytest.mark.parametrize(("M", "N"), SHAPES)
 def test_svd_is_as_good_as_torch(M: int, N: int, driver: str, dtype: torch.dtype) -> None:
-    a, K = matrices(3, M, N, dtype), min(M, N)
-    plain_u, plain_s, plain_vh = torch.linalg.svd(a, full_matrices=False)
-    truth = torch.linalg.svdvals(a.double())
-    eye = torch.eye(K, dtype=torch.float64).expand(3, K, K)
-    plain = (plain_u.double() * plain_s.double()[:, None]) @ plain_vh.double()
+    a = matrices(3, M, N, dtype)
+    plain = torch.linalg.svd(a, full_matrices=False)
     for op in (ops.batched_svd, reference.batched_svd):
-        u, s, vh = op(a, driver)
-        assert (u.shape, s.shape, vh.shape) == ((3, M, K), (3, K), (3, K, N))
-        assert bool((s.diff() <= 0).all())
-        assert_as_good_as_torch(s, plain_s, truth)
-        assert_as_good_as_torch(((u.double() * s.double()[:, None]) @ vh.double()).to(dtype), plain.to(dtype), a)
-        assert_as_good_as_torch(identity_error(u).to(dtype), identity_error(plain_u).to(dtype), eye)
-        assert_as_good_as_torch(identity_error(vh.mT).to(dtype), identity_error(plain_vh.mT).to(dtype), eye)
+        assert_svd(a, op(a, driver), plain)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_topk import random_problem
 from torch import Tensor
 
+from tests.ops.cases import random_problem
 from unirank import ops
 
 CORE = Path(__file__).resolve().parents[2] / "csrc"
@@ -25,7 +25,7 @@ def jobs() -> list[Callable[[], tuple[Tensor, ...]]]:
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(700, 257, generator=g), torch.randn(700, 257, generator=g)
     a = torch.stack([(m := torch.randn(60, 60, generator=g, dtype=torch.float64)) + m.T for _ in range(5)])
-    problem = random_problem(6, 100)
+    problem = random_problem(6, 100, levels=5000)
 
     def cosine() -> tuple[Tensor, ...]:
         state = torch.zeros(3, dtype=torch.float64)

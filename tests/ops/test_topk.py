@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import SCHEMA_CHECKS, assert_same_bits_for_any_thread_count
 from torch import Tensor
 
+from tests.ops.cases import GOOD_RANKING, NO_SEGMENTS, PRICES_NEAR_INT64, SCHEMA_CHECKS, bad_rankings, random_problem
+from tests.ops.tolerance import assert_same_bits_for_any_thread_count
 from unirank import ops, reference
 
 
@@ -123,17 +124,10 @@ def test_ranks_never_fall_as_the_budget_grows(p: Problem, min_rank: int) -> None
         before = ranks
 
 
-def random_problem(L: int, K: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(L)
-    value = torch.rand(L, K, generator=g, dtype=dtype).mul(50 * K).round().sort(1, descending=True).values.flatten()
-    M, N = torch.randint(K, 3 * K, (L,), generator=g), torch.full((L,), K)
-    return value, M + N, M * N, torch.arange(L + 1) * K
-
-
 @pytest.mark.parametrize("multiple_of", [1, 8, 64])
 @pytest.mark.parametrize("keep", [0.25, 0.4, 0.8, 1.0])
 def test_a_whole_model(keep: float, multiple_of: int) -> None:
-    problem = random_problem(210, 480)
+    problem = random_problem(210, 480, levels=24000)
     budget = int(keep * int(problem[2].sum()))
     ranks, threshold = ops.global_topk(*problem, budget, 1, multiple_of)
     twin_ranks, twin_threshold = reference.global_topk(*problem, budget, 1, multiple_of)
@@ -145,85 +139,46 @@ def test_a_whole_model(keep: float, multiple_of: int) -> None:
 
 
 def test_prices_near_the_end_of_int64_do_not_overflow() -> None:
-    huge = 2**62 - 1
-    problem = (
-        torch.tensor([3.0, 2, 1, 0.5]),
-        torch.tensor([huge, 5]),
-        torch.tensor([huge, 2**60]),
-        torch.tensor([0, 3, 4]),
-    )
     for op in (ops.global_topk, reference.global_topk):
-        ranks, _ = op(*problem, 2**62 + 10, 0, 1)
+        ranks, _ = op(*PRICES_NEAR_INT64, 2**62 + 10, 0, 1)
         assert ranks.tolist() == [3, 1]
 
 
 def test_no_segments() -> None:
-    empty = torch.zeros(0, dtype=torch.int64)
     for op in (ops.global_topk, reference.global_topk):
-        ranks, threshold = op(torch.zeros(0), empty, empty, torch.zeros(1, dtype=torch.int64), 5, 1, 1)
+        ranks, threshold = op(*NO_SEGMENTS, 5, 1, 1)
         assert ranks.shape == (0,)
         assert threshold == math.inf
 
 
 def test_non_contiguous_inputs() -> None:
-    problem = random_problem(8, 32)
+    problem = random_problem(8, 32, levels=1600)
     strided = [torch.stack((t, t), 1)[:, 0] for t in problem]
     for got, want in zip(ops.global_topk(*strided, 9000, 1, 4), ops.global_topk(*problem, 9000, 1, 4), strict=True):
         assert torch.equal(got, want)
 
 
 def test_bits_do_not_depend_on_threads() -> None:
-    problem = random_problem(30, 100)
+    problem = random_problem(30, 100, levels=5000)
     assert_same_bits_for_any_thread_count(lambda: ops.global_topk(*problem, 100000, 1, 8))
 
 
-GOOD = {
-    "value": torch.tensor([3.0, 1, 2, 0]),
-    "cost": torch.tensor([5, 5]),
-    "dense_cost": torch.tensor([9, 9]),
-    "offsets": torch.tensor([0, 2, 4]),
-    "budget": 15,
-    "min_rank": 1,
-    "multiple_of": 1,
-}
-
-
 @pytest.mark.parametrize("op", [ops.global_topk, reference.global_topk])
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"value": torch.zeros(4).half()}, "value must be float32 or float64, got"),
-        ({"value": torch.zeros(4, 1)}, r"value must have shape \[C\], got \[4, 1\]"),
-        ({"value": torch.tensor([3.0, 1, 2, math.nan])}, "value must be finite.*index.*3"),
-        ({"value": torch.tensor([math.inf, 1, 2, 0])}, "value must be finite.*index.*0"),
-        ({"value": torch.tensor([3.0, 1, 0, 2])}, "rises at index 3 in segment 1"),
-        ({"cost": torch.tensor([5, 0])}, "cost must be positive.*segment.*1"),
-        ({"cost": torch.tensor([5.0, 5.0])}, "cost must be int64"),
-        ({"dense_cost": torch.tensor([-9, 9])}, "dense_cost must be positive.*segment.*0"),
-        ({"dense_cost": torch.tensor([9])}, r"dense_cost must have shape \[2\], got \[1\]"),
-        ({"dense_cost": torch.tensor([2**62, 2**62])}, "more than an int64"),
-        ({"offsets": torch.tensor([0, 4])}, r"offsets must have shape \[3\]"),
-        ({"offsets": torch.tensor([0, 2, 3])}, "offsets must run from 0 to 4, got 0 to 3"),
-        ({"offsets": torch.tensor([0, 4, 4])}, "offsets must increase, but segment.*1"),
-        ({"min_rank": -1}, "min_rank must be at least 0, got -1"),
-        ({"multiple_of": 0}, "multiple_of must be at least 1, got 0"),
-        ({"budget": 9}, "min_rank 1 needs 10 parameters but the budget is 9"),
-    ],
-)
+@bad_rankings
 def test_bad_arguments(op, changed: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        op(**{**GOOD, **changed})
+        op(**{**GOOD_RANKING, **changed})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("multiple_of", [1, 4])
 def test_opcheck(multiple_of: int, dtype: torch.dtype) -> None:
-    arguments = (*random_problem(3, 10, dtype), 500, 1, multiple_of)
+    arguments = (*random_problem(3, 10, dtype, levels=500), 500, 1, multiple_of)
     torch.library.opcheck(torch.ops.unirank.global_topk, arguments, test_utils=SCHEMA_CHECKS)
 
 
 def test_compiles_into_one_graph() -> None:
-    problem = random_problem(4, 16)
+    problem = random_problem(4, 16, levels=800)
 
     def spent(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         ranks, threshold = ops.global_topk(value, cost, dense_cost, offsets, 1500, 1, 2)

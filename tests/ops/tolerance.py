@@ -1,17 +1,11 @@
-"""The one home of the ops' tolerance, and the inputs that their tests share."""
+"""The one home of the ops' tolerance: what a result is held to, whichever device made it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import pytest
 import torch
 from torch import Tensor
-
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FULL = (torch.float32, torch.float64)
-SIZES = (0, 1, 31, 32, 33, 255, 257)
-SCHEMA_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def assert_as_good_as_torch(got: Tensor, plain: Tensor, truth: Tensor, *, ulps: float = 4) -> None:
@@ -29,6 +23,58 @@ def assert_as_good_as_torch(got: Tensor, plain: Tensor, truth: Tensor, *, ulps: 
     assert error <= allowed, f"error {error:.3e} exceeds {allowed:.3e}"
 
 
+def assert_same_cosine_sums(got: Tensor, want: Tensor) -> None:
+    # Products are exact and sums are fp64 on both sides, so every dtype is held to fp64.
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-11, equal_nan=True)
+
+
+def assert_moments(gram: Tensor, mean: Tensor, rows: Tensor, truth: Tensor) -> None:
+    """`gram` is symmetric, and it and `mean` are as good as torch's; `truth` is `rowsᵀ rows`."""
+    assert torch.equal(gram, gram.T)
+    # What torch makes of 16-bit rows without the op: widened to fp32, which is also what the op promises.
+    plain = rows if rows.dtype == gram.dtype == torch.float64 else rows.float()
+    assert_as_good_as_torch(gram, plain.T @ plain, truth)
+    assert_as_good_as_torch(mean, plain.sum(0), rows.double().sum(0))
+
+
+def _gram(q: Tensor) -> Tensor:
+    return q.double().mT @ q.double()
+
+
+def assert_orthonormal(q: Tensor, plain: Tensor) -> None:
+    """The columns of `q` are orthonormal, as well as those of `plain`."""
+    eye = torch.eye(q.shape[2], dtype=torch.float64).expand(q.shape[0], -1, -1)
+    assert_as_good_as_torch(_gram(q).to(q.dtype), _gram(plain).to(q.dtype), eye)
+
+
+def assert_eigh(a: Tensor, w: Tensor, v: Tensor) -> None:
+    """Ascending eigenvalues, `V diag(w) Vᵀ = A` and `VᵀV = I`, each as good as torch's on the CPU."""
+    assert w.dtype == v.dtype == a.dtype
+    assert v.is_contiguous()
+    assert bool((w.diff() >= 0).all())
+    plain_w, plain_v = torch.linalg.eigh(a)
+    assert_as_good_as_torch(w, plain_w, torch.linalg.eigvalsh(a.double()))
+    rebuilt = v.double() @ torch.diag_embed(w.double()) @ v.double().mT
+    plain = plain_v.double() @ torch.diag_embed(plain_w.double()) @ plain_v.double().mT
+    assert_as_good_as_torch(rebuilt.to(a.dtype), plain.to(a.dtype), a)
+    assert_orthonormal(v, plain_v)
+
+
+def assert_svd(a: Tensor, found: Sequence[Tensor], plain: Sequence[Tensor]) -> None:
+    """Descending singular values, `U diag(s) Vh = A` and orthonormal vectors, each as good as `plain`, torch's SVD."""
+    (B, M, N), K = a.shape, min(a.shape[1:])
+    u, s, vh = found
+    plain_u, plain_s, plain_vh = plain
+    assert (u.shape, s.shape, vh.shape) == ((B, M, K), (B, K), (B, K, N))
+    assert bool((s.diff() <= 0).all())
+    assert_as_good_as_torch(s, plain_s, torch.linalg.svdvals(a.double()))
+    rebuilt = (u.double() * s.double()[:, None]) @ vh.double()
+    plain_rebuilt = (plain_u.double() * plain_s.double()[:, None]) @ plain_vh.double()
+    assert_as_good_as_torch(rebuilt.to(a.dtype), plain_rebuilt.to(a.dtype), a)
+    assert_orthonormal(u, plain_u)
+    assert_orthonormal(vh.mT, plain_vh.mT)
+
+
 def assert_same_bits_for_any_thread_count(run: Callable[[], Sequence[Tensor]]) -> None:
     threads = torch.get_num_threads()
     try:
@@ -41,14 +87,3 @@ def assert_same_bits_for_any_thread_count(run: Callable[[], Sequence[Tensor]]) -
     for result in results[1:]:
         for first, other in zip(results[0], result, strict=True):
             assert torch.equal(first, other)
-
-
-def token_mask(kind: str, T: int) -> Tensor | None:
-    if kind == "absent":
-        return None
-    if kind == "some":
-        return torch.arange(T) % 3 != 1
-    return torch.full((T,), kind == "all")
-
-
-masks = pytest.mark.parametrize("mask_kind", ["absent", "all", "none", "some"])

@@ -30,6 +30,9 @@ SOURCES = (
     MOCK / "binding.cpp",
     MOCK / "cudart.cpp",
     MOCK / "cusolver.cpp",
+    MOCK / "cusolver_eigh.cpp",
+    MOCK / "cusolver_svd32.cpp",
+    MOCK / "cusolver_svd64.cpp",
     MOCK / "launcher.cpp",
     MOCK / "mock.cpp",
 )

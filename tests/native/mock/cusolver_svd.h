@@ -1,0 +1,39 @@
+// What every SVD of the mock shares: the checks of its operands, and the decomposition of one matrix.
+#pragma once
+
+#include "cusolver.h"
+#include "lapack.h"
+
+namespace mock::cusolver {
+
+enum class Right { kPlain, kTransposed };
+
+// One SVD with m >= n, left vectors m x (full ? m : n). The input is destroyed, as cuSOLVER's may be.
+template <typename T>
+int svd_one(const std::string& routine, bool full, Right layout, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v,
+            int ldv) {
+  int info = state().info_on_nan;
+  if (mock::all_finite(a, static_cast<std::size_t>(lda) * n)) {
+    info = mock::svd(full ? 'A' : 'S', m, n, a, lda, s, u, ldu, v, ldv);
+    if (layout == Right::kPlain) mock::transpose(v, n, ldv);
+  } else {
+    fill_nan(s, n);
+  }
+  fill_nan(a, static_cast<std::size_t>(lda) * n);
+  return outcome(routine, info, s, n);
+}
+
+template <typename T>
+bool check_svd(const std::string& routine, cusolverDnHandle_t handle, std::int64_t m, std::int64_t n, const T* a,
+               std::int64_t lda, const T* s, const T* u, std::int64_t ldu, std::int64_t u_columns, const T* v,
+               std::int64_t ldv, std::int64_t batch) {
+  const auto bytes = [&](std::int64_t count) { return static_cast<std::size_t>(count * batch) * sizeof(T); };
+  return is_ready(routine, handle) && expect(m >= n && n >= 1 && batch >= 1, routine, "shape") &&
+         expect(lda >= m && ldu >= m && ldv >= n, routine, "leading dimension") &&
+         expect(on_device(a, bytes(lda * n)), routine, "a is out of bounds") &&
+         expect(on_device(s, bytes(n)), routine, "s is out of bounds") &&
+         expect(on_device(u, bytes(ldu * u_columns)), routine, "u is out of bounds") &&
+         expect(on_device(v, bytes(ldv * n)), routine, "v is out of bounds");
+}
+
+}  // namespace mock::cusolver
