@@ -30,7 +30,7 @@ ORDER = (
     ("analyze",),
     ("score",),
     ("hf",),
-    ("truncate",),
+    ("truncate", "refine"),
     ("allocators",),
     ("allocate",),
     ("checkpoint",),
