@@ -9,7 +9,7 @@ import unirank
 from unirank.data import calibration_windows, read_text, tokenize
 from unirank.models import weight_of
 from unirank.modules import LowRankLinear
-from unirank.refine import Refine, refine
+from unirank.refine import Refine, refit
 from unirank.types import DENSE, Gradient, LoadedModel, Rank
 
 NAMES = ("llama", "llama-bias", "gemma3", "gpt-neox")
@@ -50,7 +50,7 @@ def test_every_fit_is_the_best_of_its_rank_for_what_enters_it(name, mix, make_mo
     dense, own = make_model(name), make_model(name)
     windows, ranks = windows_of(dense, calibration), half_ranks(dense)
     eps = 1e-3
-    refine(own, ranks, windows, Refine(mix=mix, damping=eps), batch=5)
+    refit(own, ranks, windows, Refine(mix=mix, damping=eps), batch=5)
     x_dense, x_own = inputs(dense, windows), inputs(own, windows)
     for spec in own.linears:
         module = own.model.get_submodule(spec.name)
@@ -73,7 +73,7 @@ def test_every_fit_is_the_best_of_its_rank_for_what_enters_it(name, mix, make_mo
 def test_centred_fits_keep_the_mean_output(make_model, calibration) -> None:
     dense, own = make_model("llama"), make_model("llama")
     windows, ranks = windows_of(dense, calibration), half_ranks(dense)
-    refine(own, ranks, windows, Refine(mix=1.0, centred=True))
+    refit(own, ranks, windows, Refine(mix=1.0, centred=True))
     x_dense, x_own = inputs(dense, windows), inputs(own, windows)
     for spec in own.linears:
         module = own.model.get_submodule(spec.name)
@@ -93,8 +93,8 @@ def test_in_an_output_metric_the_weighted_error_is_less(make_model, calibration)
         g = torch.randn(spec.m, 2 * spec.m, generator=generator, dtype=torch.float64)
         g *= torch.logspace(0, -2, spec.m, dtype=torch.float64)[:, None]
         gradients[spec.name] = Gradient(g @ g.T / g.shape[1], g[:, 0], g)
-    refine(plain, ranks, windows, Refine(mix=0.0))
-    refine(metric, ranks, windows, Refine(mix=0.0), gradients=lambda _layer: gradients)
+    refit(plain, ranks, windows, Refine(mix=0.0))
+    refit(metric, ranks, windows, Refine(mix=0.0), gradients=lambda _layer: gradients)
     x = inputs(dense, windows)
     first = dense.linears[0]  # the only one that sees the same inputs in both
 
@@ -108,7 +108,7 @@ def test_in_an_output_metric_the_weighted_error_is_less(make_model, calibration)
 
 def test_nothing_to_compress_changes_no_bit(make_model, calibration) -> None:
     own, dense = make_model("llama"), make_model("llama")
-    refine(own, {spec.name: DENSE for spec in own.linears}, windows_of(dense, calibration), Refine())
+    refit(own, {spec.name: DENSE for spec in own.linears}, windows_of(dense, calibration), Refine())
     for a, b in zip(own.model.state_dict().values(), dense.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 

@@ -24,8 +24,10 @@ from unirank.modules import LowRankLinear
 from unirank.progress import OnProgress, silent
 from unirank.schemes.base import WORK_DTYPE
 from unirank.schemes.two_sided import Target, damped, solve
+from unirank.store import AnalysisStore
 from unirank.trace import trace_layer
-from unirank.types import DENSE, Gradient, LinearSpec, LoadedModel, Rank
+from unirank.truncate import TruncateReport, check_plan, count_parameters, settle
+from unirank.types import DENSE, Gradient, LinearSpec, LoadedModel, Rank, RankPlan
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Refine:
             (re-whitening, SVD-LLM at high ratios), between them SAES-SVD's mixture.
         damping: of the inputs' mean diagonal; pulls the fit to the dense weight (**choice**), so that it never follows
             directions that few tokens show.
+        metric: fit in the output metric of `kfac`; needs a store with gradients.
         metric_damping: of the output gradients' mean diagonal, where gradients give the output metric.
         centred: fit the centred streams and restore the mean output with a bias (`afm`).
         dense: also fit the linears that keep their full rank.
@@ -44,6 +47,7 @@ class Refine:
 
     mix: float = 0.5
     damping: float = 1e-2
+    metric: bool = False
     metric_damping: float = 1e-2
     centred: bool = False
     dense: bool = False
@@ -80,8 +84,33 @@ class _Pair:
         self.tokens += len(own)
 
 
-@torch.no_grad()
 def refine(
+    loaded: LoadedModel,
+    store: AnalysisStore,
+    plan: RankPlan,
+    windows: torch.Tensor,
+    settings: Refine,
+    *,
+    progress: OnProgress = silent,
+) -> TruncateReport:
+    """Compress `loaded` in place at the ranks of `plan` by a second pass, in the place of `truncate`.
+
+    Args:
+        store: the analysis of the plan; with `settings.metric`, also the source of the gradients.
+        windows: calibration tokens, int64 `[W, T]`, usually those of the analysis.
+
+    Raises like `truncate`; NonFiniteError when a fit is NaN or infinity, with the name of the linear.
+    """
+    check_plan(loaded, store, plan)
+    before = count_parameters(loaded.model)
+    gradients = store.gradients if settings.metric else None
+    batch = store.identity["calibration"]["batch"]
+    refit(loaded, plan.ranks, windows, settings, batch=batch, gradients=gradients, progress=progress)
+    return settle(loaded, plan, before)
+
+
+@torch.no_grad()
+def refit(
     loaded: LoadedModel,
     ranks: Mapping[str, Rank],
     windows: torch.Tensor,
@@ -91,7 +120,7 @@ def refine(
     gradients: Callable[[int], Mapping[str, Gradient]] | None = None,
     progress: OnProgress = silent,
 ) -> None:
-    """Compress `loaded` in place at these ranks, layer by layer.
+    """Replace every linear of `loaded` that `ranks` gives a rank, layer by layer.
 
     Args:
         ranks: of every target.

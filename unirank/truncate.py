@@ -84,14 +84,8 @@ def truncate(
         InputError: the plan or the store was made for another model.
         UnirankError: the recount from the modules differs from the plan.
     """
-    if plan.analysis != store.digest:
-        raise InputError(f"The plan was not made from the store {store.path}; make one with: unirank plan.")
-    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
-        raise InputError(
-            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
-        )
+    check_plan(loaded, store, plan)
     model = loaded.model
-    targets_before = sum(spec.params for spec in loaded.linears)
     model_before = count_parameters(model)
     for position, spec in enumerate(loaded.linears):
         rank = plan.ranks[spec.name]
@@ -105,6 +99,25 @@ def truncate(
             if mean is not None and low.left.bias is not None:
                 low.left.bias += lost_output(weight, left, right, mean)
         progress("truncate", position + 1, len(loaded.linears))
+    return settle(loaded, plan, model_before)
+
+
+def check_plan(loaded: LoadedModel, store: AnalysisStore, plan: RankPlan) -> None:
+    """Raise InputError where `plan` was not made from `store`, or `store` from another model than `loaded`."""
+    if plan.analysis != store.digest:
+        raise InputError(f"The plan was not made from the store {store.path}; make one with: unirank plan.")
+    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
+        raise InputError(
+            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
+        )
+
+
+def settle(loaded: LoadedModel, plan: RankPlan, model_before: int) -> TruncateReport:
+    """Finish a model whose linears were replaced by `plan`: align it, configure it, and recount it.
+
+    Raises UnirankError when the recount from the modules differs from the plan.
+    """
+    model = loaded.model
     align_weights(model)
     low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
     biased = [name for name in low_rank if model.get_submodule(name).added_bias]
@@ -114,7 +127,7 @@ def truncate(
     if targets_after != plan.used:
         raise UnirankError(f"The modules hold {targets_after} target parameters, the plan says {plan.used}.")
     return TruncateReport(
-        targets_before,
+        sum(spec.params for spec in loaded.linears),
         targets_after,
         model_before,
         count_parameters(model),

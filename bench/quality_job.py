@@ -1,0 +1,80 @@
+"""One cell of the quality grid in a process of its own, so that its seconds and its peak memory are its own.
+
+    python bench/quality_job.py '{"scheme": "whiten", "allocator": "uniform", "remove": 0.2, ...}' OUT.json
+
+Run by bench_quality.py, which says what the keys mean.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import unirank
+from unirank.allocators import Workbench
+from unirank.allocators import allocator as allocator_of
+from unirank.analyze import windows_of
+from unirank.files import write_json
+from unirank.presets import Preset, preset
+from unirank.schemes import scheme as scheme_of
+
+
+def main() -> None:
+    job, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, run: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = run()
+        seconds[stage] = time.perf_counter() - start
+        return result
+
+    recipe = preset(job["preset"]) if job["preset"] else Preset(job["scheme"], job["allocator"])
+    needs_gradients = recipe.needs_gradients or scheme_of(recipe.scheme).needs_gradient
+    calibration = unirank.Calibration(
+        text=job["calibration"],
+        windows=job["windows"],
+        window=job["window"],
+        seed=job["seed"],
+        gradient_windows=job["windows"] if needs_gradients else 0,
+    )
+    loaded = unirank.load(job["model"], dtype="float32", device="cpu")
+    store = Path(job["stores"]) / f"{recipe.scheme}{'-gradients' if needs_gradients else ''}-{job['seed']}"
+    finished = store.is_dir() and unirank.open_store(store).complete
+    analysis = timed("analyze", lambda: unirank.analyze(loaded, store, scheme=recipe.scheme, calibration=calibration))
+    record: dict[str, Any] = {"analyzed_here": not finished}
+    if job["allocator"] != "dense":
+        rule = allocator_of(recipe.allocator)
+        windows = windows_of(loaded, analysis, job["calibration"])
+        ranks = timed(
+            "plan",
+            lambda: unirank.plan(
+                analysis,
+                job["remove"],
+                allocator=recipe.allocator,
+                settings=recipe.settings,
+                options=recipe.options,
+                workbench=Workbench(loaded, windows) if rule.measures else None,
+            ),
+        )
+        timed("apply", lambda: unirank.apply(loaded, analysis, ranks, refine=recipe.refine, windows=windows))
+        record |= {"used": ranks.used, "budget": ranks.budget}
+    else:
+        total = sum(spec.params for spec in loaded.linears)
+        record |= {"used": total, "budget": total}
+    # Peak memory of the method itself, before the evaluation adds its own.
+    record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    texts = []
+    for text in job["texts"]:
+        report = unirank.evaluate(loaded.model, loaded.tokenizer, text=text, limit=job["limit"])
+        texts.append({"text": report.text, "text_sha256": report.text_sha256, "perplexity": report.perplexity})
+    write_json(out, record | {"seconds": seconds, "texts": texts, "scheme": recipe.scheme, "allocator": recipe.allocator})
+
+
+if __name__ == "__main__":
+    main()
