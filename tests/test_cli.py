@@ -102,6 +102,56 @@ def test_every_stage_speaks_json_and_compress_reuses_the_store(
     assert {"versions", "device", "threads", "schemes", "allocators"} <= one_object(out).keys()
 
 
+def test_allocator_options_by_name(unirank: Run, store: Path) -> None:
+    plan = ["plan", store, "-r", "0.3", "--allocator", "typed", "--json"]
+    plans = [RankPlan.from_json(unirank(*plan, *more)[1]) for more in ((), ("--set", "ratio=1"))]
+    assert [p.settings["ratio"] for p in plans] == [3, 1]
+    assert plans[0].ranks != plans[1].ranks
+    for more, words in (
+        (["--set", "beta=1"], "typed has no option 'beta'; it takes ratio"),
+        (["--set", "ratio"], "NAME=NUMBER"),
+        (["--set", "ratio=x"], "NAME=NUMBER"),
+        (["--set", "ratio=1", "--set", "ratio=2"], "ratio twice"),
+    ):
+        code, out, err = unirank(*plan, *more)
+        assert (code, out) == (2, "")
+        assert words in err
+
+
+def test_ranks_from_a_file_in_the_place_of_remove(
+    unirank: Run, store: Path, model_dir: Path, calibrate: list[object], tmp_path: Path
+) -> None:
+    own, bare = tmp_path / "own.json", tmp_path / "bare.json"
+    plan = RankPlan.from_json(unirank("plan", store, "-r", "0.3", "-o", own, "--json")[1])
+    bare.write_text(json.dumps({"ranks": plan.ranks}))
+    assert RankPlan.from_json(unirank("plan", store, "--ranks", own, "--json")[1]) == plan
+    imported = RankPlan.from_json(unirank("plan", store, "--ranks", bare, "--json")[1])
+    assert (imported.ranks, imported.used, imported.allocator) == (plan.ranks, plan.used, "imported")
+
+    small = tmp_path / "small"
+    code, out, err = unirank("compress", model_dir, "--plan", bare, "-o", small, "--store", store, *calibrate, "--json")
+    assert (code, err) == (0, "")
+    assert one_object(out)["used"] == plan.used
+    assert RankPlan.from_json((small / "rank_plan.json").read_text()) == imported
+
+    bare.write_text("{}")
+    new = ["compress", model_dir, "-o", tmp_path / "new", "--device", "cpu"]
+    for arguments, words in (
+        (["plan", store, "--ranks", tmp_path / "none.json"], "cannot be read"),
+        (["plan", store, "--ranks", bare], "missing linear"),
+        ([*new, "--plan", bare], "missing linear"),
+        (["plan", store], "exactly one"),
+        (["plan", store, "-r", "0.3", "--ranks", own], "exactly one"),
+        ([*new, "-r", "0.3", "--plan", own], "exactly one"),
+        (["plan", store, "--ranks", own, "--min-rank", "2"], "--min-rank: it does not go with --ranks"),
+        ([*new, "--plan", own, "--set", "ratio=1"], "--set: it does not go with --plan"),
+    ):
+        code, out, err = unirank(*arguments)
+        assert (code, out) == (2, ""), err
+        assert words in " ".join(re.sub(r"[│|]", " ", err).split())
+    assert not (tmp_path / "new-analysis").exists()
+
+
 def test_tables_go_to_stdout(unirank: Run, store: Path, model_dir: Path, calibrate: list[object], tmp_path) -> None:
     for arguments, words in (
         (["plan", store, "-r", "0.3"], "budget"),

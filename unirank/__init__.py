@@ -16,6 +16,7 @@ from unirank.api import apply, compress
 from unirank.checkpoint import CompressedModel
 from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
 from unirank.evaluate import EvalReport, evaluate, generate
+from unirank.imported import import_plan
 from unirank.models import describe, load
 from unirank.modules import LowRankLinear
 from unirank.schemes import schemes
@@ -53,6 +54,7 @@ __all__ = [
     "describe",
     "evaluate",
     "generate",
+    "import_plan",
     "load",
     "open_store",
     "ops",

@@ -11,7 +11,7 @@ from unirank.allocators.base import Workbench, check_floor, options_of
 from unirank.errors import InputError
 from unirank.score import ScoreSettings
 from unirank.store import AnalysisStore
-from unirank.types import DENSE, LinearSpec, Rank, RankPlan, budget_of
+from unirank.types import LinearSpec, Rank, RankPlan, budget_of, canonical
 
 
 def plan(
@@ -41,14 +41,17 @@ def plan(
         StoreError: the store is unfinished or damaged.
     """
     settings = settings or ScoreSettings()
-    budget = check_request(store.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
+    budget = check_request(
+        store.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of, options=options
+    )
     rule = allocator_of(allocator)
     chosen = options_of(rule, options or {})
     if rule.measures and workbench is None:
         raise InputError(f"The allocator {allocator} measures the model, so a plan needs the model and its text.")
     if rule.gradients and not store.has_gradients:
         raise InputError(
-            f"The allocator {allocator} needs gradients and the store {store.path} has none; analyze with --gradients N."
+            f"The allocator {allocator} needs gradients and the store {store.path} has none; "
+            "analyze with --gradients N."
         )
     store.require_complete()
     request = Request(
@@ -66,7 +69,7 @@ def plan(
     )
     numbers, threshold = rule.allocate(request)
     ranks: dict[str, Rank] = {
-        spec.name: _rank(spec, number) for spec, number in zip(store.linears, numbers, strict=True)
+        spec.name: canonical(spec, number) for spec, number in zip(store.linears, numbers, strict=True)
     }
     return RankPlan(
         ranks=ranks,
@@ -77,26 +80,33 @@ def plan(
         threshold=threshold,
         allocator=allocator,
         scheme=store.identity["scheme"],
-        settings={"min_rank": min_rank, "multiple_of": multiple_of} | chosen | (asdict(settings) if rule.scored else {}),
+        settings={"min_rank": min_rank, "multiple_of": multiple_of}
+        | chosen
+        | (asdict(settings) if rule.scored else {}),
         analysis=store.digest,
     )
 
 
 def check_request(
-    linears: Sequence[LinearSpec], remove: float, *, allocator: str, min_rank: int, multiple_of: int
+    linears: Sequence[LinearSpec],
+    remove: float,
+    *,
+    allocator: str,
+    min_rank: int,
+    multiple_of: int,
+    options: Mapping[str, float] | None = None,
 ) -> int:
     """The budget of `linears`; raises InputError when `plan` could not honour these arguments.
 
     Cheap, so that callers ask before the analysis; with no linears it checks the arguments by themselves.
     """
-    allocator_of(allocator)
+    rule = allocator_of(allocator)
+    chosen = options_of(rule, options or {})
+    if rule.check is not None:
+        rule.check(linears, chosen)
     budget = budget_of(remove, sum(spec.params for spec in linears))
     for name, value in (("min_rank", min_rank), ("multiple_of", multiple_of)):
         if value < 1:
             raise InputError(f"{name} = {value} is not legal; it must be at least 1.")
     check_floor(linears, remove, budget, min_rank, multiple_of)
     return budget
-
-
-def _rank(spec: LinearSpec, number: int) -> Rank:
-    return DENSE if number * spec.cost >= spec.params else number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ def compress(
     settings: ScoreSettings | None = None,
     min_rank: int = 1,
     multiple_of: int = 1,
+    options: Mapping[str, float] | None = None,
     calibration: Calibration | None = None,
     store: str | Path | None = None,
     dtype: str = "auto",
@@ -44,7 +46,7 @@ def compress(
         remove: the fraction of the decoder linears' weight parameters to remove, in [0, 1).
         tokenizer: needed when `model` is a `PreTrainedModel`.
         scheme, allocator: names from `unirank.schemes()` and `unirank.allocators()`.
-        settings, min_rank, multiple_of: see `unirank.plan`.
+        settings, min_rank, multiple_of, options: see `unirank.plan`.
         calibration: which tokens calibrate; None takes a finished `store` as it is, else 64 windows of 512 tokens of
             Python's documentation.
         store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
@@ -54,14 +56,20 @@ def compress(
     """
     # A wrong value or name is cheap to find now and dear to find after loading or after the analysis.
     scheme_of(scheme)
-    check_request((), remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
+    check_request((), remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of, options=options)
     loaded = _loaded(model, tokenizer, dtype, device)
     check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
     with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
         where = Path(store) if store is not None else Path(scratch) / "store"
         analysis = analysis_for(loaded, where, scheme=scheme, calibration=calibration, progress=progress)
         plan = make_plan(
-            analysis, remove, allocator=allocator, settings=settings, min_rank=min_rank, multiple_of=multiple_of
+            analysis,
+            remove,
+            allocator=allocator,
+            settings=settings,
+            min_rank=min_rank,
+            multiple_of=multiple_of,
+            options=options,
         )
         return apply(loaded, analysis, plan, progress=progress)
 

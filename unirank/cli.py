@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -25,9 +25,10 @@ from unirank.checkpoint import PLAN_FILE
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.demo import demo as run_demo
 from unirank.embedded import NAME
-from unirank.errors import UnirankError
+from unirank.errors import InputError, UnirankError
 from unirank.evaluate import evaluate, generate
 from unirank.files import check_output, write_text
+from unirank.imported import import_plan, read_rank_file, read_ranks
 from unirank.info import build_info
 from unirank.models import load, load_pretrained
 from unirank.progress import OnProgress, bars
@@ -50,7 +51,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help=f"Directory, hub name, or {NAME!r} (embedded, no network).")]
-Remove = Annotated[float, typer.Option("--remove", "-r", help=REMOVE_HELP)]
+Remove = Annotated[float | None, typer.Option("--remove", "-r", help=REMOVE_HELP)]
+RANKS_HELP = "Ranks from this JSON file in the place of --remove: a plan (also of another store), or names and ranks."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that unirank made before.")]
 Scheme = Annotated[str, typer.Option(help=f"Decomposition scheme: {', '.join(schemes())}.")]
@@ -70,6 +72,15 @@ Distance = Annotated[str, typer.Option(help="Importance from the cosine: cosine 
 Gamma = Annotated[float, typer.Option(help="Importance to this power.")]
 Local = Annotated[str, typer.Option(help="Local score: energy, sigma, absolute, global-only.")]
 PerParameter = Annotated[bool, typer.Option("--per-parameter", help="Divide scores by M + N.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the allocator; repeatable.")
+]
+
+# What shapes a plan, so that it has no meaning for one that is read from a file.
+_PLANNING = (
+    *("allocator", "options", "min_rank", "multiple_of"),
+    *("importance", "distance", "gamma", "local", "per_parameter"),
+)
 
 
 class _Session:
@@ -181,9 +192,12 @@ def analyze(
 
 @app.command()
 def plan(
+    ctx: typer.Context,
     store: Annotated[Path, typer.Argument(help="Directory that `unirank analyze` made.")],
-    remove: Remove,
+    remove: Remove = None,
+    ranks: Annotated[Path | None, typer.Option("--ranks", help=RANKS_HELP)] = None,
     allocator: AllocatorName = "unirank",
+    options: Set = None,
     min_rank: MinRank = 1,
     multiple_of: MultipleOf = 1,
     importance: Importance = "sublayer",
@@ -196,27 +210,34 @@ def plan(
 ) -> None:
     """Ranks for an exact budget from a finished store; loads no model. Any ratio, any allocator."""
     with _session(as_json) as session:
-        settings = _settings(importance, distance, gamma, local, per_parameter)
-        ranks = make_plan(
-            open_store(store),
-            remove,
-            allocator=allocator,
-            settings=settings,
-            min_rank=min_rank,
-            multiple_of=multiple_of,
-        )
+        _check_source(ctx, remove, ranks, "--ranks")
+        if ranks is not None:
+            chosen = import_plan(open_store(store), read_rank_file(ranks))
+        else:
+            assert remove is not None
+            chosen = make_plan(
+                open_store(store),
+                remove,
+                allocator=allocator,
+                settings=_settings(importance, distance, gamma, local, per_parameter),
+                min_rank=min_rank,
+                multiple_of=multiple_of,
+                options=_options(options),
+            )
         written = []
         if out is not None:
-            write_text(out, ranks.to_json())
+            write_text(out, chosen.to_json())
             written.append(f"Written to {out}.")
-        session.show(json.loads(ranks.to_json()), tables.plan_table(ranks), tables.plan_summary(ranks), *written)
+        session.show(json.loads(chosen.to_json()), tables.plan_table(chosen), tables.plan_summary(chosen), *written)
 
 
 @app.command()
 def compress(
+    ctx: typer.Context,
     model: Model,
-    remove: Remove,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the compressed checkpoint.")],
+    remove: Remove = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help=RANKS_HELP)] = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -226,6 +247,7 @@ def compress(
     ] = None,
     scheme: Scheme = "whiten",
     allocator: AllocatorName = "unirank",
+    options: Set = None,
     min_rank: MinRank = 1,
     multiple_of: MultipleOf = 1,
     importance: Importance = "sublayer",
@@ -245,12 +267,20 @@ def compress(
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
     with _session(as_json) as session:
-        check_request((), remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
+        _check_source(ctx, remove, plan, "--plan")
+        text = None if plan is None else read_rank_file(plan)
+        request: dict[str, Any] = {"allocator": allocator, "min_rank": min_rank, "multiple_of": multiple_of}
+        request["options"] = _options(options)
+        if remove is not None:
+            check_request((), remove, **request)
         scheme_of(scheme)
         settings = _settings(importance, distance, gamma, local, per_parameter)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         loaded = load(model, dtype=dtype, device=device)
-        check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
+        if remove is not None:
+            check_request(loaded.linears, remove, **request)
+        if text is not None:
+            read_ranks(loaded.linears, text)
         given = {"text": calib, "windows": windows, "window": window, "seed": seed, "batch": batch}
         given = {key: value for key, value in given.items() if value is not None}
         analysis = analysis_for(
@@ -261,9 +291,11 @@ def compress(
             overwrite=overwrite and store is None,  # a store that the user named is never replaced in passing
             progress=session.progress,
         )
-        ranks = make_plan(
-            analysis, remove, allocator=allocator, settings=settings, min_rank=min_rank, multiple_of=multiple_of
-        )
+        if text is not None:
+            ranks = import_plan(analysis, text)
+        else:
+            assert remove is not None
+            ranks = make_plan(analysis, remove, settings=settings, **request)
         compressed = apply(loaded, analysis, ranks, progress=session.progress)
         compressed.save(out, overwrite=overwrite)
         record = {"out": str(out), "store": str(analysis.path), "report": compressed.report.as_dict()}
@@ -316,6 +348,33 @@ def info(as_json: Json = False) -> None:
 
 def _settings(importance: Any, distance: Any, gamma: float, local: Any, per_parameter: bool) -> ScoreSettings:
     return ScoreSettings(importance, distance, gamma, local, per_parameter)
+
+
+def _options(given: list[str] | None) -> Mapping[str, float]:
+    """`["ratio=3"]` -> `{"ratio": 3.0}`."""
+    options = {}
+    for item in given or ():
+        name, _, value = item.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise InputError(f"--set {item} is not legal; it must be NAME=NUMBER, such as ratio=3.") from None
+        if name in options:
+            raise InputError(f"--set gives {name} twice.")
+        options[name] = number
+    return options
+
+
+def _check_source(ctx: typer.Context, remove: float | None, file: Path | None, flag: str) -> None:
+    """Exactly one of --remove and the file of ranks; and beside a file nothing that it makes meaningless."""
+    if (remove is None) == (file is None):
+        raise typer.BadParameter("exactly one of them must be given.", ctx=ctx, param_hint=f"--remove or {flag}")
+    flags = {"options": "--set"}
+    for name in _PLANNING if file is not None else ():
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            hint = flags.get(name, "--" + name.replace("_", "-"))
+            raise typer.BadParameter(f"it does not go with {flag}: the file has the ranks.", ctx=ctx, param_hint=hint)
 
 
 def main() -> None:

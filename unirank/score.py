@@ -100,8 +100,6 @@ def score(
         value = weight * _local(energies[spec.name], settings.local)
         if settings.per_parameter:
             value = value / spec.cost
-        if not value.isfinite().all():
-            raise NonFiniteError(f"The scores of {spec.name} are NaN or infinity.")
         values.append(value)
     return assemble(linears, values)
 
@@ -111,7 +109,12 @@ def assemble(linears: Sequence[LinearSpec], values: Sequence[torch.Tensor]) -> C
 
     Where scores rise inside a linear, a component takes the largest score behind it, so that a strong late component
     pulls the earlier ones with it and a prefix of the global order is a rank.
+
+    Raises NonFiniteError when a score is NaN or infinity; names the linear.
     """
+    for spec, value in zip(linears, values, strict=True):
+        if not value.isfinite().all():
+            raise NonFiniteError(f"The scores of {spec.name} are NaN or infinity.")
     monotone = [value.double().flip(0).cummax(0).values.flip(0) for value in values]
     lengths = torch.tensor([0, *(len(value) for value in monotone)])
     return Components(

@@ -198,6 +198,11 @@ class RankPlan:
             raise InputError(f"This is not a unirank rank plan: {error}.") from error
 
 
+def canonical(spec: LinearSpec, rank: Rank) -> Rank:
+    """The rank, or "dense" where its factors would cost as much as the matrix."""
+    return DENSE if spec.rank_cost(rank) == spec.params else rank
+
+
 def budget_of(remove: float, total: int) -> int:
     """`B = floor((1 - remove) * total)`; raises InputError unless `remove` lies in [0, 1)."""
     if isinstance(remove, bool) or not isinstance(remove, int | float) or not 0 <= remove < 1:

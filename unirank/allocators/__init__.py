@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from unirank.allocators import curvature, uniform, unirank
+from unirank.allocators import (
+    bi,
+    curvature,
+    d_rank,
+    softmax,
+    svdllm_v2,
+    tolerance,
+    typed,
+    uniform,
+    unirank,
+    zs_svd,
+)
 from unirank.allocators.base import Allocator, Request, Workbench
 from unirank.errors import InputError
 
 _REGISTRY: dict[str, Allocator] = {
-    allocator.name: allocator for allocator in (unirank.ALLOCATOR, uniform.ALLOCATOR, curvature.ALLOCATOR)
+    module.ALLOCATOR.name: module.ALLOCATOR
+    for module in (unirank, curvature, zs_svd, uniform, typed, d_rank, svdllm_v2, tolerance, bi, softmax)
 }
 
 

@@ -55,6 +55,9 @@ class Allocator:
     Attributes:
         scored: the score settings matter to it.
         options: numbers that it takes by name, with their defaults.
+        ranges: of options that are not legal everywhere, the least and the largest legal value.
+        check: raises InputError where the rule cannot serve linears like these with these options; asked before the
+            analysis. None serves all.
         measures: it runs the model, so `Request.workbench` is needed.
         gradients: it needs a store that was analyzed with gradients.
     """
@@ -65,6 +68,8 @@ class Allocator:
     options: Mapping[str, float] = field(default_factory=dict)
     measures: bool = False
     gradients: bool = False
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    check: Callable[[Sequence[LinearSpec], Mapping[str, float]], None] | None = None
 
 
 def take_best(components: Components, request: Request) -> tuple[list[int], float | None]:
@@ -98,11 +103,18 @@ def check_floor(linears: Sequence[LinearSpec], remove: float, budget: int, min_r
 
 
 def options_of(rule: Allocator, given: Mapping[str, float]) -> dict[str, float]:
-    """The rule's options with `given` in the place of defaults; raises InputError for a name or number that is not legal."""
+    """The rule's options with `given` in the place of defaults.
+
+    Raises InputError for an unknown name (with the legal ones) or a number outside of its range.
+    """
     for name, value in given.items():
         if name not in rule.options:
             legal = f"it takes {', '.join(rule.options)}" if rule.options else "it takes none"
             raise InputError(f"The allocator {rule.name} has no option {name!r}; {legal}.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"The option {name} = {value!r} of {rule.name} is not legal; it must be a finite number.")
+        low, high = rule.ranges.get(name, (-math.inf, math.inf))
+        if not low <= value <= high:
+            legal = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            raise InputError(f"The option {name} = {value!r} of {rule.name} is not legal; it must be {legal}.")
     return {**rule.options, **given}

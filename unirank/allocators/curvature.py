@@ -18,9 +18,18 @@ def allocate(request: Request) -> tuple[list[int], float | None]:
     values = []
     for spec in request.linears:
         # What lies beyond the stored ranks costs nothing once they are kept.
-        value = torch.cat([curvatures[spec.name], torch.zeros(spec.k - len(curvatures[spec.name]), dtype=torch.float64)])
+        value = torch.cat(
+            [curvatures[spec.name], torch.zeros(spec.k - len(curvatures[spec.name]), dtype=torch.float64)]
+        )
         values.append(value / spec.cost ** request.options["cost_power"])
     return take_best(assemble(request.linears, values), request)
 
 
-ALLOCATOR = Allocator("curvature", scored=False, allocate=allocate, options={"cost_power": 0.0}, gradients=True)
+ALLOCATOR = Allocator(
+    "curvature",
+    scored=False,
+    allocate=allocate,
+    options={"cost_power": 0.0},
+    gradients=True,
+    ranges={"cost_power": (0.0, 2.0)},
+)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from unirank.allocators.base import Allocator, Request, take_best
-from unirank.score import assemble
-from unirank.types import budget_of
+from unirank.allocators.base import Allocator, Request
+from unirank.allocators.targets import break_even, ranks_from_targets, uniform_rank
 
 
 def allocate(request: Request) -> tuple[list[int], float | None]:
@@ -19,17 +16,11 @@ def allocate(request: Request) -> tuple[list[int], float | None]:
         return [spec.k for spec in request.linears], None
     step = request.multiple_of
     floor = -(-request.min_rank // step) * step
-    ranks = []
-    for spec in request.linears:
-        kept = budget_of(request.remove, spec.params)
-        ranks.append(min(max(kept // spec.cost // step * step, floor), spec.k))
+    ranks = [min(max(uniform_rank(spec, request.remove) // step * step, floor), spec.k) for spec in request.linears]
     used = sum(spec.rank_cost(rank) for spec, rank in zip(request.linears, ranks, strict=True))
     if used <= request.budget:
         return ranks, None
-    fractions = [
-        spec.params / (torch.arange(1, spec.k + 1, dtype=torch.float64) * spec.cost) for spec in request.linears
-    ]
-    return take_best(assemble(request.linears, fractions), request)[0], None
+    return ranks_from_targets(request, break_even(request.linears))
 
 
 ALLOCATOR = Allocator("uniform", scored=False, allocate=allocate)
