@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 
-.PHONY: demo install test lint format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
+.PHONY: demo install test test-eval lint format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
@@ -22,6 +22,10 @@ install: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	UNIRANK_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest --ignore=tests/native
+
+# Tasks of lm-eval, which brings 40 packages (620 MB), so apart from the other tests.
+test-eval: $(VENV)/.eval
+	UNIRANK_REQUIRE_LM_EVAL=1 $(BIN)/python -m pytest tests/test_harness.py
 
 # The CUDA sources on a CPU: emulated kernels, planted faults, sanitizers, the cuSOLVER driver against a mock. Needs g++;
 # the first run fetches NVIDIA's headers (600 MB of wheels, 1.3 MB kept). docs/verification.md says what it proves.
@@ -77,6 +81,10 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.demo
 	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.eval: $(VENV)/.dev
+	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[eval]'
 	@touch $@
 
 $(CUDA_VENV)/.linked: $(SOURCES)

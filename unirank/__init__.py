@@ -14,8 +14,11 @@ from unirank.allocators import allocators
 from unirank.analyze import Calibration, analyze
 from unirank.api import apply, compress
 from unirank.checkpoint import CompressedModel
+from unirank.correlation import effective_rank, spearman
+from unirank.diagnose import Diagnosis, diagnose
 from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
 from unirank.evaluate import EvalReport, evaluate, generate
+from unirank.harness import TaskReport, Tasks, run_tasks
 from unirank.imported import import_plan
 from unirank.models import describe, load
 from unirank.modules import LowRankLinear
@@ -32,6 +35,7 @@ __all__ = [
     "AnalysisStore",
     "Calibration",
     "CompressedModel",
+    "Diagnosis",
     "EvalReport",
     "Factors",
     "InputError",
@@ -42,6 +46,8 @@ __all__ = [
     "RankPlan",
     "ScoreSettings",
     "StoreError",
+    "TaskReport",
+    "Tasks",
     "TruncateReport",
     "UniRankConfig",
     "UnirankError",
@@ -52,6 +58,8 @@ __all__ = [
     "apply",
     "compress",
     "describe",
+    "diagnose",
+    "effective_rank",
     "evaluate",
     "generate",
     "import_plan",
@@ -60,6 +68,8 @@ __all__ = [
     "ops",
     "plan",
     "reference",
+    "run_tasks",
     "schemes",
+    "spearman",
     "truncate",
 ]

@@ -128,7 +128,13 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, to
 
 @torch.no_grad()
 def calibrate_layer(
-    loaded: LoadedModel, index: int, recording: Recording, streams: Streams, *, moments: bool = True, mean_abs: bool = False
+    loaded: LoadedModel,
+    index: int,
+    recording: Recording,
+    streams: Streams,
+    *,
+    moments: bool = True,
+    mean_abs: bool = False,
 ) -> LayerStats:
     """Run layer `index` over all batches; `streams` moves on in place to what enters the next layer.
 
@@ -197,12 +203,11 @@ class _Grams:
         return moments
 
 
-class _Cosines:
-    """Cosines between the streams that enter and leave each sublayer, and the whole block."""
+class SublayerStreams:
+    """The streams that enter and leave each sublayer and the whole block, caught while the layer runs."""
 
-    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, device: torch.device) -> None:
-        self._layer, self._prefix, self._trace = layer, prefix, trace
-        self._state = {key: torch.zeros(3, dtype=torch.float64, device=device) for key in ("attention", "mlp", "block")}
+    def __init__(self, layer: nn.Module, trace: LayerTrace) -> None:
+        self._layer, self._trace = layer, trace
         self._seen: dict[str, torch.Tensor] = {}
 
     @contextmanager
@@ -230,15 +235,27 @@ class _Cosines:
 
         return hook
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Account for one batch: `x` entered the block, `y` left it, both `[B, T, D]`."""
+    def pairs(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The streams in and out by key, after the block ran from `x` to `y`, all `[B, T, D]`."""
         pairs = {"block": (x, y)}
         if self._trace.middle is not None:
             middle = self._seen.pop("middle")
-            pairs |= {"attention": (x, middle), "mlp": (middle, y)}
-        else:  # parallel sublayers both start from x
-            pairs |= {key: (x, x + self._seen.pop(key).view_as(x)) for key in self._trace.last_linear}
-        for key, (a, b) in pairs.items():
+            return pairs | {"attention": (x, middle), "mlp": (middle, y)}
+        # parallel sublayers both start from x
+        return pairs | {key: (x, x + self._seen.pop(key).view_as(x)) for key in self._trace.last_linear}
+
+
+class _Cosines:
+    """Cosines between the streams that enter and leave each sublayer, and the whole block."""
+
+    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, device: torch.device) -> None:
+        self._prefix, self._streams = prefix, SublayerStreams(layer, trace)
+        self._state = {key: torch.zeros(3, dtype=torch.float64, device=device) for key in ("attention", "mlp", "block")}
+        self.hooked = self._streams.hooked
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Account for one batch: `x` entered the block, `y` left it, both `[B, T, D]`."""
+        for key, (a, b) in self._streams.pairs(x, y).items():
             ops.cosine_accumulate_(self._state[key], a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
     def finish(self) -> dict[str, CosineStat]:

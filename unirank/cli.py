@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from unirank import tables
+from unirank import pictures, tables
 from unirank.allocate import check_request
 from unirank.allocate import plan as make_plan
 from unirank.allocators import allocators
@@ -24,10 +24,12 @@ from unirank.api import analysis_for, apply
 from unirank.checkpoint import PLAN_FILE
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.demo import demo as run_demo
+from unirank.diagnose import diagnose as run_diagnose
 from unirank.embedded import NAME
 from unirank.errors import InputError, UnirankError
 from unirank.evaluate import evaluate, generate
 from unirank.files import check_output, write_text
+from unirank.harness import Tasks, run_tasks
 from unirank.imported import import_plan, read_rank_file, read_ranks
 from unirank.info import build_info
 from unirank.models import load, load_pretrained
@@ -232,6 +234,66 @@ def plan(
 
 
 @app.command()
+def diagnose(
+    store: Annotated[Path, typer.Argument(help="Directory that `unirank analyze` made.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that was analyzed. Adds the spectra of its weights, of its sublayers' outputs and "
+            "of the streams that leave them; without it they are listed as not read."
+        ),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The calibration text of the store, for outputs and streams; default: {BUILTIN!r} where it "
+            "is the store's."
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration windows to run for outputs and streams; take many more tokens than the stream is wide. "
+            "Default: 8, or all of fewer."
+        ),
+    ] = None,
+    permutations: Annotated[int, typer.Option(help="Random orders of a permutation test.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the permutation tests.")] = 0,
+    device: Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory for diagnose.json and scatter plots (needs the extra `plot`)."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Does a high cosine between a sublayer's input and output go with a low effective rank? For every reading of it.
+
+    Spearman's correlation with a permutation test, for the effective ranks of weights, whitened weights, sublayer
+    outputs and streams; then the spectra, the geometry of the cosines, and the damping.
+    """
+    with _session(as_json) as session:
+        if out is not None:
+            pictures.check_folder(out, overwrite=overwrite)
+        analysis = open_store(store)
+        analysis.require_complete()
+        loaded = None
+        if model is not None:
+            loaded = load(model, dtype=analysis.identity["model"]["dtype"], device=device)
+        found = run_diagnose(
+            analysis,
+            loaded,
+            text=calib,
+            windows=windows,
+            permutations=permutations,
+            seed=seed,
+            progress=session.progress,
+        )
+        files = [] if out is None else pictures.save(found, out, overwrite=overwrite)
+        session.show(found.as_dict(), *tables.diagnosis_view(found), *(f"Written: {file}" for file in files))
+
+
+@app.command()
 def compress(
     ctx: typer.Context,
     model: Model,
@@ -308,25 +370,58 @@ def evaluate_command(
     model: Model,
     against: Annotated[str | None, typer.Option(help="Another model to put beside it, usually the dense one.")] = None,
     text: Annotated[
-        str, typer.Option(help=f"A UTF-8 file, or {BUILTIN_HELD_OUT!r} (the held-out part of Python's documentation).")
-    ] = BUILTIN_HELD_OUT,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many windows; default: all.")] = None,
+        str | None,
+        typer.Option(
+            help=f"Perplexity on this: a UTF-8 file, or {BUILTIN_HELD_OUT!r} (the held-out part of Python's "
+            "documentation). Default: the latter."
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a window. Default: 1024.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use the first so many windows, or documents of each task; default: all.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Also continue this prompt, greedily.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Run these tasks of lm-eval in the place of perplexity: names, groups or tags, separated by commas "
+            "(needs the extra `eval`)."
+        ),
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="With --tasks: examples in the prompt. Default: each task's own number.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a directory of further task definitions (YAML).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="With --tasks: requests that run together. Default: 8.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a dense or compressed model, with everything needed to compare it."""
+    """Perplexity, or tasks of lm-eval, of a dense or compressed model, with everything needed to compare it."""
     with _session(as_json) as session:
+        names = [model] if against is None else [against, model]
+        if tasks is not None:
+            _refuse({"--text": text, "--window": window, "--prompt": prompt}, "is of perplexity; leave out --tasks")
+            chosen = Tasks([name.strip() for name in tasks.split(",")], include=include_path)
+            options: dict[str, Any] = {"fewshot": fewshot, "limit": limit, "batch": 8 if batch is None else batch}
+            records = []
+            for name in names:
+                network, tokenizer = load_pretrained(name, dtype=dtype, device=device)
+                report = run_tasks(network, tokenizer, chosen, **options, progress=session.progress)
+                records.append({"model": name} | report.as_dict())
+            session.show({"rows": records}, tables.task_table(records))
+            return
+        _refuse({"--fewshot": fewshot, "--include-path": include_path, "--batch": batch}, "needs --tasks")
         records = []
-        for name in [model] if against is None else [against, model]:
+        for name in names:
             network, tokenizer = load_pretrained(name, dtype=dtype, device=device)
             report = evaluate(
                 network,
                 tokenizer,
-                text=text,
-                window=window,
+                text=BUILTIN_HELD_OUT if text is None else text,
+                window=1024 if window is None else window,
                 limit=limit,
                 stage=f"perplexity, {Path(name).name}",
                 progress=session.progress,
@@ -336,6 +431,12 @@ def evaluate_command(
                 record["sample"] = generate(network, tokenizer, prompt)
             records.append(record)
         session.show({"rows": records}, tables.eval_table(records), *tables.samples(records))
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name} {reason}.")
 
 
 @app.command()

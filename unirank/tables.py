@@ -12,6 +12,7 @@ from rich.text import Text
 
 from unirank.checkpoint import CompressedModel
 from unirank.demo import PROMPT, DemoResult
+from unirank.diagnose import GROUPS, Diagnosis
 from unirank.store import AnalysisStore
 from unirank.types import DENSE, SUBLAYERS, RankPlan
 
@@ -90,8 +91,105 @@ def eval_table(records: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def task_table(records: Sequence[dict[str, Any]]) -> Table:
+    """One row a task and metric; the models are columns."""
+    first = records[0]
+    some = "" if first["limit"] is None else f", only the first {first['limit']} documents of each"
+    table = _table(f"tasks of lm-eval {first['lm_eval']}{some}", "task", "metric", "few-shot", "n")
+    for record in records:
+        table.add_column(f"{record['model']} ({record['dtype']})", justify="right")
+    for rows in zip(*(record["results"] for record in records), strict=True):
+        row = rows[0]
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        counts = ("" if row[key] is None else str(row[key]) for key in ("fewshot", "n"))
+        values = (f"{r['value']:.4f}" + ("" if r["stderr"] is None else f" ± {r['stderr']:.4f}") for r in rows)
+        table.add_row(row["task"], metric, *counts, *values)
+    return table
+
+
 def samples(records: Sequence[dict[str, Any]]) -> list[Text]:
     return [Text(f"{r['model']}: {r['sample']!r}") for r in records if "sample" in r]
+
+
+def diagnosis_view(diagnosis: Diagnosis) -> list[Any]:
+    """The readings and what each says, what could not be read, the spectra, the geometry, the damping."""
+    table = _table(
+        "effective rank against the cosine between a sublayer's input and output",
+        "effective rank of",
+        "n",
+        "rho",
+        "p",
+        "rho of sigma",
+        "p of sigma",
+        "the claim (high cosine, low rank)",
+    )
+    table.columns[-1].justify = "left"
+    for group, title in GROUPS.items():
+        if group == "scheme":
+            title = f"{title} {diagnosis.about['scheme']}"
+        for row, reading in enumerate(r for r in diagnosis.readings if r.group == group):
+            if row == 0:
+                table.add_section()
+                table.add_row(Text(title, style="bold"))
+            both = (reading.energy, reading.sigma)
+            numbers = [text for c in both for text in (f"{c.rho:+.2f}", f"{c.p:.4f}")]
+            table.add_row(f"  {reading.name}", str(len(reading.points)), *numbers, reading.energy.verdict)
+    lines = Text(f"{diagnosis.summary()}\n")
+    lines.append(
+        "rho: Spearman's rank correlation with the cosine; p: two-sided, by permutation "
+        f"({diagnosis.about['permutations']} orders, seed {diagnosis.about['seed']}).\n"
+        "Effective rank exp(-sum p ln p), p = sigma^2 / sum sigma^2; 'of sigma': p = sigma / sum sigma. "
+        "Verdicts are of the former.\n"
+        "The test takes layers as exchangeable; neighbours are alike, so true p-values are larger."
+    )
+    tokens, width = diagnosis.about.get("tokens"), diagnosis.about.get("width")
+    if tokens is not None and width is not None:
+        lines.append(f"\n(c) and (d) are from {tokens:,} tokens of width {width:,}.")
+        if tokens < 4 * width:
+            lines.append(" That is few: their effective ranks are biased low; take more --windows.")
+    for item in diagnosis.missing:
+        lines.append(f"\nNot read, {GROUPS[item.group]}: {item.reason}.")
+    return [table, lines, _spectra_table(diagnosis), *_geometry_table(diagnosis), _damping_line(diagnosis)]
+
+
+def _spectra_table(diagnosis: Diagnosis) -> Table:
+    table = _table(
+        f"spectra of the scheme {diagnosis.about['scheme']}",
+        "projection",
+        "K",
+        "effective rank: least",
+        "median",
+        "most",
+        "first component",
+        "rank of 99 %",
+    )
+    for row in diagnosis.spectra:
+        ranks = (f"{value:.1f}" for value in (row.least, row.median, row.most))
+        table.add_row(row.kind, str(row.k), *ranks, f"{row.first_share:.1%}", str(row.rank_99))
+    return table
+
+
+def _geometry_table(diagnosis: Diagnosis) -> list[Table]:
+    if not diagnosis.geometry:
+        return []
+    columns = [f"{sublayer} {what}" for sublayer in SUBLAYERS for what in ("cosine", "|f|/|x|", "|cos(x, f)|")]
+    table = _table("why the cosine is what it is: size and direction of f(x)", "layer", *columns)
+    layers: dict[int, list[str]] = {}
+    for row in diagnosis.geometry:  # attention before mlp
+        layers.setdefault(row.layer, []).extend((f"{row.cosine:.4f}", f"{row.size:.3g}", f"{row.parallel:.3f}"))
+    for layer, cells in layers.items():
+        table.add_row(str(layer), *cells)
+    return [table]
+
+
+def _damping_line(diagnosis: Diagnosis) -> str:
+    damping = diagnosis.damping
+    if damping.largest_of is None:
+        return f"Damping: none of {damping.matrices} matrices."
+    return (
+        f"Damping: {damping.damped} of {damping.matrices} matrices, "
+        f"the largest {damping.largest:.1e} of the mean diagonal ({damping.largest_of})."
+    )
 
 
 def info_table(record: dict[str, Any]) -> Table:
