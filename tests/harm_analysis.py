@@ -1,4 +1,6 @@
-"""Run by test_store.py: one process loads torch once and forks a child a job; each child analyses and comes to harm."""
+"""Run by test_store.py and test_gradients.py: one process loads torch once and forks a child a job;
+each child analyses and comes to harm.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import sys
 import unirank
 
 model, text, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+scheme = sys.argv[4] if len(sys.argv) > 4 else "whiten"
 calibration = unirank.Calibration(text=text, windows=6, window=24, seed=0, batch=2)
 
 
@@ -42,7 +45,7 @@ def work(kind, count, store):
     if kind in ("half-written", "renamed"):
         die_at_replace(count, before=kind == "half-written")
     try:
-        unirank.analyze(loaded, store, calibration=calibration, progress=progress)
+        unirank.analyze(loaded, store, scheme=scheme, calibration=calibration, progress=progress)
     except unirank.WriteError as error:
         print(error, flush=True)
         os._exit(5)

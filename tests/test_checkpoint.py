@@ -21,7 +21,8 @@ from tests.conftest import build
 from unirank import CompressedModel, InputError, LowRankLinear, RankPlan
 from unirank.modules import align_weights
 
-NAMES = ("llama", "llama-bias", "gemma3")
+NAMES = ("llama", "llama-bias", "gemma3", "afm", "afm-bias")
+MADE_OF = {"afm": "llama", "afm-bias": "llama-bias"}  # architectures; the others are their own, of the scheme whiten
 IDS = torch.arange(2, 22)[None]
 READ = """
 import sys
@@ -62,7 +63,9 @@ for job in (*jobs, None, (compressed, "fresh-weights"), (compressed, "old-weight
 
 def compress_tiny(name: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, remove: float) -> CompressedModel:
     calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
-    return unirank.compress(build(name), remove, tokenizer=tokenizer, calibration=calibration)
+    scheme = "afm" if name in MADE_OF else "whiten"
+    model = build(MADE_OF.get(name, name))
+    return unirank.compress(model, remove, tokenizer=tokenizer, scheme=scheme, calibration=calibration)
 
 
 def logits_of(model: PreTrainedModel) -> torch.Tensor:
@@ -154,6 +157,60 @@ def test_an_untied_head_and_all_biases_are_kept(saved) -> None:
         assert torch.equal(module.left.bias, dense.get_submodule(name).bias)
 
 
+def test_afm_adds_biases_where_there_were_none_and_they_are_not_counted(saved) -> None:
+    made, dense = saved[1]["afm"], build("llama")
+    modules = low_rank(made.model)
+    assert modules
+    assert all(dense.get_submodule(name).bias is None for name in modules)
+    assert all(module.left.bias.abs().max().item() > 0 for module in modules.values())
+    quantization = json.loads((saved[0] / "afm" / "config.json").read_text())["quantization_config"]
+    assert quantization["biased"] == list(modules)
+    report, plan = made.report, made.plan
+    assert report.targets_after == plan.used
+    added = sum(module.out_features for module in modules.values())
+    assert report.model_after == report.model_before - (plan.total - plan.used) + added
+
+
+def test_afm_moves_the_biases_that_are_there(saved) -> None:
+    made, dense = saved[1]["afm-bias"], build("llama-bias")
+    quantization = json.loads((saved[0] / "afm-bias" / "config.json").read_text())["quantization_config"]
+    assert "biased" not in quantization
+    for name, module in low_rank(made.model).items():
+        assert not torch.equal(module.left.bias, dense.get_submodule(name).bias)
+    assert made.report.model_after == made.report.model_before - (made.plan.total - made.plan.used)
+
+
+@pytest.mark.parametrize("name", ["afm", "afm-bias"])
+def test_afm_keeps_the_mean_output_of_every_linear_on_the_calibration_tokens(name, saved, text_file) -> None:
+    made, dense = saved[1][name], build(MADE_OF[name])
+    tokens = unirank.data.tokenize(made.tokenizer, unirank.data.read_text(str(text_file)), dense)
+    windows = unirank.data.calibration_windows(tokens, windows=4, window=16, seed=0, bos=None, name="text")
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for path in low_rank(made.model):
+        dense.get_submodule(path).register_forward_hook(
+            lambda _, args, output, path=path: seen.__setitem__(path, (args[0], output))
+        )
+    with torch.no_grad():
+        dense(input_ids=windows)
+        for path, module in low_rank(made.model).items():
+            x, output = seen[path]
+            lost = (module(x) - output).double().mean((0, 1))
+            size = float(output.double().mean((0, 1)).abs().max())
+            assert float(lost.abs().max()) < 1e-5 * size
+            moved = module.left.bias.double() - (0 if name == "afm" else dense.get_submodule(path).bias.double())
+            assert float(moved.abs().max()) > 1e-3 * size  # or the bound above would say nothing
+
+
+@pytest.mark.parametrize("biased", ["model.layers.0.mlp.up_proj", 3, ["model.layers.0.mlp.nothing"], [["x"]], {"a": 1}])
+def test_a_hostile_list_of_biases_is_refused(biased: object, saved, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved[0] / "afm", tmp_path / "hostile")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["biased"] = biased
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"quantization_config\.biased"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_loading_in_bfloat16_rounds_the_factors(saved) -> None:
     loaded = low_rank(AutoModelForCausalLM.from_pretrained(saved[0] / "llama", dtype=torch.bfloat16))
     made = low_rank(saved[1]["llama"].model)
@@ -170,7 +227,9 @@ def test_saving_a_loaded_model_again_loses_nothing(name, saved, tmp_path: Path) 
     AutoModelForCausalLM.from_pretrained(saved[0] / name).save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits_of(again), logits_of(saved[1][name].model))
-    assert again.config.quantization_config.ranks == saved[1][name].model.config.quantization_config.ranks
+    for key in ("ranks", "biased"):
+        wanted = getattr(saved[1][name].model.config.quantization_config, key)
+        assert getattr(again.config.quantization_config, key) == wanted
 
 
 def test_a_loaded_model_generates_what_the_saved_one_does(saved) -> None:

@@ -165,6 +165,51 @@ def test_tables_go_to_stdout(unirank: Run, store: Path, model_dir: Path, calibra
         assert words in out
 
 
+def test_gradients_and_damping_are_asked_for_and_shown(
+    unirank: Run, model_dir: Path, calibrate: list[object], tmp_path: Path
+) -> None:
+    def analyze(name: str, *more: object) -> tuple[dict, str]:
+        command = ["analyze", model_dir, "-o", tmp_path / name, *calibrate, *more]
+        (code, out, err), (_, table, _) = unirank(*command, "--json"), unirank(*command)
+        assert (code, err) == (0, "")
+        return one_object(out), table
+
+    record, table = analyze("plain")
+    assert record["identity"]["calibration"]["gradient_windows"] == 0
+    assert record["damping"] == {"matrices": 0, "largest": 0.0}
+    assert "Damped" not in table
+    record, table = analyze("asked", "--gradients", 2)
+    assert record["identity"]["calibration"]["gradient_windows"] == 2
+    record, table = analyze("kfac", "--scheme", "kfac")
+    assert record["identity"]["calibration"]["gradient_windows"] == 6  # all: there are fewer than 32
+    assert record["damping"] == {"matrices": 21, "largest": 1e-4}
+    assert "Damped: 21 of 21 matrices, at most 0.0001 of the mean" in table
+
+    code, out, _ = unirank("plan", tmp_path / "asked", "-r", "0.3", "--allocator", "curvature", "--json")
+    assert code == 0
+    assert one_object(out)["allocator"] == "curvature"
+
+
+def test_an_allocator_that_needs_gradients_is_refused_before_calibration(
+    unirank: Run, model_dir: Path, store: Path, calibrate: list[object], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys.modules["unirank.analyze"], "record", lambda *_, **__: pytest.fail("calibration began"))
+    compress = ["compress", model_dir, "-r", "0.3", "-o", tmp_path / "out", "--allocator", "curvature"]
+    for arguments in ([*calibrate], ["--store", store], [*calibrate, "--gradients", 0]):
+        code, out, err = unirank(*compress, *arguments)
+        assert (code, out) == (2, "")
+        assert "curvature needs gradients" in err
+        assert "--gradients" in err
+    code, _, err = unirank(*compress, *calibrate, "--gradients", 7)
+    assert code == 2
+    assert "gradient_windows = 7 (--gradients) is not legal" in err
+    monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    code, _, err = unirank(*compress, *calibrate, "--gradients", 2)
+    assert (code, err) == (0, "")
+
+
 def test_each_kind_of_failure_has_its_exit_code_and_one_sentence_on_stderr(
     unirank: Run, store: Path, text_file: Path, tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,6 @@ from unirank.schemes import scheme as scheme_of
 from unirank.store import AnalysisStore, create_or_resume
 from unirank.types import LoadedModel
 
-
 _GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
 
@@ -68,41 +67,45 @@ def analyze(
     chosen = scheme_of(scheme)
     if calibration.batch < 1:
         raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
-    gradient_windows = _gradient_windows(calibration, chosen)
+    backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text)
     windows = _windows(loaded, text, calibration)
-    identity = _identity(loaded, text, windows, calibration, gradient_windows, scheme)
+    identity = _identity(loaded, text, windows, calibration, backward, scheme)
     store = create_or_resume(Path(store_path), identity, loaded.linears, overwrite=overwrite)
     first, count = store.layers_done(), store.layer_count
+    if backward:  # also with all layers done: one of its files may have been lost since
+        gradient_pass(loaded, windows[:backward], store, batch=calibration.batch, progress=progress)
     progress("calibrate and decompose", first, count)
     if first == count:
         return store
-    if gradient_windows:
-        gradient_pass(loaded, windows[:gradient_windows], store, batch=calibration.batch, progress=progress)
     recording = record(loaded, windows, batch=calibration.batch)
     device = recording.start.probe.device
     # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
     resumed = store.has_streams(first)
     streams = store.read_streams(first, device) if resumed else recording.start
     for layer in range(first if resumed else 0, count):
-        moments = layer >= first and (chosen.needs_moment or gradient_windows > 0)
+        moments = layer >= first and (chosen.needs_moment or backward > 0)
         stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=chosen.needs_mean_abs)
         if layer >= first:
-            gradients = store.gradients(layer) if gradient_windows else None
+            gradients = store.gradients(layer, device) if backward else None
             store.write_layer(layer, decompose_layer(loaded, stats, chosen, gradients), stats.cosines, streams)
             progress("calibrate and decompose", layer + 1, count)
     return store
 
 
-def _gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
+def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
+    """How many windows run backward. Raises InputError for a number that is not legal or too small for `scheme`."""
     asked = calibration.gradient_windows
     count = min(_GRADIENT_WINDOWS, calibration.windows) if asked is None and scheme.needs_gradient else asked or 0
     if not 0 <= count <= calibration.windows:
         raise InputError(
-            f"gradient_windows = {count} is not legal; it is at least 0 and at most windows = {calibration.windows}."
+            f"gradient_windows = {count} (--gradients) is not legal; "
+            f"it is at least 0 and at most windows = {calibration.windows}."
         )
     if scheme.needs_gradient and count == 0:
-        raise InputError(f"The scheme {scheme.name} needs gradients; gradient_windows must be at least 1.")
+        raise InputError(
+            f"The scheme {scheme.name} needs gradients; gradient_windows (--gradients) must be at least 1."
+        )
     return count
 
 
@@ -119,7 +122,7 @@ def _identity(
     text: Text,
     windows: torch.Tensor,
     calibration: Calibration,
-    gradient_windows: int,
+    backward: int,
     scheme: str,
 ) -> dict[str, Any]:
     parameter = next(loaded.model.parameters())
@@ -140,7 +143,7 @@ def _identity(
             "window": calibration.window,
             "seed": calibration.seed,
             "batch": calibration.batch,
-            "gradient_windows": gradient_windows,
+            "gradient_windows": backward,
         },
         "scheme": scheme,
         "device": device_name(parameter.device),

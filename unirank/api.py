@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.allocate import check_request
 from unirank.allocate import plan as make_plan
-from unirank.analyze import Calibration, analyze
+from unirank.allocators import allocator as allocator_of
+from unirank.analyze import Calibration, analyze, gradient_windows
 from unirank.checkpoint import CompressedModel
 from unirank.errors import InputError
 from unirank.models import describe, load
@@ -61,7 +62,9 @@ def compress(
     check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
     with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
         where = Path(store) if store is not None else Path(scratch) / "store"
-        analysis = analysis_for(loaded, where, scheme=scheme, calibration=calibration, progress=progress)
+        analysis = analysis_for(
+            loaded, where, scheme=scheme, allocator=allocator, calibration=calibration, progress=progress
+        )
         plan = make_plan(
             analysis,
             remove,
@@ -79,18 +82,24 @@ def analysis_for(
     path: Path,
     *,
     scheme: str,
+    allocator: str,
     calibration: Calibration | None,
     overwrite: bool = False,
     progress: OnProgress = silent,
 ) -> AnalysisStore:
     """The store at `path`: as it is when finished, of this scheme, and no calibration is asked for; else analyzed.
 
-    `truncate` refuses a store of another model in either case. Raises like `analyze`.
+    `truncate` refuses a store of another model in either case. Raises like `analyze`, and InputError where `allocator`
+    needs gradients and the analysis to make would have none.
     """
     if calibration is None and not overwrite and (path / MANIFEST).is_file():
         store = open_store(path)
         if store.complete and store.identity["scheme"] == scheme:
             return store
+    if allocator_of(allocator).gradients and not gradient_windows(calibration or Calibration(), scheme_of(scheme)):
+        raise InputError(
+            f"The allocator {allocator} needs gradients; ask for some: gradient_windows (--gradients) at least 1."
+        )
     return analyze(loaded, path, scheme=scheme, calibration=calibration, overwrite=overwrite, progress=progress)
 
 

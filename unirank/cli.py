@@ -65,6 +65,8 @@ Windows = Annotated[int, typer.Option(help="Calibration windows.")]
 Window = Annotated[int, typer.Option(help="Tokens a calibration window.")]
 Seed = Annotated[int, typer.Option(help="Seed of the window positions.")]
 Batch = Annotated[int, typer.Option(help="Windows that run together; fewer need less memory.")]
+GRADIENTS_HELP = "How many calibration windows also run backward; default: 0, or 32 for schemes that need gradients."
+Gradients = Annotated[int | None, typer.Option(help=GRADIENTS_HELP)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; default: a GPU when there is one.")]
 MinRank = Annotated[int, typer.Option(help="Least rank of a matrix.")]
@@ -170,6 +172,7 @@ def analyze(
     window: Window = 512,
     seed: Seed = 0,
     batch: Batch = 8,
+    gradients: Gradients = None,
     dtype: Dtype = "auto",
     device: Device = None,
     overwrite: Overwrite = False,
@@ -179,7 +182,7 @@ def analyze(
     with _session(as_json) as session:
         scheme_of(scheme)
         loaded = load(model, dtype=dtype, device=device)
-        calibration = Calibration(calib, windows, window, seed, batch)
+        calibration = Calibration(calib, windows, window, seed, batch, gradients)
         store = run_analyze(
             loaded, out, scheme=scheme, calibration=calibration, overwrite=overwrite, progress=session.progress
         )
@@ -188,8 +191,14 @@ def analyze(
             "layers": store.layer_count,
             "identity": dict(store.identity),
             "sha256": store.digest,
+            "damping": tables.damping_record(store),
         }
-        session.show(record, tables.cosine_table(store), f"Store: {out}. Next: unirank plan {out} --remove 0.2")
+        session.show(
+            record,
+            tables.cosine_table(store),
+            *tables.damping_summary(store),
+            f"Store: {out}. Next: unirank plan {out} --remove 0.2",
+        )
 
 
 @app.command()
@@ -322,6 +331,7 @@ def compress(
     window: Annotated[int | None, typer.Option(help="Tokens a calibration window. Default: 512.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the window positions. Default: 0.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows that run together. Default: 8.")] = None,
+    gradients: Gradients = None,
     dtype: Dtype = "auto",
     device: Device = None,
     overwrite: Overwrite = False,
@@ -344,11 +354,13 @@ def compress(
         if text is not None:
             read_ranks(loaded.linears, text)
         given = {"text": calib, "windows": windows, "window": window, "seed": seed, "batch": batch}
+        given |= {"gradient_windows": gradients}
         given = {key: value for key, value in given.items() if value is not None}
         analysis = analysis_for(
             loaded,
             store or out.with_name(out.name + "-analysis"),
             scheme=scheme,
+            allocator=allocator,
             calibration=Calibration(**given) if given else None,
             overwrite=overwrite and store is None,  # a store that the user named is never replaced in passing
             progress=session.progress,

@@ -1,8 +1,8 @@
 """Gradients at the output of every linear: one backward pass, layer by layer, whose memory is one layer's.
 
-Forward: every layer's input goes to a file. Backward: the head gives the loss and its gradient at the last hidden state;
-then, from the last layer to the first, a layer runs again on its inputs with gradients on, and what arrives at its
-input is the next one's. Every file appears whole, so a killed pass resumes at the first layer without gradients.
+Forward: every layer's input goes to a file. Backward: the head gives the loss and its gradient at the last hidden
+state; then, from the last layer to the first, a layer runs again on its inputs with gradients on, and what arrives at
+its input is the next one's. Every file appears whole, so a killed pass resumes at the first layer without gradients.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from unirank import ops
-from unirank.calibrate import Recording, Streams, layers_of, record, shadowed
-from unirank.errors import NonFiniteError
+from unirank.calibrate import Recording, layers_of, record, shadowed
+from unirank.errors import InputError, NonFiniteError
 from unirank.progress import OnProgress, silent
 from unirank.store import AnalysisStore
 from unirank.types import Gradient, LoadedModel
@@ -31,30 +31,38 @@ def gradient_pass(
     """Write the gradients of every layer to `store`, resuming what is there. `windows` int64 `[W, T]`.
 
     Raises:
-        NonFiniteError: the loss or a gradient is NaN or infinity; names the window or the linear.
+        InputError: no gradient reaches a linear; names it.
+        NonFiniteError: a hidden state, the loss or a gradient is NaN or infinity; names the layer, window or linear.
         WriteError: the disk refused; finished layers stay.
     """
     count = store.layer_count
     steps = 2 * count
     remaining = store.layers_without_gradients()
-    progress(_STAGE, steps - remaining, steps)
     if remaining == 0:
+        progress(_STAGE, steps, steps)
         return
     with _frozen(loaded.model):
         recording = record(loaded, windows, batch=batch)
-        if not store.has_scratch("backward", remaining):
+        if not store.has_scratch("backward", remaining) or _forward_done(store) < remaining:
             remaining = count  # not started, or what a killed run needs was deleted since
             _forward(loaded, windows.split(batch), recording, store, progress)
+        progress(_STAGE, steps - remaining, steps)
         for layer in reversed(range(remaining)):
             inputs = store.read_scratch("forward", layer, recording.start.probe.device)
             outputs = store.read_scratch("backward", layer + 1, recording.start.probe.device)
             gradients, arriving = backward_layer(loaded, layer, recording, inputs, outputs)
-            store.write_scratch("backward", layer, arriving)
+            if layer:
+                store.write_scratch("backward", layer, arriving)
             store.write_gradients(layer, gradients)
             store.remove_scratch("backward", layer + 1)
             store.remove_scratch("forward", layer)
             progress(_STAGE, steps - layer, steps)
-    store.remove_scratch("backward", 0)
+
+
+def _forward_done(store: AnalysisStore) -> int:
+    """How many layers' inputs are on disk, from the first without a gap; behind the last layer counts as one more."""
+    slots = store.layer_count + 1
+    return next((i for i in range(slots) if not store.has_scratch("forward", i)), slots)
 
 
 @contextmanager
@@ -78,24 +86,28 @@ def _forward(
     progress: OnProgress,
 ) -> None:
     count = store.layer_count
-    first = next(i for i in range(count + 1) if not store.has_scratch("forward", i + 1))
+    first = max(0, _forward_done(store) - 1)
     batches = recording.start.batches
     if first:
         batches = store.read_scratch("forward", first, recording.start.probe.device)
     else:
         store.write_scratch("forward", 0, batches)
+    progress(_STAGE, first, 2 * count)
     layers = layers_of(loaded)
     for index in range(first, count):
         with torch.no_grad():
             batches = [calls[index].run(layers[index], x) for calls, x in zip(recording.calls, batches, strict=True)]
+        if not all(bool(x.isfinite().all()) for x in batches):
+            raise NonFiniteError(f"The output of {loaded.layers}.{index} is NaN or infinity on the calibration text.")
         store.write_scratch("forward", index + 1, batches)
         progress(_STAGE, index + 1, 2 * count)
     gradients = []
-    for position, (ids, hidden) in enumerate(zip(windows, batches, strict=True)):
-        # One window at a time: its logits are as wide as the vocabulary.
-        parts = [
-            head_gradient(loaded, recording, i[None], h[None], position) for i, h in zip(ids, hidden, strict=True)
-        ]
+    position = 0
+    for ids, hidden in zip(windows, batches, strict=True):
+        parts = []
+        for i, h in zip(ids, hidden, strict=True):  # one window at a time: its logits are as wide as the vocabulary
+            parts.append(head_gradient(loaded, recording, i[None], h[None], position))
+            position += 1
         gradients.append(torch.cat(parts))
     store.write_scratch("backward", count, gradients)
     store.remove_scratch("forward", count)
@@ -104,9 +116,9 @@ def _forward(
 def head_gradient(
     loaded: LoadedModel, recording: Recording, ids: torch.Tensor, hidden: torch.Tensor, position: int
 ) -> torch.Tensor:
-    """Gradient `[1, T, D]` of the summed NLL of `ids` at `hidden`, what leaves the last decoder layer.
+    """Gradient `[1, T, D]` of the summed NLL of `ids [1, T]` at `hidden [1, T, D]`, what leaves the last decoder layer.
 
-    Raises NonFiniteError when the loss is NaN or infinity.
+    Raises NonFiniteError when the loss is NaN or infinity; names the window, which is the `position`-th.
     """
     leaf = hidden.detach().requires_grad_()
     output = (leaf,) if recording.returns_tuple else leaf
@@ -121,7 +133,7 @@ def head_gradient(
         logits = loaded.model(input_ids=ids, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
         if not bool(loss.isfinite()):
-            raise NonFiniteError(f"The loss of calibration batch {position} is NaN or infinity.")
+            raise NonFiniteError(f"The loss of calibration window {position} is NaN or infinity.")
         return torch.autograd.grad(loss, leaf)[0]
 
 
@@ -139,8 +151,11 @@ def backward_layer(
         outputs: the gradients at what left it.
     """
     layer = layers_of(loaded)[index]
+    device = inputs[0].device
     sums = {
-        spec.name: _Sums(layer.get_submodule(spec.kind), spec.m) for spec in loaded.linears if spec.layer == index
+        spec.name: _Sums(layer.get_submodule(spec.kind), spec.m, spec.n, device)
+        for spec in loaded.linears
+        if spec.layer == index
     }
     arriving = []
     with ExitStack() as stack:
@@ -148,6 +163,8 @@ def backward_layer(
             stack.callback(total.module.register_forward_hook(total.watch).remove)
         for calls, x, gradient in zip(recording.calls, inputs, outputs, strict=True):
             leaf = x.detach().requires_grad_()
+            for total in sums.values():
+                total.windows = len(x)
             with torch.enable_grad():
                 output = calls[index].run(layer, leaf)
             arriving.append(torch.autograd.grad(output, leaf, gradient)[0])
@@ -157,10 +174,13 @@ def backward_layer(
 class _Sums:
     """Running sums of one linear's gradients."""
 
-    def __init__(self, module: nn.Module, m: int) -> None:
+    def __init__(self, module: nn.Module, m: int, n: int, device: torch.device) -> None:
         self.module = module
+        self.windows = 0  # of the batch that runs; some linears see its tokens in one row (OPT)
         self._m = m
-        self._g: torch.Tensor | None = None
+        self._g, self._sum, self._rows, self._weight = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((m, m), (m,), (m,), (m, n))
+        )
         self._windows = self._tokens = 0
 
     def watch(self, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -168,22 +188,21 @@ class _Sums:
 
     def _adder(self, x: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def add(g: torch.Tensor) -> None:
-            if self._g is None:
-                self._g = g.new_zeros((self._m, self._m), dtype=torch.float64)
-                self._mean = g.new_zeros((self._m,), dtype=torch.float64)
-                self._rows = g.new_zeros((self._m,), dtype=torch.float64)
-                self._weight = g.new_zeros((self._m, x.shape[-1]), dtype=torch.float64)
-            ops.gram_accumulate_(self._g, self._mean, g.reshape(-1, self._m))
-            for g_window, x_window in zip(g, x.view(g.shape[0], -1, x.shape[-1]), strict=True):
-                weight = (g_window.T @ x_window).double()
+            flat = g.reshape(-1, self._m)
+            ops.gram_accumulate_(self._g, self._sum, flat)
+            by_window = flat.view(self.windows, -1, self._m), x.reshape(self.windows, -1, x.shape[-1])
+            for g_window, x_window in zip(*by_window, strict=True):
+                weight = (g_window.float().T @ x_window.float()).double()
                 self._weight += weight
                 self._rows += weight.square().sum(1)
-            self._windows += g.shape[0]
-            self._tokens += g.shape[0] * g.shape[1]
+            self._windows += self.windows
+            self._tokens += len(flat)
 
         return add
 
     def finish(self, name: str) -> Gradient:
-        if self._g is None or not (self._g.diagonal().isfinite().all() and self._weight.isfinite().all()):
+        if self._tokens == 0:
+            raise InputError(f"No gradient reaches the output of {name}, so a scheme that needs one cannot be used.")
+        if not (self._g.diagonal().isfinite().all() and self._weight.isfinite().all()):
             raise NonFiniteError(f"The gradient at {name} is NaN or infinity on the calibration text.")
         return Gradient(self._g / self._tokens, self._rows / self._windows, self._weight / self._tokens)

@@ -26,15 +26,21 @@ METHOD = "unirank"
 class UniRankConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint: the rank of every linear that is no longer dense.
 
-    `biased` names those that have a bias where the dense linear has none (scheme `afm`).
+    `biased` names those that have a bias where the dense linear has none (scheme `afm`); it is written only then.
+    Raises InputError when either is something else.
     """
+
+    biased: Sequence[str] = ()
 
     def __init__(self, ranks: Mapping[str, int] | None = None, biased: Sequence[str] = (), **_: Any) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         if ranks is not None and not isinstance(ranks, Mapping):
             raise InputError(f"quantization_config.ranks must map names to ranks, got {type(ranks).__name__}.")
         self.ranks = dict(ranks or {})
-        self.biased = list(biased)
+        if not isinstance(biased, list | tuple) or not all(isinstance(b, str) and b in self.ranks for b in biased):
+            raise InputError(f"quantization_config.biased must be a list of linears that ranks names, got {biased!r}.")
+        if biased:
+            self.biased = list(biased)
 
 
 class UniRankQuantizer(HfQuantizer):

@@ -28,6 +28,7 @@ _FORMAT = 1
 _OPTIONAL = ("mean", "curvature", "slope")
 Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
+_PASSING = r"(stream|forward|backward)-\d{4}\.safetensors"  # only there while a later step needs them
 # What a run that was killed while it wrote leaves behind (see `write_atomically`).
 _LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS})\.\d+\.tmp"
 
@@ -88,7 +89,8 @@ class AnalysisStore:
             tensors |= {f"{name}.energy": factor.energy, f"{name}.left": factor.left, f"{name}.right": factor.right}
             for key in _OPTIONAL:
                 if (tensor := getattr(factor, key)) is not None:
-                    tensors[f"{name}.{key}"] = tensor
+                    # Linears that read one input share its mean, and safetensors refuses shared memory.
+                    tensors[f"{name}.{key}"] = tensor.clone()
         header = {
             "layer": layer,
             "cosines": {key: asdict(stat) for key, stat in cosines.items()},
@@ -102,9 +104,16 @@ class AnalysisStore:
         return self._stream_file(layer).is_file()
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed run left: half-written files, and hidden states that are not those of the next layer."""
-        needed = self._stream_file(self.layers_done()).name
-        _remove(self.path, rf"{_LEFTOVER}|(?!{re.escape(needed)})stream-\d{{4}}\.safetensors")
+        """Delete what a killed run left: half-written files, and streams and gradients that no step reads again."""
+        needed = {self._stream_file(self.layers_done())}
+        remaining = self.layers_without_gradients()
+        if remaining and self.has_scratch("backward", remaining):
+            needed |= {self._file("backward", remaining), *(self._file("forward", i) for i in range(remaining))}
+        elif remaining:
+            needed |= {self._file("forward", i) for i in range(self.layer_count + 1)}
+        for file in list(self.path.iterdir()):
+            if re.fullmatch(_LEFTOVER, file.name) or (re.fullmatch(_PASSING, file.name) and file not in needed):
+                file.unlink()
 
     def read_streams(self, layer: int, device: torch.device) -> Streams:
         """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing."""
@@ -171,12 +180,12 @@ class AnalysisStore:
         """`Factors.damping` of every linear."""
         return {name: eps for layer in range(self.layer_count) for name, eps in self._header(layer)["damping"].items()}
 
-    def gradients(self, layer: int) -> dict[str, Gradient]:
-        """The gradients of one layer, float64. Raises StoreError in a store without gradients."""
+    def gradients(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Gradient]:
+        """The gradients of one layer, float64, on `device`. Raises StoreError in a store without gradients."""
         self._require_gradients()
         tensors = _load(self._file("gradient", layer))
         return {
-            spec.name: Gradient(*(tensors[f"{spec.name}.{key}"].double() for key in ("g", "rows", "weight")))
+            spec.name: Gradient(*(tensors[f"{spec.name}.{key}"].to(device).double() for key in ("g", "rows", "weight")))
             for spec in self.linears
             if spec.layer == layer
         }
@@ -187,7 +196,7 @@ class AnalysisStore:
         try:
             with safe_open(file, framework="pt") as tensors:
                 key = f"{spec.name}.mean"
-                return tensors.get_tensor(key) if key in tensors.keys() else None
+                return tensors.get_tensor(key) if key in tensors.keys() else None  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError) as error:
             raise _damaged(file, error) from error
 
@@ -208,7 +217,10 @@ class AnalysisStore:
 
     def _require_gradients(self) -> None:
         if not self.has_gradients:
-            raise StoreError(f"The store {self.path} was analyzed without gradients; make one with: --gradients.")
+            raise StoreError(
+                f"The store {self.path} was analyzed without gradients; make one that has them with: "
+                "unirank analyze MODEL -o STORE --gradients N."
+            )
 
     def factors(self, spec: LinearSpec, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`left [M, R]` and `right [R, N]` of the first `rank` components. Raises StoreError beyond what is stored."""

@@ -32,6 +32,22 @@ def cosine_table(store: AnalysisStore) -> Table:
     return table
 
 
+def damping_record(store: AnalysisStore) -> dict[str, float]:
+    """How many matrices of the analysis were damped, and the largest value (see `Factors.damping`)."""
+    values = [value for value in store.damping().values() if value]
+    return {"matrices": len(values), "largest": max(values, default=0.0)}
+
+
+def damping_summary(store: AnalysisStore) -> list[str]:
+    """One line where anything was damped, none otherwise."""
+    record = damping_record(store)
+    if not record["matrices"]:
+        return []
+    return [
+        f"Damped: {record['matrices']} of {len(store.linears)} matrices, at most {record['largest']:g} of the mean."
+    ]
+
+
 def plan_table(plan: RankPlan) -> Table:
     """Rank of every linear, one row a layer; the kinds of projection are the columns."""
     rows: dict[str, dict[str, str]] = {}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from unirank.errors import InputError, UnirankError
+from unirank.errors import InputError, NonFiniteError, UnirankError
 from unirank.hf import UniRankConfig, make_low_rank
 from unirank.models import weight_of, weights_hash
 from unirank.modules import LowRankLinear, align_weights
@@ -63,9 +63,7 @@ def count_target(module: nn.Module) -> int:
     return weight_of(module).numel()
 
 
-def lost_output(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor
-) -> torch.Tensor:
+def lost_output(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """`(W - left right) mean`, `[M]`: what a bias must add so that the mean output stays. Computed in float64."""
     mean = mean.double().to(weight.device)
     lost = weight.double() @ mean - left.double().to(weight.device) @ (right.double().to(weight.device) @ mean)
@@ -82,6 +80,7 @@ def truncate(
 
     Raises:
         InputError: the plan or the store was made for another model.
+        NonFiniteError: a bias that restores a mean output does not fit the dtype; names the linear.
         UnirankError: the recount from the modules differs from the plan.
     """
     check_plan(loaded, store, plan)
@@ -97,7 +96,9 @@ def truncate(
             low.left.weight.copy_(left)
             low.right.weight.copy_(right)
             if mean is not None and low.left.bias is not None:
-                low.left.bias += lost_output(weight, left, right, mean)
+                low.left.bias.add_(lost_output(weight, left, right, mean))
+                if not low.left.bias.isfinite().all():
+                    raise NonFiniteError(f"The bias of {spec.name} is NaN or infinity in {weight.dtype}.")
         progress("truncate", position + 1, len(loaded.linears))
     return settle(loaded, plan, model_before)
 

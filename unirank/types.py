@@ -74,7 +74,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Moment:
-    """Moments of one input, float64, averaged over `tokens`: `c [N, N]` of `x xᵀ`, `mean [N]`, `mean_abs [N]` of `|x|`."""
+    """Moments of one input, float64, means over `tokens`: `c [N, N]` of `x xᵀ`, `mean [N]`, `mean_abs [N]` of `|x|`."""
 
     c: torch.Tensor
     mean: torch.Tensor

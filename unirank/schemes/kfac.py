@@ -16,7 +16,8 @@ DAMPING = 1e-4
 def decompose(problems: Sequence[Problem]) -> list[Factors]:
     """SVD of `A W S`, `AᵀA = G + eps mean(diag G) I`, `S Sᵀ = C`: left `A⁻¹ U`, right `Uᵀ A W`, energies sigma².
 
-    `½ sigma_i²` estimates the loss increase of dropping component i (Kronecker-factored Gauss-Newton, arXiv 1503.05671).
+    `½ sigma_i²` estimates the loss increase of dropping component i, per token (Kronecker-factored Gauss-Newton,
+    arXiv 1503.05671).
     """
     targets = []
     for problem in problems:

@@ -1,0 +1,402 @@
+"""The layer-by-layer backward pass gives what autograd gives on the whole model, and survives being killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import unirank
+from tests.conftest import build
+from tests.tiny import WORDS
+from unirank.gradients import gradient_pass
+from unirank.store import MANIFEST, AnalysisStore, create_or_resume, open_store
+from unirank.types import Gradient, LoadedModel
+
+# 24 tokens are three of tiny-gemma3's sliding windows; with batches of 2 the last batch is a short one.
+WINDOWS = torch.randint(2, len(WORDS), (5, 24), generator=torch.Generator().manual_seed(2))
+NAMES = ["llama", "llama-bias", "gemma3", "gpt-neox", "gpt2", "opt"]
+LAYERS = 3
+ROOT = Path(__file__).parents[1]
+CHILD = Path(__file__).with_name("harm_analysis.py")
+
+# Files appear in this order (a stage may remove what it has used up in between), and a run is killed behind each one.
+ORDER = (
+    MANIFEST,
+    *(f"forward-{i}" for i in range(LAYERS + 1)),
+    f"backward-{LAYERS}",
+    *(f"{kind}-{i}" for i in reversed(range(1, LAYERS)) for kind in ("backward", "gradient")),
+    "gradient-0",
+)
+HARM = {f"killed-behind-{file}": ("renamed", position + 1) for position, file in enumerate(ORDER) if position} | {
+    f"killed-in-{file}": ("half-written", ORDER.index(file) + 1) for file in ("forward-2", "gradient-1")
+}
+
+
+def passed(loaded: LoadedModel, path: Path, windows: torch.Tensor = WINDOWS, **options: Any) -> AnalysisStore:
+    """A store that the gradient pass, and nothing else, went through."""
+    store = create_or_resume(path, {"calibration": {"gradient_windows": len(windows)}}, loaded.linears)
+    gradient_pass(loaded, windows, store, batch=2, **options)
+    return store
+
+
+def expected(loaded: LoadedModel) -> dict[str, Gradient]:
+    """The same by autograd on the whole model, a window at a time, in float64."""
+    outputs: dict[str, torch.Tensor] = {}
+    total: dict[str, list[torch.Tensor]] = {}
+    tokens = WINDOWS.numel()
+
+    def keep(name: str):
+        def hook(_module: object, _args: object, output: torch.Tensor) -> None:
+            output.retain_grad()
+            outputs[name] = output
+
+        return hook
+
+    modules = {spec.name: loaded.model.get_submodule(spec.name) for spec in loaded.linears}
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    for ids in WINDOWS:
+        loaded.model.zero_grad()
+        logits = loaded.model(input_ids=ids[None], use_cache=False).logits
+        F.cross_entropy(logits[0, :-1], ids[1:], reduction="sum").backward()
+        for name, module in modules.items():
+            g = outputs[name].grad.double().reshape(len(ids), -1)
+            at_weight = module.weight.grad.double()
+            if isinstance(module, Conv1D):
+                at_weight = at_weight.T
+            parts = (g.T @ g / tokens, at_weight.square().sum(1) / len(WINDOWS), at_weight / tokens)
+            total[name] = [a + b for a, b in zip(total[name], parts, strict=True)] if name in total else list(parts)
+    for handle in handles:
+        handle.remove()
+    loaded.model.zero_grad()
+    return {name: Gradient(*parts) for name, parts in total.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def passing(folder: Path) -> list[str]:
+    """Files that must be gone when nothing needs them any more."""
+    return sorted(file.name for file in folder.iterdir() if not file.name.startswith((MANIFEST, "layer-", "gradient-")))
+
+
+# -- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_those_of_the_whole_model(name: str, make_model, tmp_path: Path) -> None:
+    loaded = make_model(name)
+    wanted = expected(loaded)
+    with torch.no_grad():  # what a caller's context says does not matter
+        store = passed(loaded, tmp_path / "store")
+    for spec in loaded.linears:
+        found = store.gradients(spec.layer)[spec.name]
+        for key, shape in (("g", (spec.m, spec.m)), ("rows", (spec.m,)), ("weight", (spec.m, spec.n))):
+            a, b = getattr(found, key), getattr(wanted[spec.name], key)
+            assert a.shape == shape
+            assert a.dtype == torch.float64
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()), msg=f"{spec.name} {key}")
+    assert passing(tmp_path / "store") == []
+
+
+def test_an_analysis_runs_the_first_windows_backward(make_model, calibration, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+    some = dataclasses.replace(calibration, gradient_windows=3)
+    store = unirank.analyze(loaded, tmp_path / "store", calibration=some)
+    assert store.has_gradients
+    assert store.identity["calibration"]["gradient_windows"] == 3
+    text = unirank.data.read_text(some.text)
+    tokens = unirank.data.tokenize(loaded.tokenizer, text, loaded.model)
+    windows = unirank.data.calibration_windows(tokens, windows=6, window=24, seed=0, bos=None, name=text.name)
+    passed(loaded, tmp_path / "alone", windows[:3])
+    for layer in range(LAYERS):
+        name = f"gradient-{layer:04d}.safetensors"
+        assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    for vectors in (store.curvatures(), store.slopes()):
+        assert {name: len(vector) for name, vector in vectors.items()} == {s.name: s.max_rank for s in store.linears}
+        assert all(bool(vector.isfinite().all()) for vector in vectors.values())
+
+
+def test_number_of_threads_does_not_change_a_byte(make_model, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            passed(make_model("llama"), tmp_path / str(threads))
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "1") == contents(tmp_path / "4")
+
+
+# -- what it leaves behind --------------------------------------------------------------------------------------------
+
+
+def test_parameters_take_gradients_as_before(make_model, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+    frozen = loaded.model.model.layers[1].mlp.up_proj.weight
+    frozen.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in loaded.model.named_parameters()}
+    passed(loaded, tmp_path / "store")
+    assert {name: parameter.requires_grad for name, parameter in loaded.model.named_parameters()} == before
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+    frozen.data[0] = torch.nan
+    with pytest.raises(unirank.NonFiniteError):
+        passed(loaded, tmp_path / "other")
+    assert {name: parameter.requires_grad for name, parameter in loaded.model.named_parameters()} == before
+    for layer in loaded.model.model.layers:
+        assert "forward" not in layer.__dict__
+        assert all(not module._forward_hooks for module in layer.modules())
+
+
+def test_progress_never_goes_back_and_ends_full(make_model, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    loaded = make_model("llama")
+    passed(loaded, tmp_path / "store", progress=lambda *step: seen.append(step))
+    assert {(stage, total) for stage, _, total in seen} == {("gradients", 2 * LAYERS)}
+    assert sorted({done for _, done, _ in seen}) == list(range(2 * LAYERS + 1))
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    seen.clear()
+    passed(loaded, tmp_path / "store", progress=lambda *step: seen.append(step))
+    assert seen == [("gradients", 2 * LAYERS, 2 * LAYERS)]
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_turns_non_finite_is_an_error_that_names_the_layer(make_model, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+    loaded.model.model.layers[1].self_attn.o_proj.weight.data[3] = torch.nan
+    with pytest.raises(unirank.NonFiniteError, match=r"model\.layers\.1 "):
+        passed(loaded, tmp_path / "store")
+
+
+def test_an_infinite_loss_is_an_error_that_names_the_window(make_model, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+    windows = WINDOWS.clone()
+    windows[windows == 7] = 8
+    windows[3, 5] = 7
+
+    def never(_module: object, _args: object, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[..., 7] = -torch.inf
+        return logits
+
+    loaded.model.lm_head.register_forward_hook(never)
+    with pytest.raises(unirank.NonFiniteError, match="loss of calibration window 3 "):
+        passed(loaded, tmp_path / "store", windows)
+
+
+def test_a_gradient_that_overflows_is_an_error_that_names_the_linear(make_model, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+
+    def explode(_module: object, _args: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.inf)
+
+    loaded.model.model.layers[1].self_attn.q_proj.register_forward_hook(explode)
+    with pytest.raises(unirank.NonFiniteError, match=r"gradient at model\.layers\.1\.self_attn\.q_proj"):
+        passed(loaded, tmp_path / "store")
+
+
+def test_a_linear_that_no_gradient_reaches_is_an_error_that_names_it(make_model, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+    loaded.model.model.layers[2].mlp.gate_proj.register_forward_hook(lambda *call: call[2].detach().requires_grad_())
+    with pytest.raises(unirank.InputError, match=r"No gradient reaches .*layers\.2\.mlp\.gate_proj"):
+        passed(loaded, tmp_path / "store")
+
+
+def test_a_store_without_gradients_says_how_to_make_one(make_model, calibration, tmp_path: Path) -> None:
+    store = unirank.analyze(make_model("llama"), tmp_path / "store", calibration=calibration)
+    assert not store.has_gradients
+    for read in (store.curvatures, store.slopes, lambda: store.gradients(0)):
+        with pytest.raises(unirank.StoreError, match=r"without gradients.*--gradients N"):
+            read()
+    with pytest.raises(unirank.InputError, match=r"curvature needs gradients.*--gradients N"):
+        unirank.plan(store, 0.3, allocator="curvature")
+
+
+def test_another_number_of_gradient_windows_is_another_analysis(make_model, calibration, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+    unirank.analyze(loaded, tmp_path / "store", calibration=dataclasses.replace(calibration, gradient_windows=2))
+    for count in (None, 3):
+        other = dataclasses.replace(calibration, gradient_windows=count)
+        with pytest.raises(unirank.StoreError, match=rf"gradient_windows \(store: 2, now: {count or 0}\)"):
+            unirank.analyze(loaded, tmp_path / "store", calibration=other)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "count", "message"),
+    [
+        ("whiten", -1, r"gradient_windows = -1 .*is not legal.*at most windows = 6"),
+        ("whiten", 7, r"gradient_windows = 7 .*is not legal.*at most windows = 6"),
+        ("kfac", 0, r"kfac needs gradients.*at least 1"),
+        ("fwsvd", 0, r"fwsvd needs gradients.*at least 1"),
+    ],
+)
+def test_an_illegal_number_of_gradient_windows_is_refused(
+    scheme: str, count: int, message: str, make_model, calibration, tmp_path: Path
+) -> None:
+    asked = dataclasses.replace(calibration, gradient_windows=count)
+    with pytest.raises(unirank.InputError, match=message):
+        unirank.analyze(make_model("llama"), tmp_path / "store", scheme=scheme, calibration=asked)
+    assert not (tmp_path / "store").exists()
+
+
+# -- interruption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    build("llama", num_hidden_layers=LAYERS).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> LoadedModel:
+    return unirank.load(str(model_path), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def settings(text_file: Path) -> unirank.Calibration:
+    return unirank.Calibration(text=str(text_file), windows=6, window=24, seed=0, batch=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(loaded: LoadedModel, settings: unirank.Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of the scheme `kfac` that tests only read."""
+    path = tmp_path_factory.mktemp("undisturbed") / "store"
+    unirank.analyze(loaded, path, scheme="kfac", calibration=settings)
+    return path
+
+
+@pytest.fixture(scope="module")
+def harmed(model_path: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stores that `HARM` left, by name in one folder."""
+    folder = tmp_path_factory.mktemp("harmed")
+    jobs = [(kind, count, str(folder / name)) for name, (kind, count) in HARM.items()]
+    command = [sys.executable, str(CHILD), str(model_path), str(text_file), json.dumps(jobs), "kfac"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(HARM, -9)
+    return folder
+
+
+def newest(name: str) -> str:
+    """File name of the last file that the harmed run `name` finished."""
+    kind, number = ORDER[HARM[name][1] - 1].split("-")
+    return f"{kind}-{int(number):04d}.safetensors"
+
+
+def test_finished_store_holds_layers_gradients_and_nothing_else(undisturbed: Path) -> None:
+    assert {file.name for file in undisturbed.iterdir()} == {
+        MANIFEST,
+        *(f"{kind}-{layer:04d}.safetensors" for kind in ("layer", "gradient") for layer in range(LAYERS)),
+    }
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_killed_run_resumes_to_the_bytes_of_an_undisturbed_one(
+    name: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(harmed / name, tmp_path / "store"))
+    if name.startswith("killed-behind"):
+        assert (store / newest(name)).is_file()  # the run was killed where the test thinks
+    finished = {file: file.stat().st_mtime_ns for file in store.glob("gradient-*.safetensors")}
+    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
+    assert contents(store) == contents(undisturbed)
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_opening_a_killed_run_deletes_what_no_step_reads_again(name: str, harmed: Path, undisturbed, tmp_path) -> None:
+    path = Path(shutil.copytree(harmed / name, tmp_path / "store"))
+    done = open_store(undisturbed)
+    store = create_or_resume(path, done.identity, done.linears)
+    remaining = store.layers_without_gradients()
+    assert not list(path.glob(".*"))
+    needed = [f"forward-{i:04d}.safetensors" for i in range(remaining)]
+    if remaining and store.has_scratch("backward", remaining):
+        assert passing(path) == sorted([*needed, f"backward-{remaining:04d}.safetensors"])
+    elif remaining:
+        written = [f"forward-{i:04d}.safetensors" for i in range(LAYERS + 1) if store.has_scratch("forward", i)]
+        assert passing(path) == written
+    else:
+        assert all(file.startswith("stream-") for file in passing(path))
+
+
+def test_a_run_that_is_interrupted_at_every_step_ends_at_the_same_bytes(
+    loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
+) -> None:
+    reached: list[int] = []
+
+    def interrupt_when_further(stage: str, done: int, _total: int) -> None:
+        if stage == "gradients" and done > max(reached, default=0):
+            reached.append(done)
+            raise KeyboardInterrupt
+
+    for _ in range(2 * LAYERS):
+        with pytest.raises(KeyboardInterrupt):
+            unirank.analyze(loaded, tmp_path, scheme="kfac", calibration=settings, progress=interrupt_when_further)
+    unirank.analyze(loaded, tmp_path, scheme="kfac", calibration=settings, progress=interrupt_when_further)
+    assert reached == list(range(1, 2 * LAYERS + 1))
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("lost", ["forward-0000", "forward-0001", "backward-0002"])
+def test_what_a_killed_run_needs_and_was_deleted_is_made_again(
+    lost: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(harmed / "killed-behind-gradient-2", tmp_path / "store"))
+    (store / f"{lost}.safetensors").unlink()
+    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
+    assert contents(store) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("lost", ["forward-0000", "forward-0001"])
+def test_a_hole_in_the_forward_files_is_filled(
+    lost: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(harmed / "killed-behind-forward-3", tmp_path / "store"))
+    (store / f"{lost}.safetensors").unlink()
+    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
+    assert contents(store) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("lost", ["gradient-0000", "gradient-0002"])
+def test_gradients_lost_from_a_finished_store_are_made_again(
+    lost: str, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(undisturbed, tmp_path / "store"))
+    (store / f"{lost}.safetensors").unlink()
+    with pytest.raises(unirank.StoreError, match=rf"{lost}\.safetensors is missing.*run the same analyze command"):
+        open_store(store).gradients(int(lost[-1]))
+    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
+    assert contents(store) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("file", ["forward-0001", "backward-0002"])
+def test_a_damaged_file_is_named_and_deleting_it_helps(
+    file: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(harmed / "killed-behind-gradient-2", tmp_path / "store"))
+    damaged = store / f"{file}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(unirank.StoreError, match=rf"{file}\.safetensors is missing or damaged .*delete it"):
+        unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
+    damaged.unlink()
+    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
+    assert contents(store) == contents(undisturbed)
