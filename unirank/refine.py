@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,11 +217,8 @@ def _measure(
             pair.add(_dense, own)
             raise _Reached
 
-        with _caught(layer.get_submodule(path), catch):
-            try:
-                call.run(layer, x)
-            except _Reached:
-                pass
+        with _caught(layer.get_submodule(path), catch), suppress(_Reached):
+            call.run(layer, x)
     return pair
 
 
@@ -259,4 +256,4 @@ def _fit(
     new.left.weight.copy_(low)
     new.right.weight.copy_(right)
     if lost is not None and new.left.bias is not None:
-        new.left.bias += lost.to(new.left.bias.dtype)
+        new.left.bias.add_(lost)
