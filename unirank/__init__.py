@@ -27,6 +27,7 @@ from unirank.score import ScoreSettings
 from unirank.store import AnalysisStore, open_store
 from unirank.truncate import TruncateReport, truncate
 from unirank.types import Factors, LinearSpec, LoadedModel, RankPlan
+from unirank.workbench import make_workbench
 
 __version__ = _version("unirank")
 UniRankConfig = _hf.UniRankConfig
@@ -64,6 +65,7 @@ __all__ = [
     "generate",
     "import_plan",
     "load",
+    "make_workbench",
     "open_store",
     "ops",
     "plan",

@@ -34,7 +34,8 @@ def plan(
         min_rank: least rank of a matrix.
         multiple_of: ranks are multiples of this (dense matrices aside).
         options: the allocator's own options by name.
-        workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`).
+        workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`); see
+            `unirank.make_workbench`. The model is left as it was found.
 
     Raises:
         InputError: an argument is not legal, or `min_rank` makes `remove` unreachable.
@@ -47,7 +48,9 @@ def plan(
     rule = allocator_of(allocator)
     chosen = options_of(rule, options or {})
     if rule.measures and workbench is None:
-        raise InputError(f"The allocator {allocator} measures the model, so a plan needs the model and its text.")
+        raise InputError(
+            f"The allocator {allocator} measures the model, so a plan needs the model; give it with --model."
+        )
     if rule.gradients and not store.has_gradients:
         raise InputError(
             f"The allocator {allocator} needs gradients and the store {store.path} has none; "
@@ -67,7 +70,7 @@ def plan(
         chosen,
         workbench,
     )
-    numbers, threshold = rule.allocate(request)
+    numbers, threshold, *learned = rule.allocate(request)
     ranks: dict[str, Rank] = {
         spec.name: canonical(spec, number) for spec, number in zip(store.linears, numbers, strict=True)
     }
@@ -82,7 +85,8 @@ def plan(
         scheme=store.identity["scheme"],
         settings={"min_rank": min_rank, "multiple_of": multiple_of}
         | chosen
-        | (asdict(settings) if rule.scored else {}),
+        | (asdict(settings) if rule.scored else {})
+        | (dict(learned[0]) if learned else {}),
         analysis=store.digest,
     )
 

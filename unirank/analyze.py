@@ -69,7 +69,7 @@ def analyze(
         raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
     backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text)
-    windows = _windows(loaded, text, calibration)
+    windows = windows_of(loaded, text, calibration)
     identity = _identity(loaded, text, windows, calibration, backward, scheme)
     store = create_or_resume(Path(store_path), identity, loaded.linears, overwrite=overwrite)
     first, count = store.layers_done(), store.layer_count
@@ -109,7 +109,8 @@ def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
     return count
 
 
-def _windows(loaded: LoadedModel, text: Text, calibration: Calibration) -> torch.Tensor:
+def windows_of(loaded: LoadedModel, text: Text, calibration: Calibration) -> torch.Tensor:
+    """The calibration windows, int64 `[W, T]`. Raises InputError like `calibration_windows`."""
     tokens = tokenize(loaded.tokenizer, text, loaded.model)
     bos = bos_of(loaded.tokenizer)
     return calibration_windows(

@@ -21,6 +21,7 @@ from unirank.score import ScoreSettings
 from unirank.store import MANIFEST, AnalysisStore, open_store
 from unirank.truncate import truncate
 from unirank.types import LoadedModel, RankPlan
+from unirank.workbench import make_workbench
 
 
 def compress(
@@ -65,6 +66,10 @@ def compress(
         analysis = analysis_for(
             loaded, where, scheme=scheme, allocator=allocator, calibration=calibration, progress=progress
         )
+        workbench = None
+        if allocator_of(allocator).measures:
+            text = calibration.text if calibration is not None else None
+            workbench = make_workbench(loaded, analysis, text=text, progress=progress)
         plan = make_plan(
             analysis,
             remove,
@@ -73,6 +78,7 @@ def compress(
             min_rank=min_rank,
             multiple_of=multiple_of,
             options=options,
+            workbench=workbench,
         )
         return apply(loaded, analysis, plan, progress=progress)
 

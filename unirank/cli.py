@@ -17,6 +17,7 @@ from rich.console import Console
 from unirank import pictures, tables
 from unirank.allocate import check_request
 from unirank.allocate import plan as make_plan
+from unirank.allocators import allocator as allocator_of
 from unirank.allocators import allocators
 from unirank.analyze import Calibration
 from unirank.analyze import analyze as run_analyze
@@ -39,6 +40,7 @@ from unirank.schemes import scheme as scheme_of
 from unirank.schemes import schemes
 from unirank.score import ScoreSettings
 from unirank.store import open_store
+from unirank.workbench import make_workbench
 
 REMOVE_HELP = (
     "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
@@ -216,25 +218,38 @@ def plan(
     gamma: Gamma = 1.0,
     local: Local = "energy",
     per_parameter: PerParameter = False,
+    model: Annotated[
+        str | None, typer.Option(help="The dense model, for allocators that measure it (others do not load it).")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="The store's calibration text, for the same; needed where it was a file.")
+    ] = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Ranks for an exact budget from a finished store; loads no model. Any ratio, any allocator."""
+    """Ranks for an exact budget from a finished store. Any ratio, any allocator; most load no model."""
     with _session(as_json) as session:
         _check_source(ctx, remove, ranks, "--ranks")
+        analysis = open_store(store)
         if ranks is not None:
-            chosen = import_plan(open_store(store), read_rank_file(ranks))
+            chosen = import_plan(analysis, read_rank_file(ranks))
         else:
             assert remove is not None
-            chosen = make_plan(
-                open_store(store),
-                remove,
-                allocator=allocator,
-                settings=_settings(importance, distance, gamma, local, per_parameter),
-                min_rank=min_rank,
-                multiple_of=multiple_of,
-                options=_options(options),
-            )
+            request: dict[str, Any] = {
+                "allocator": allocator,
+                "min_rank": min_rank,
+                "multiple_of": multiple_of,
+                "options": _options(options),
+            }
+            check_request(analysis.linears, remove, **request)
+            workbench = None
+            if model is not None and allocator_of(allocator).measures:
+                analysis.require_complete()
+                loaded = load(model, dtype=analysis.identity["model"]["dtype"], device=device)
+                workbench = make_workbench(loaded, analysis, text=calib, progress=session.progress)
+            settings = _settings(importance, distance, gamma, local, per_parameter)
+            chosen = make_plan(analysis, remove, settings=settings, workbench=workbench, **request)
         written = []
         if out is not None:
             write_text(out, chosen.to_json())
@@ -369,7 +384,10 @@ def compress(
             ranks = import_plan(analysis, text)
         else:
             assert remove is not None
-            ranks = make_plan(analysis, remove, settings=settings, **request)
+            workbench = None
+            if allocator_of(allocator).measures:
+                workbench = make_workbench(loaded, analysis, text=calib, progress=session.progress)
+            ranks = make_plan(analysis, remove, settings=settings, workbench=workbench, **request)
         compressed = apply(loaded, analysis, ranks, progress=session.progress)
         compressed.save(out, overwrite=overwrite)
         record = {"out": str(out), "store": str(analysis.path), "report": compressed.report.as_dict()}

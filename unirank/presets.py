@@ -1,4 +1,4 @@
-"""Recipes by name: a scheme, an allocator and a second pass that were found to go well together (docs/experiments.md)."""
+"""Recipes by name: a scheme, an allocator and a second pass that go well together (docs/experiments.md)."""
 
 from __future__ import annotations
 

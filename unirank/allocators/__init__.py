@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from unirank.allocators import (
+    ara,
     bi,
     curvature,
     d_rank,
+    lems,
     softmax,
     svdllm_v2,
+    swift,
     tolerance,
     typed,
     uniform,
@@ -19,7 +22,21 @@ from unirank.errors import InputError
 
 _REGISTRY: dict[str, Allocator] = {
     module.ALLOCATOR.name: module.ALLOCATOR
-    for module in (unirank, curvature, zs_svd, uniform, typed, d_rank, svdllm_v2, tolerance, bi, softmax)
+    for module in (
+        unirank,
+        curvature,
+        zs_svd,
+        uniform,
+        typed,
+        d_rank,
+        svdllm_v2,
+        tolerance,
+        bi,
+        softmax,
+        swift,
+        lems,
+        ara,
+    )
 }
 
 

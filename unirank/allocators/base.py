@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,6 +53,8 @@ class Request:
 class Allocator:
     """A rule: `allocate` returns ranks (K means dense) in the order of the linears, and the threshold or None.
 
+    A third result, a mapping that JSON can hold, is what the rule learned on the way; it joins the plan's settings.
+
     Attributes:
         scored: the score settings matter to it.
         options: numbers that it takes by name, with their defaults.
@@ -64,7 +67,7 @@ class Allocator:
 
     name: str
     scored: bool
-    allocate: Callable[[Request], tuple[list[int], float | None]]
+    allocate: Callable[[Request], tuple[list[int], float | None] | tuple[list[int], float | None, Mapping[str, Any]]]
     options: Mapping[str, float] = field(default_factory=dict)
     measures: bool = False
     gradients: bool = False

@@ -26,7 +26,7 @@ def decompose(problems: Sequence[Problem]) -> list[Factors]:
         c, mean = problem.moment.c, problem.moment.mean
         targets.append(Target(problem.weight.to(WORK_DTYPE), c - torch.outer(mean, mean), None, problem.max_rank))
     return [
-        dataclasses.replace(factors, mean=problem.moment.mean)
+        dataclasses.replace(factors, mean=problem.moment.mean.clone())  # of its own: safetensors refuses shared memory
         for problem, factors in zip(problems, solve(targets), strict=True)
         if problem.moment is not None
     ]

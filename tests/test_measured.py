@@ -1,0 +1,501 @@
+"""Allocators that run the model: the model comes back as it was, and what they measure is so."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import unirank
+from tests.test_cli import Run
+from tests.test_cli import unirank as run_unirank  # noqa: F401
+from tests.tiny import WORDS
+from unirank.allocators import Request, Workbench, ara, lems, swift
+from unirank.allocators.base import options_of
+from unirank.allocators.knapsack import knapsack, lower_hull
+from unirank.allocators.masks import Staircase
+from unirank.allocators.measure import divergences, lent, low_rank_of, replaced, truncated
+from unirank.errors import InputError, NonFiniteError
+from unirank.evaluate import total_nll
+from unirank.score import ScoreSettings
+from unirank.store import AnalysisStore
+from unirank.types import DENSE, LinearSpec, LoadedModel, budget_of
+
+MEASURED = ("swift", "lems", "ara")
+SHORT = {"swift": {"windows": 1}, "lems": {"windows": 1, "tokens": 12}, "ara": {"steps": 3, "tokens": 12}}
+
+
+@pytest.fixture
+def bench(make_model, calibration, text_file: Path, tmp_path: Path):
+    """`bench("llama", scheme="whiten") -> (store, workbench)` of a tiny model."""
+
+    def make(name: str = "llama", scheme: str = "whiten") -> tuple[AnalysisStore, Workbench]:
+        loaded = make_model(name)
+        store = unirank.analyze(loaded, tmp_path / f"{name}-{scheme}", scheme=scheme, calibration=calibration)
+        return store, unirank.make_workbench(loaded, store, text=str(text_file))
+
+    return make
+
+
+def request_of(store: AnalysisStore, workbench: Workbench, rule, remove: float, **options: float) -> Request:
+    budget = budget_of(remove, sum(spec.params for spec in store.linears))
+    chosen = options_of(rule, options)
+    return Request(
+        store.linears,
+        store.energies(),
+        store.cosines(),
+        ScoreSettings(),
+        remove,
+        budget,
+        1,
+        1,
+        store,
+        chosen,
+        workbench,
+    )
+
+
+class Found:
+    """What a model is: its modules, weights, and flags."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model = loaded.model
+        self._modules = dict(loaded.model.named_modules())
+        self._weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+        self._flags = self._now()
+
+    def _now(self) -> list[bool]:
+        model = self._model
+        return [p.requires_grad for p in model.parameters()] + [m.training for m in model.modules()]
+
+    def unchanged(self) -> bool:
+        now = self._model.state_dict()
+        modules = dict(self._model.named_modules())
+        return (
+            list(modules) == list(self._modules)
+            and all(modules[name] is module for name, module in self._modules.items())
+            and not any("forward" in vars(module) for module in modules.values())
+            and list(now) == list(self._weights)
+            and all(torch.equal(now[name], tensor) for name, tensor in self._weights.items())
+            and all(parameter.grad is None for parameter in self._model.parameters())
+            and self._now() == self._flags
+        )
+
+
+@pytest.mark.parametrize("allocator", MEASURED)
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("llama", "whiten"), ("llama-bias", "afm"), ("gpt2", "afm"), ("gemma3", "svd")]
+)
+def test_the_model_comes_back_and_the_budget_holds(bench, allocator: str, name: str, scheme: str) -> None:
+    store, workbench = bench(name, scheme)
+    model = workbench.loaded.model
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    found, random = Found(workbench.loaded), torch.get_rng_state()
+    for remove, multiple_of in ((0.0, 1), (0.3, 1), (0.6, 2)):
+        plan = unirank.plan(
+            store,
+            remove,
+            allocator=allocator,
+            multiple_of=multiple_of,
+            options=SHORT[allocator],
+            workbench=workbench,
+        )
+        assert plan.used <= plan.budget
+        assert plan.budget - plan.used < multiple_of * max(spec.cost for spec in store.linears)
+        assert all(rank == DENSE or rank % multiple_of == 0 for rank in plan.ranks.values())
+        assert remove > 0 or set(plan.ranks.values()) == {DENSE}
+        assert unirank.RankPlan.from_json(plan.to_json()) == plan
+    assert found.unchanged()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("allocator", MEASURED)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_model_comes_back_after_an_error_and_ctrl_c(bench, allocator: str, error: type[BaseException]) -> None:
+    store, workbench = bench()
+    found = Found(workbench.loaded)
+    calls = itertools.count()
+
+    def interrupt(*_: object) -> None:
+        if next(calls) == 40:  # in the middle: some linears are measured, some windows done
+            raise error
+
+    # The last norm runs in every forward, behind the replaced linears.
+    handle = workbench.loaded.model.get_submodule("model.norm").register_forward_hook(interrupt)
+    options = {"swift": {"windows": 6}, "lems": {"windows": 2}, "ara": {"steps": 50}}[allocator]
+    with pytest.raises(error):
+        unirank.plan(store, 0.3, allocator=allocator, options=options, workbench=workbench)
+    handle.remove()
+    assert found.unchanged()
+
+
+@pytest.mark.parametrize("allocator", MEASURED)
+def test_one_seed_gives_one_plan(bench, allocator: str) -> None:
+    store, workbench = bench()
+
+    def plan(**options: float) -> unirank.RankPlan:
+        return unirank.plan(store, 0.4, allocator=allocator, options=SHORT[allocator] | options, workbench=workbench)
+
+    assert plan() == plan()
+    if allocator == "ara":
+        assert plan().settings["history"] != plan(seed=1).settings["history"]
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "whiten"), ("llama-bias", "afm"), ("gpt2", "afm")])
+def test_a_model_truncated_for_measuring_is_the_truncated_model(bench, name: str, scheme: str) -> None:
+    store, workbench = bench(name, scheme)
+    plan = unirank.plan(store, 0.4)
+    ranks = [spec.k if plan.ranks[spec.name] == DENSE else plan.ranks[spec.name] for spec in store.linears]
+    model = workbench.loaded.model
+    with truncated(request_of(store, workbench, swift.ALLOCATOR, 0.4), ranks):
+        lent_to = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        loss = total_nll(model, workbench.windows)
+    unirank.truncate(workbench.loaded, store, plan)
+    assert lent_to.keys() == model.state_dict().keys()
+    assert all(torch.equal(lent_to[key], tensor) for key, tensor in model.state_dict().items())
+    assert total_nll(model, workbench.windows) == loss
+
+
+def test_swift_takes_the_best_of_its_eleven_candidates(bench) -> None:
+    store, workbench = bench()
+    plan = unirank.plan(store, 0.5, allocator="swift", options={"windows": 3}, workbench=workbench)
+    losses = plan.settings["nll"]
+    assert list(losses) == [f"{step / 10}" for step in range(11)]
+    assert len(set(losses.values())) > 1
+    assert losses[str(plan.settings["a"])] == min(losses.values())
+    windows = workbench.windows[:3]
+    unirank.truncate(workbench.loaded, store, plan)
+    measured = total_nll(workbench.loaded.model, windows) / (windows.numel() - len(windows))
+    assert measured == pytest.approx(losses[str(plan.settings["a"])])
+
+
+def test_swift_shares_by_importance_tail_and_size_and_caps_at_dense(bench) -> None:
+    store, workbench = bench()
+    request = request_of(store, workbench, swift.ALLOCATOR, 0.4)
+    halves = [budget_of(0.4, spec.params) / spec.cost / 2 for spec in request.linears]
+    pool = request.budget - sum(half * spec.cost for half, spec in zip(halves, request.linears, strict=True))
+    for power in (0.0, 0.3, 1.0):
+        wanted = swift.wanted_ranks(request, power).tolist()
+        spent = [(rank - half) * spec.cost for rank, half, spec in zip(wanted, halves, request.linears, strict=True)]
+        assert sum(spent) == pytest.approx(pool)
+        weights = [
+            (1 - request.cosines[spec.layer]["block"].mean) ** power
+            * math.log(math.e + float(request.energies[spec.name][int(half) :].sum())) ** (1 - power)
+            for half, spec in zip(halves, request.linears, strict=True)
+        ]
+        whole = [
+            rank * spec.cost >= spec.params * (1 - 1e-9) for rank, spec in zip(wanted, request.linears, strict=True)
+        ]
+        units = {
+            round(share / weight / spec.params, 9)
+            for share, weight, spec, dense in zip(spent, weights, request.linears, whole, strict=True)
+            if not dense
+        }
+        assert len(units) == 1
+    assert swift._share(10.0, [6.0, 3.0, 1.0], [3.0, 100.0, 100.0]) == pytest.approx([3.0, 5.25, 1.75])
+    assert swift._share(10.0, [1.0, 1.0], [3.0, 3.0]) == pytest.approx([3.0, 3.0])
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "whiten"), ("gemma3", "svd"), ("gpt-neox", "whiten")])
+def test_the_divergence_of_a_linear_is_that_of_the_whole_model(bench, name: str, scheme: str) -> None:
+    store, workbench = bench(name, scheme)
+    loaded, windows = workbench.loaded, workbench.windows[:2, :20]
+    request = request_of(store, workbench, lems.ALLOCATOR, 0.4, windows=2, tokens=20)
+    found = lems.allocate(request)[2]["kl"]
+    assert list(found) == [spec.name for spec in store.linears]
+    for spec in store.linears[::4]:
+        rank = lems.measured_rank(spec, request.energies[spec.name], 0.1)
+        assert rank == max(1, int(0.1 * spec.params / spec.cost))
+        low = low_rank_of(store, spec, loaded.model.get_submodule(spec.name), rank)
+        with torch.no_grad():
+            dense = loaded.model(input_ids=windows).logits.double().log_softmax(-1)
+            with replaced(loaded.model, {spec.name: low}):
+                compressed = loaded.model(input_ids=windows).logits.double().log_softmax(-1)
+        expected = float((dense.exp() * (dense - compressed)).sum(-1).mean())
+        assert expected > 0
+        assert found[spec.name] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_lems_errors_pass_through_the_measured_point_and_a_plan_is_no_worse_than_uniform(bench) -> None:
+    store, workbench = bench()
+    request = request_of(store, workbench, lems.ALLOCATOR, 0.4, fraction=0.3)
+    ranks, _, learned = lems.allocate(request)
+
+    def error(numbers: list[int]) -> float:
+        total = 0.0
+        for spec, rank in zip(request.linears, numbers, strict=True):
+            tail = lems.relative_tail(request.energies[spec.name])
+            point = lems.measured_rank(spec, request.energies[spec.name], 0.3)
+            if rank * spec.cost < spec.params:
+                total += learned["kl"][spec.name] * float(tail[rank] / tail[point])
+        return total
+
+    assert error(ranks) < error([int(budget_of(0.4, spec.params) / spec.cost) for spec in request.linears])
+
+
+def test_lems_measures_where_a_matrix_of_low_rank_still_has_a_tail() -> None:
+    spec = LinearSpec("l", 0, "mlp", "x", 100, 100)
+    energy = torch.zeros(100, dtype=torch.float64)
+    for count, expected in ((0, 1), (1, 1), (3, 2), (100, 5)):
+        energy[:count] = 1.0
+        assert lems.measured_rank(spec, energy, 0.1) == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_knapsack_is_within_one_segment_of_the_optimum(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    costs, errors = [], []
+    for _ in range(5):
+        costs.append(torch.randint(1, 12, (6,), generator=generator).cumsum(0))
+        errors.append(torch.rand(6, generator=generator, dtype=torch.float64).sort(descending=True).values)
+    least, most = (sum(int(cost[i]) for cost in costs) for i in (0, -1))
+    budget = least + int((most - least) * float(torch.rand((), generator=generator)))
+    taken = knapsack(costs, errors, budget)
+
+    def total(values: list[torch.Tensor], choice) -> float:
+        return sum(float(value[i]) for value, i in zip(values, choice, strict=True))
+
+    assert total(costs, taken) <= budget
+    best = min(
+        total(errors, choice) for choice in itertools.product(range(6), repeat=5) if total(costs, choice) <= budget
+    )
+    hulls = [lower_hull(cost.tolist(), error.tolist()) for cost, error in zip(costs, errors, strict=True)]
+    segment = max(
+        float(error[a] - error[b])
+        for error, hull in zip(errors, hulls, strict=True)
+        for a, b in itertools.pairwise(hull)
+    )
+    assert best <= total(errors, taken) + 1e-12
+    assert total(errors, taken) < best + segment
+    # Nothing that still fits is left lying.
+    for cost, i in zip(costs, taken, strict=True):
+        assert i == 5 or total(costs, taken) - int(cost[i]) + int(cost[i + 1]) > budget
+
+
+def test_the_hull_keeps_the_ends_and_skips_what_lies_above() -> None:
+    assert lower_hull([0, 1, 2, 3, 4], [10.0, 9.5, 4.0, 3.9, 0.0]) == [0, 2, 4]
+    assert lower_hull([5], [0.0]) == [0]
+
+
+def test_a_staircase_starts_at_its_rank_and_falls() -> None:
+    spec = LinearSpec("l", 0, "mlp", "x", 100, 60)
+    for keep in (0.2, 0.5, 0.9):
+        mask = Staircase.start(spec, 16, keep, torch.device("cpu")).mask().detach()
+        assert mask.shape == (spec.max_rank,)
+        assert float(mask.sum()) == pytest.approx(keep * spec.params / spec.cost)
+        assert float(mask[0]) == pytest.approx(1)
+        assert bool((mask.diff() <= 0).all())
+        assert float(mask.min()) >= 0
+
+
+def test_full_masks_give_the_dense_model_and_one_hot_ones_the_truncated(bench) -> None:
+    store, workbench = bench("llama-bias", "afm")
+    model = workbench.loaded.model
+    ids = workbench.windows[:1]
+    modules = {spec.name: ara.masked_factors(store, spec, model.get_submodule(spec.name)) for spec in store.linears}
+    with torch.no_grad():
+        dense = model(ids).logits
+        with replaced(model, modules):
+            for spec in store.linears:
+                mask = torch.ones(spec.max_rank, dtype=torch.float64)
+                modules[spec.name].set(mask, torch.tensor(1.0))
+            assert torch.allclose(model(ids).logits, dense, atol=1e-5)
+            for spec in store.linears:
+                mask = (torch.arange(spec.max_rank) < 4).double()
+                modules[spec.name].set(mask, torch.tensor(0.0))
+            masked = model(ids).logits
+        with truncated(request_of(store, workbench, ara.ALLOCATOR, 0.5), [4] * len(store.linears)):
+            assert torch.allclose(model(ids).logits, masked, atol=1e-5)
+    assert not torch.allclose(masked, dense, atol=0.1)
+
+
+def test_windows_through_leaves_give_the_gradient_of_the_whole_loss(bench) -> None:
+    store, workbench = bench()
+    model, windows = workbench.loaded.model, workbench.windows[:2, :12]
+    request = request_of(store, workbench, ara.ALLOCATOR, 0.25, lambda1=3.0, lambda2=0.5, near=0.7, lr=1e-3)
+    staircases = {spec.name: Staircase.start(spec, 8, 0.8, model.device) for spec in store.linears}
+    modules = {spec.name: ara.masked_factors(store, spec, model.get_submodule(spec.name)) for spec in store.linears}
+    with lent(model), replaced(model, modules):
+        loss, total = torch.zeros((), dtype=torch.float64), sum(spec.params for spec in store.linears)
+        kept = torch.zeros((), dtype=torch.float64)
+        for spec in store.linears:
+            module = modules[spec.name]
+            mask = staircases[spec.name].mask()
+            ratio = mask.sum() * spec.cost / spec.params
+            assert 0.7 < ratio.item() < 1
+            module.mask, module.gate = mask.float(), ((ratio - 0.7) / 0.3).float()
+            kept = kept + ratio * spec.params / total
+            loss = loss + 0.5 * (1 - ratio) * spec.params / total
+        loss = loss + 3.0 * (kept - 0.75) ** 2
+        logits = model(input_ids=windows).logits[:, :-1]
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).double()
+        thetas = [staircase.theta for staircase in staircases.values()]
+        expected = torch.autograd.grad(loss, thetas)
+        found = ara._Trainer(request, staircases).step(model, modules, windows, 0)
+    assert found == pytest.approx(loss.item(), rel=1e-6)
+    for theta, gradient in zip(thetas, expected, strict=True):
+        assert torch.allclose(theta.grad, gradient, rtol=1e-3, atol=1e-6)
+        assert float(gradient.abs().max()) > 1e-4
+
+
+def trained(loaded: LoadedModel, names: tuple[str, ...], steps: int = 60) -> None:
+    """Fit the parameters whose names hold one of `names` to a text in which each word gives the next."""
+    model = loaded.model
+    taken = [parameter for name, parameter in model.named_parameters() if any(part in name for part in names)]
+    adam = torch.optim.Adam(taken, lr=1e-2)
+    for _ in range(steps):
+        ids = chain(8, 24, 0)
+        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    model.zero_grad(set_to_none=True)
+
+
+def chain(windows: int, window: int, seed: int) -> torch.Tensor:
+    start = torch.randint(0, 94, (windows, 1), generator=torch.Generator().manual_seed(seed))
+    return 2 + (start * 7 + 11 * torch.arange(window)) % 94
+
+
+def calibrated(loaded: LoadedModel, folder: Path) -> tuple[AnalysisStore, Workbench]:
+    """A store and a workbench on the text that the model has learned."""
+    text = folder / "chain.txt"
+    text.write_text(" ".join(WORDS[i] for i in chain(40, 48, 1).flatten().tolist()))
+    calibration = unirank.Calibration(text=str(text), windows=8, window=24, batch=4)
+    store = unirank.analyze(loaded, folder / "chained", calibration=calibration)
+    return store, unirank.make_workbench(loaded, store, text=str(text))
+
+
+def loss_of(store: AnalysisStore, workbench: Workbench, plan: unirank.RankPlan) -> float:
+    ranks = [spec.k if plan.ranks[spec.name] == DENSE else plan.ranks[spec.name] for spec in store.linears]
+    with truncated(request_of(store, workbench, swift.ALLOCATOR, plan.remove), ranks):
+        return total_nll(workbench.loaded.model, workbench.windows)
+
+
+def test_the_loss_of_ara_falls_and_its_ranks_beat_uniform(make_model, tmp_path: Path) -> None:
+    loaded = make_model()
+    trained(loaded, ("",))
+    store, workbench = calibrated(loaded, tmp_path)
+    seen: list[tuple[int, int]] = []
+    watched = Workbench(workbench.loaded, workbench.windows, lambda stage, done, total: seen.append((done, total)))
+    options = {"steps": 40, "batch": 8, "lr": 0.2, "patience": 0}
+    plan = unirank.plan(store, 0.4, allocator="ara", options=options, workbench=watched)
+    history = plan.settings["history"]
+    assert seen == [(step, 40) for step in range(41)]
+    assert len(history) == 40
+    assert all(math.isfinite(loss) for loss in history)
+    assert history[-1] < 0.9 * history[0]
+    assert plan.settings["expected_kept"] == pytest.approx(0.6, abs=0.05)
+    assert loss_of(store, workbench, plan) < loss_of(store, workbench, unirank.plan(store, 0.4, allocator="uniform"))
+
+
+def test_ara_gives_rank_to_the_matrix_that_matters(make_model, tmp_path: Path) -> None:
+    loaded = make_model()
+    chosen = "model.layers.1.mlp.down_proj"
+    for spec in loaded.linears:
+        if spec.kind in ("self_attn.o_proj", "mlp.down_proj") and spec.name != chosen:
+            loaded.model.get_submodule(spec.name).weight.data *= 1e-3
+    trained(loaded, (chosen,))  # the only sublayer that moves the stream has learned the text
+    store, workbench = calibrated(loaded, tmp_path)
+    options = {"steps": 40, "batch": 8, "lr": 0.2, "patience": 0}
+    plan = unirank.plan(store, 0.5, allocator="ara", options=options, workbench=workbench)
+    kept = {name: plan.rank_cost(name) / math.prod(plan.shapes[name]) for name in plan.ranks}
+    assert kept[chosen] > max(kept[spec.name] for spec in store.linears if spec.layer != 1)
+    assert loss_of(store, workbench, plan) < loss_of(store, workbench, unirank.plan(store, 0.5, allocator="uniform"))
+
+
+def test_ara_stops_early_without_progress(bench) -> None:
+    store, workbench = bench()
+    options = {"steps": 60, "batch": 1, "lr": 1e-9, "patience": 4}
+    history = unirank.plan(store, 0.4, allocator="ara", options=options, workbench=workbench).settings["history"]
+    assert 4 < len(history) < 60
+
+
+def test_a_loss_that_is_not_finite_stops_ara_with_the_step(bench) -> None:
+    store, workbench = bench()
+    found = Found(workbench.loaded)
+    with pytest.raises(NonFiniteError, match=r"of ara is .* at step 0"):
+        unirank.plan(store, 0.4, allocator="ara", options={"lr": 1e308, "lambda1": 1e308}, workbench=workbench)
+    assert found.unchanged()
+
+
+@pytest.mark.parametrize(
+    ("allocator", "options"),
+    [
+        ("swift", {"windows": 0}),
+        ("swift", {"windows": 1.5}),
+        ("lems", {"tokens": 1}),
+        ("lems", {"fraction": 1.0}),
+        ("ara", {"steps": 0}),
+        ("ara", {"near": 1.0}),
+        ("ara", {"lr": 0.0}),
+        ("ara", {"lambda2": -1.0}),
+        ("ara", {"seed": -1}),
+    ],
+)
+def test_an_option_that_is_not_legal_is_refused(bench, allocator: str, options: dict[str, float]) -> None:
+    store, workbench = bench()
+    with pytest.raises(InputError, match=f"{next(iter(options))} = .* is not legal"):
+        unirank.plan(store, 0.4, allocator=allocator, options=options, workbench=workbench)
+
+
+def test_a_non_finite_output_names_the_linear(bench) -> None:
+    store, workbench = bench()
+    spec = store.linears[5]
+
+    def compressed(target: LinearSpec):
+        low = low_rank_of(store, target, workbench.loaded.model.get_submodule(target.name), 2)
+        if target == spec:
+            low.left.weight.data.fill_(math.inf)
+        return low
+
+    with pytest.raises(NonFiniteError, match=spec.name):
+        divergences(workbench.loaded, workbench.windows[0], compressed, lambda _: None)
+
+
+def test_a_workbench_of_other_text_or_another_model_is_refused(
+    bench, make_model, text_file: Path, tmp_path: Path
+) -> None:
+    store, workbench = bench()
+    with pytest.raises(InputError, match="knows by name only"):
+        unirank.make_workbench(workbench.loaded, store)
+    other = tmp_path / "words.txt"
+    other.write_text("w1 " + text_file.read_text())
+    with pytest.raises(InputError, match="does not give the calibration windows"):
+        unirank.make_workbench(workbench.loaded, store, text=str(other))
+    with pytest.raises(InputError, match="another model"):
+        unirank.make_workbench(make_model("gpt2"), store, text=str(text_file))
+    with pytest.raises(InputError, match="needs the model"):
+        unirank.plan(store, 0.3, allocator="lems")
+
+
+def test_compress_measures_by_itself(make_model, calibration) -> None:
+    result = unirank.compress(make_model(), 0.4, allocator="swift", calibration=calibration)
+    assert result.report.targets_after == result.plan.used <= result.plan.budget
+    assert 0 <= result.plan.settings["a"] <= 1
+
+
+def test_the_command_line_measures(run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    small = ["--windows", 4, "--window", 24, "--device", "cpu"]
+    store = tmp_path / "store"
+    out = tmp_path / "out"
+    common = ["-r", 0.4, "--allocator", "lems", "--json"]
+    assert (
+        run_unirank("compress", model_dir, "-o", out, "--store", store, "--calib", text_file, *small, *common)[0] == 0
+    )
+    kept = json.loads((out / "rank_plan.json").read_text())
+    code, text, err = run_unirank("plan", store, "--model", model_dir, "--calib", text_file, "--device", "cpu", *common)
+    assert (code, err) == (0, "")
+    assert json.loads(text) == kept
+    code, _, err = run_unirank("plan", store, *common)
+    assert code == 2
+    assert "--model" in err
+    code, _, err = run_unirank("plan", store, "--model", model_dir, *common)
+    assert code == 2
+    assert "--calib" in err
