@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import unirank
-from unirank.allocators import Workbench
 from unirank.allocators import allocator as allocator_of
-from unirank.analyze import windows_of
 from unirank.files import write_json
 from unirank.presets import Preset, preset
 from unirank.schemes import scheme as scheme_of
+from unirank.workbench import make_workbench
 
 
 def main() -> None:
@@ -50,7 +49,7 @@ def main() -> None:
     record: dict[str, Any] = {"analyzed_here": not finished}
     if job["allocator"] != "dense":
         rule = allocator_of(recipe.allocator)
-        windows = windows_of(loaded, analysis, job["calibration"])
+        workbench = make_workbench(loaded, analysis, text=job["calibration"])
         ranks = timed(
             "plan",
             lambda: unirank.plan(
@@ -59,10 +58,10 @@ def main() -> None:
                 allocator=recipe.allocator,
                 settings=recipe.settings,
                 options=recipe.options,
-                workbench=Workbench(loaded, windows) if rule.measures else None,
+                workbench=workbench if rule.measures else None,
             ),
         )
-        timed("apply", lambda: unirank.apply(loaded, analysis, ranks, refine=recipe.refine, windows=windows))
+        timed("apply", lambda: unirank.apply(loaded, analysis, ranks, refine=recipe.refine, windows=workbench.windows))
         record |= {"used": ranks.used, "budget": ranks.budget}
     else:
         total = sum(spec.params for spec in loaded.linears)

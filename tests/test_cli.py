@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import build
-from unirank import Calibration, RankPlan, UnirankError
+from unirank import Calibration, RankPlan, UnirankError, presets
 from unirank.cli import app, main
 from unirank.demo import demo
 
@@ -190,23 +190,50 @@ def test_gradients_and_damping_are_asked_for_and_shown(
     assert one_object(out)["allocator"] == "curvature"
 
 
-def test_an_allocator_that_needs_gradients_is_refused_before_calibration(
+def test_an_allocator_that_needs_gradients_gets_them_or_is_refused_before_calibration(
     unirank: Run, model_dir: Path, store: Path, calibrate: list[object], tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(sys.modules["unirank.analyze"], "record", lambda *_, **__: pytest.fail("calibration began"))
     compress = ["compress", model_dir, "-r", "0.3", "-o", tmp_path / "out", "--allocator", "curvature"]
-    for arguments in ([*calibrate], ["--store", store], [*calibrate, "--gradients", 0]):
-        code, out, err = unirank(*compress, *arguments)
-        assert (code, out) == (2, "")
-        assert "curvature needs gradients" in err
-        assert "--gradients" in err
+    code, out, err = unirank(*compress, *calibrate, "--gradients", 0)
+    assert (code, out) == (2, "")
+    assert "curvature needs gradients" in err
+    assert "--gradients" in err
+    code, out, err = unirank(
+        *compress, *calibrate, "--store", store
+    )  # a finished store without gradients stays as it is
+    assert (code, out) == (3, "")
+    assert "gradient_windows (store: 0, now: 6)" in err
     code, _, err = unirank(*compress, *calibrate, "--gradients", 7)
     assert code == 2
     assert "gradient_windows = 7 (--gradients) is not legal" in err
     monkeypatch.undo()
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    code, _, err = unirank(*compress, *calibrate, "--gradients", 2)
+    for asked, made in ((("--gradients", 2), 2), ((), 6)):
+        code, out, err = unirank(*compress, *calibrate, *asked, "--overwrite", "--json")
+        assert (code, err) == (0, "")
+        analysis = one_object((Path(one_object(out)["store"]) / "analysis.json").read_text())
+        assert analysis["identity"]["calibration"]["gradient_windows"] == made
+
+
+def test_a_preset_is_a_recipe_and_goes_with_no_other(
+    unirank: Run, model_dir: Path, calibrate: list[object], tmp_path: Path
+) -> None:
+    compress = ["compress", model_dir, "-r", "0.3", *calibrate]
+    for preset in presets():
+        code, _, err = unirank(*compress, "-o", tmp_path / preset, "--preset", preset)
+        assert (code, err) == (0, "")
+        plan = RankPlan.from_json((tmp_path / preset / "rank_plan.json").read_text())
+        assert plan.used <= plan.budget
+        assert ("refine" in plan.settings) == (preset != "unirank")
+    code, _, err = unirank(*compress, "-o", tmp_path / "mixed", "--preset", "fast", "--scheme", "svd")
+    assert code == 2
+    assert "--scheme" in err
+    code, _, err = unirank(*compress, "-o", tmp_path / "unknown", "--preset", "magic")
+    assert code == 2
+    assert "legal values: unirank, fast, best" in err
+    code, _, err = unirank(*compress, "-o", tmp_path / "refined", "--refine", "0.5")
     assert (code, err) == (0, "")
 
 

@@ -22,6 +22,8 @@ from unirank.harness import TaskReport, Tasks, run_tasks
 from unirank.imported import import_plan
 from unirank.models import describe, load
 from unirank.modules import LowRankLinear
+from unirank.presets import presets
+from unirank.refine import Refine
 from unirank.schemes import schemes
 from unirank.score import ScoreSettings
 from unirank.store import AnalysisStore, open_store
@@ -45,6 +47,7 @@ __all__ = [
     "LowRankLinear",
     "NonFiniteError",
     "RankPlan",
+    "Refine",
     "ScoreSettings",
     "StoreError",
     "TaskReport",
@@ -69,6 +72,7 @@ __all__ = [
     "open_store",
     "ops",
     "plan",
+    "presets",
     "reference",
     "run_tasks",
     "schemes",

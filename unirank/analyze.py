@@ -22,7 +22,7 @@ from unirank.schemes import scheme as scheme_of
 from unirank.store import AnalysisStore, create_or_resume
 from unirank.types import LoadedModel
 
-_GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
+GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def analyze(
 def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
     """How many windows run backward. Raises InputError for a number that is not legal or too small for `scheme`."""
     asked = calibration.gradient_windows
-    count = min(_GRADIENT_WINDOWS, calibration.windows) if asked is None and scheme.needs_gradient else asked or 0
+    count = min(GRADIENT_WINDOWS, calibration.windows) if asked is None and scheme.needs_gradient else asked or 0
     if not 0 <= count <= calibration.windows:
         raise InputError(
             f"gradient_windows = {count} (--gradients) is not legal; "

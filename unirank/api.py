@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.allocate import check_request
 from unirank.allocate import plan as make_plan
-from unirank.allocators import allocator as allocator_of
-from unirank.analyze import Calibration, analyze, gradient_windows
+from unirank.analyze import GRADIENT_WINDOWS, Calibration, analyze
 from unirank.checkpoint import CompressedModel
 from unirank.errors import InputError
 from unirank.models import describe, load
+from unirank.presets import Preset
+from unirank.presets import preset as preset_of
 from unirank.progress import OnProgress, silent
+from unirank.refine import Refine
+from unirank.refine import refine as run_refine
 from unirank.schemes import scheme as scheme_of
 from unirank.score import ScoreSettings
 from unirank.store import MANIFEST, AnalysisStore, open_store
@@ -35,6 +41,8 @@ def compress(
     min_rank: int = 1,
     multiple_of: int = 1,
     options: Mapping[str, float] | None = None,
+    refine: Refine | None = None,
+    preset: str | None = None,
     calibration: Calibration | None = None,
     store: str | Path | None = None,
     dtype: str = "auto",
@@ -49,6 +57,8 @@ def compress(
         tokenizer: needed when `model` is a `PreTrainedModel`.
         scheme, allocator: names from `unirank.schemes()` and `unirank.allocators()`.
         settings, min_rank, multiple_of, options: see `unirank.plan`.
+        refine: a second pass over the calibration tokens (see `unirank.Refine`); None takes the factors as they are.
+        preset: a name from `unirank.presets()`, in the place of `scheme`, `allocator`, `settings`, `options`, `refine`.
         calibration: which tokens calibrate; None takes a finished `store` as it is, else 64 windows of 512 tokens of
             Python's documentation.
         store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
@@ -57,17 +67,24 @@ def compress(
     Raises InputError, StoreError, NonFiniteError or WriteError as the stages do.
     """
     # A wrong value or name is cheap to find now and dear to find after loading or after the analysis.
+    if preset is None:
+        recipe = Preset(scheme, allocator, settings, options or {}, refine)
+    elif (scheme, allocator, settings, options, refine) != ("whiten", "unirank", None, None, None):
+        raise InputError(f"preset = {preset!r} sets scheme, allocator, settings, options and refine; give only one.")
+    else:
+        recipe = preset_of(preset)
+    scheme, allocator, settings, options = recipe.scheme, recipe.allocator, recipe.settings, recipe.options
     scheme_of(scheme)
     check_request((), remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of, options=options)
     loaded = _loaded(model, tokenizer, dtype, device)
-    check_request(loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of)
+    check_request(
+        loaded.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of, options=options
+    )
     with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
         where = Path(store) if store is not None else Path(scratch) / "store"
-        analysis = analysis_for(
-            loaded, where, scheme=scheme, allocator=allocator, calibration=calibration, progress=progress
-        )
+        analysis = analysis_for(loaded, where, recipe=recipe, calibration=calibration, progress=progress)
         workbench = None
-        if allocator_of(allocator).measures:
+        if recipe.needs_tokens:
             text = calibration.text if calibration is not None else None
             workbench = make_workbench(loaded, analysis, text=text, progress=progress)
         plan = make_plan(
@@ -80,40 +97,70 @@ def compress(
             options=options,
             workbench=workbench,
         )
-        return apply(loaded, analysis, plan, progress=progress)
+        windows = workbench.windows if workbench is not None else None
+        return apply(loaded, analysis, plan, refine=recipe.refine, windows=windows, progress=progress)
 
 
 def analysis_for(
     loaded: LoadedModel,
     path: Path,
     *,
-    scheme: str,
-    allocator: str,
+    recipe: Preset,
     calibration: Calibration | None,
     overwrite: bool = False,
     progress: OnProgress = silent,
 ) -> AnalysisStore:
-    """The store at `path`: as it is when finished, of this scheme, and no calibration is asked for; else analyzed.
+    """The store at `path`: as it is when finished, fit for `recipe`, and no calibration is asked for; else analyzed.
 
-    `truncate` refuses a store of another model in either case. Raises like `analyze`, and InputError where `allocator`
-    needs gradients and the analysis to make would have none.
+    Gradients are made where the recipe needs them and nothing is said about them (**choice**: 32 windows). `truncate`
+    refuses a store of another model in either case. Raises like `analyze`, and InputError where the recipe needs
+    gradients and none are wanted.
     """
+    scheme = recipe.scheme
     if calibration is None and not overwrite and (path / MANIFEST).is_file():
         store = open_store(path)
-        if store.complete and store.identity["scheme"] == scheme:
+        if (
+            store.complete
+            and store.identity["scheme"] == scheme
+            and (store.has_gradients or not recipe.needs_gradients)
+        ):
             return store
-    if allocator_of(allocator).gradients and not gradient_windows(calibration or Calibration(), scheme_of(scheme)):
-        raise InputError(
-            f"The allocator {allocator} needs gradients; ask for some: gradient_windows (--gradients) at least 1."
-        )
+    calibration = calibration or Calibration()
+    if recipe.needs_gradients:
+        if calibration.gradient_windows == 0:
+            raise InputError(
+                f"The scheme {scheme} with the allocator {recipe.allocator} needs gradients; "
+                "gradient_windows (--gradients) must be at least 1."
+            )
+        if calibration.gradient_windows is None:
+            count = min(GRADIENT_WINDOWS, calibration.windows)
+            calibration = dataclasses.replace(calibration, gradient_windows=count)
     return analyze(loaded, path, scheme=scheme, calibration=calibration, overwrite=overwrite, progress=progress)
 
 
 def apply(
-    loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progress: OnProgress = silent
+    loaded: LoadedModel,
+    store: AnalysisStore,
+    plan: RankPlan,
+    *,
+    refine: Refine | None = None,
+    windows: torch.Tensor | None = None,
+    progress: OnProgress = silent,
 ) -> CompressedModel:
-    """Truncate `loaded` in place by `plan` and the factors of `store`. Raises like `truncate`."""
-    report = truncate(loaded, store, plan, progress=progress)
+    """Compress `loaded` in place by `plan`: from the factors of `store`, or with `refine` by a second pass.
+
+    Args:
+        windows: calibration tokens of the second pass, int64 `[W, T]`, as `make_workbench(...).windows` gives them.
+
+    Raises like `truncate` and `unirank.refine.refine`.
+    """
+    if refine is None:
+        report = truncate(loaded, store, plan, progress=progress)
+    else:
+        if windows is None:
+            raise InputError("The second pass needs calibration tokens: apply(..., refine=..., windows=...).")
+        report = run_refine(loaded, store, plan, windows, refine, progress=progress)
+        plan = dataclasses.replace(plan, settings={**plan.settings, "refine": asdict(refine)})
     return CompressedModel(loaded.model, loaded.tokenizer, plan, report, store.identity, loaded.source)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -34,8 +34,11 @@ from unirank.harness import Tasks, run_tasks
 from unirank.imported import import_plan, read_rank_file, read_ranks
 from unirank.info import build_info
 from unirank.models import load, load_pretrained
+from unirank.presets import Preset, presets
+from unirank.presets import preset as preset_of
 from unirank.progress import OnProgress, bars
 from unirank.provenance import versions
+from unirank.refine import Refine
 from unirank.schemes import scheme as scheme_of
 from unirank.schemes import schemes
 from unirank.score import ScoreSettings
@@ -45,6 +48,15 @@ from unirank.workbench import make_workbench
 REMOVE_HELP = (
     "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
     "Embeddings and lm_head are neither touched nor counted."
+)
+
+PRESET_HELP = (
+    f"A recipe in the place of scheme, allocator and their options: {', '.join(presets())}. unirank is the paper, "
+    "fast the best without gradients, best the best."
+)
+REFINE_HELP = (
+    "A second pass fits every linear again to what really enters it: 1 aims at the dense model's outputs, 0 at the "
+    "dense weights, 0.5 is a good start. Takes about as long as the analysis."
 )
 
 app = typer.Typer(
@@ -83,10 +95,10 @@ Set = Annotated[
 ]
 
 # What shapes a plan, so that it has no meaning for one that is read from a file.
-_PLANNING = (
-    *("allocator", "options", "min_rank", "multiple_of"),
-    *("importance", "distance", "gamma", "local", "per_parameter"),
-)
+_SCORING = ("allocator", "options", "importance", "distance", "gamma", "local", "per_parameter")
+_PLANNING = ("min_rank", "multiple_of", *_SCORING)
+# What a preset sets.
+_RECIPE = ("scheme", "refine", *_SCORING)
 
 
 class _Session:
@@ -347,6 +359,8 @@ def compress(
     seed: Annotated[int | None, typer.Option(help="Seed of the window positions. Default: 0.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows that run together. Default: 8.")] = None,
     gradients: Gradients = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    refine: Annotated[float | None, typer.Option(metavar="MIX", help=REFINE_HELP)] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     overwrite: Overwrite = False,
@@ -356,12 +370,18 @@ def compress(
     with _session(as_json) as session:
         _check_source(ctx, remove, plan, "--plan")
         text = None if plan is None else read_rank_file(plan)
-        request: dict[str, Any] = {"allocator": allocator, "min_rank": min_rank, "multiple_of": multiple_of}
-        request["options"] = _options(options)
+        if preset is not None:
+            _check_alone(ctx, "--preset", _RECIPE)
+            recipe = preset_of(preset)
+        else:
+            settings = _settings(importance, distance, gamma, local, per_parameter)
+            second = None if refine is None else Refine(mix=refine)
+            recipe = Preset(scheme, allocator, settings, _options(options), second)
+        request: dict[str, Any] = {"allocator": recipe.allocator, "min_rank": min_rank, "multiple_of": multiple_of}
+        request["options"] = recipe.options
         if remove is not None:
             check_request((), remove, **request)
-        scheme_of(scheme)
-        settings = _settings(importance, distance, gamma, local, per_parameter)
+        scheme_of(recipe.scheme)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         loaded = load(model, dtype=dtype, device=device)
         if remove is not None:
@@ -374,21 +394,21 @@ def compress(
         analysis = analysis_for(
             loaded,
             store or out.with_name(out.name + "-analysis"),
-            scheme=scheme,
-            allocator=allocator,
+            recipe=recipe,
             calibration=Calibration(**given) if given else None,
             overwrite=overwrite and store is None,  # a store that the user named is never replaced in passing
             progress=session.progress,
         )
+        workbench = None
+        if recipe.needs_tokens:
+            workbench = make_workbench(loaded, analysis, text=calib, progress=session.progress)
         if text is not None:
             ranks = import_plan(analysis, text)
         else:
             assert remove is not None
-            workbench = None
-            if allocator_of(allocator).measures:
-                workbench = make_workbench(loaded, analysis, text=calib, progress=session.progress)
-            ranks = make_plan(analysis, remove, settings=settings, workbench=workbench, **request)
-        compressed = apply(loaded, analysis, ranks, progress=session.progress)
+            ranks = make_plan(analysis, remove, settings=recipe.settings, workbench=workbench, **request)
+        tokens = workbench.windows if workbench is not None else None
+        compressed = apply(loaded, analysis, ranks, refine=recipe.refine, windows=tokens, progress=session.progress)
         compressed.save(out, overwrite=overwrite)
         record = {"out": str(out), "store": str(analysis.path), "report": compressed.report.as_dict()}
         record |= {"budget": ranks.budget, "used": ranks.used}
@@ -500,12 +520,17 @@ def _check_source(ctx: typer.Context, remove: float | None, file: Path | None, f
     """Exactly one of --remove and the file of ranks; and beside a file nothing that it makes meaningless."""
     if (remove is None) == (file is None):
         raise typer.BadParameter("exactly one of them must be given.", ctx=ctx, param_hint=f"--remove or {flag}")
-    flags = {"options": "--set"}
-    for name in _PLANNING if file is not None else ():
+    if file is not None:
+        _check_alone(ctx, f"{flag}: the file has the ranks", _PLANNING)
+
+
+def _check_alone(ctx: typer.Context, flag: str, others: Sequence[str]) -> None:
+    """Refuse options of the command line that `flag` makes meaningless."""
+    for name in others:
         source = ctx.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            hint = flags.get(name, "--" + name.replace("_", "-"))
-            raise typer.BadParameter(f"it does not go with {flag}: the file has the ranks.", ctx=ctx, param_hint=hint)
+            hint = "--set" if name == "options" else "--" + name.replace("_", "-")
+            raise typer.BadParameter(f"it does not go with {flag}.", ctx=ctx, param_hint=hint)
 
 
 def main() -> None:

@@ -38,6 +38,11 @@ class Preset:
             or (self.refine is not None and self.refine.metric)
         )
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether calibration tokens are needed again after the analysis."""
+        return self.refine is not None or allocator_of(self.allocator).measures
+
 
 _PRESETS: dict[str, Preset] = {
     "unirank": Preset("whiten", "unirank"),
