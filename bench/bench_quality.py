@@ -5,11 +5,17 @@
 reruns the `whiten` rows of the method's reference table (SmolLM2-135M-Instruct in float32; 64 windows of 512 tokens of
 WikiText-2's validation text, seed 0; perplexity on the first 8 windows of 1024 tokens of its test text), prints each
 beside the reference figure, and compares the sublayer cosines. It exits with 1 when a figure is off by more than 2 %.
+
+    python bench/bench_quality.py --preset fast best --json presets.json
+    python bench/bench_quality.py --grid --seeds 3 --json grid.json --markdown docs/results.md
+
+runs presets, or every scheme, allocator and preset, on the same calibration; a second text is Python's documentation.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -17,13 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import quality_grid
 from record import write_result
 from rich.console import Console
 from rich.table import Table
 
-from unirank import Calibration, ScoreSettings, analyze, apply, evaluate, load, plan
+from unirank import Calibration, ScoreSettings, analyze, apply, evaluate, load, plan, presets
 from unirank.embedded import NAME
-from unirank.files import sha256_text
+from unirank.files import sha256_text, write_text
 from unirank.progress import bars
 from unirank.store import AnalysisStore
 
@@ -149,14 +156,49 @@ def show(rows: list[dict[str, Any]], store: AnalysisStore, console: Console) -> 
     return good
 
 
+def grid(arguments: argparse.Namespace, console: Console) -> int:
+    """Run presets or everything; resumes from the JSON file."""
+    names, all_schemes, all_allocators = arguments.preset, (), ()
+    if arguments.grid:
+        names, all_schemes, all_allocators = quality_grid.everything()
+    jobs = list(quality_grid.cells(names, all_schemes, all_allocators, arguments.remove, range(arguments.seeds)))
+    with tempfile.TemporaryDirectory() as scratch:
+        out = arguments.json or Path(scratch) / "grid.json"
+        rows = quality_grid.run(
+            arguments.data,
+            arguments.work or Path(scratch) / "work",
+            out,
+            jobs,
+            console,
+            windows=arguments.windows,
+            limit=arguments.limit,
+        )
+        text = quality_grid.markdown(rows, json.loads(out.read_text())["meta"])
+    if arguments.markdown is not None:
+        write_text(arguments.markdown, text)
+    console.print(text, markup=False)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", choices=["reference"], default="reference")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--protocol", choices=["reference"])
+    what.add_argument("--preset", nargs="+", choices=presets(), help="run these recipes")
+    what.add_argument("--grid", action="store_true", help="run everything (hours)")
+    parser.add_argument("--remove", nargs="+", type=float, default=[0.2, 0.4], help="of presets and grid")
+    parser.add_argument("--seeds", type=int, default=1, help="calibration seeds 0, 1, ... of presets and grid")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows of presets and grid")
+    parser.add_argument("--limit", type=int, default=8, help="evaluation windows of presets and grid")
+    parser.add_argument("--work", type=Path, help="keep the analyses of presets and grid here")
+    parser.add_argument("--markdown", type=Path, help="write the table of presets and grid to this file")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder with wiki.valid.txt and wiki.test.raw")
     parser.add_argument("--store", type=Path, help="keep the analysis here, or reuse it")
     parser.add_argument("--json", type=Path, help="write rows and meta to this file")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
+    if arguments.protocol is None:
+        return grid(arguments, console)
     with tempfile.TemporaryDirectory() as scratch:
         rows, store = reference(arguments.data, arguments.store or Path(scratch) / "store", console)
         good = show(rows, store, console)

@@ -33,7 +33,8 @@ def main() -> None:
         seconds[stage] = time.perf_counter() - start
         return result
 
-    recipe = preset(job["preset"]) if job["preset"] else Preset(job["scheme"], job["allocator"])
+    dense = job["allocator"] == "dense"
+    recipe = preset(job["preset"]) if job["preset"] else Preset(job["scheme"], "uniform" if dense else job["allocator"])
     needs_gradients = recipe.needs_gradients or scheme_of(recipe.scheme).needs_gradient
     calibration = unirank.Calibration(
         text=job["calibration"],
@@ -47,7 +48,7 @@ def main() -> None:
     finished = store.is_dir() and unirank.open_store(store).complete
     analysis = timed("analyze", lambda: unirank.analyze(loaded, store, scheme=recipe.scheme, calibration=calibration))
     record: dict[str, Any] = {"analyzed_here": not finished}
-    if job["allocator"] != "dense":
+    if not dense:
         rule = allocator_of(recipe.allocator)
         workbench = make_workbench(loaded, analysis, text=job["calibration"])
         ranks = timed(
@@ -73,7 +74,14 @@ def main() -> None:
         report = unirank.evaluate(loaded.model, loaded.tokenizer, text=text, limit=job["limit"])
         texts.append({"text": report.text, "text_sha256": report.text_sha256, "perplexity": report.perplexity})
     write_json(
-        out, record | {"seconds": seconds, "texts": texts, "scheme": recipe.scheme, "allocator": recipe.allocator}
+        out,
+        record
+        | {
+            "seconds": seconds,
+            "texts": texts,
+            "scheme": recipe.scheme,
+            "allocator": "dense" if dense else recipe.allocator,
+        },
     )
 
 

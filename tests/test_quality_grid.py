@@ -1,0 +1,70 @@
+"""The quality grid: which cells it has, one cell for real on a tiny model, and the table that it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unirank
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import quality_grid
+
+    return quality_grid
+
+
+def test_the_grid_has_every_scheme_allocator_and_preset_once(grid) -> None:
+    presets, schemes, allocators = grid.everything()
+    cells = list(grid.cells(presets, schemes, allocators, [0.2, 0.4], range(2)))
+    keys = {tuple(cell.values()) for cell in cells}
+    assert len(keys) == len(cells) == 1 + 2 * 2 * (2 * len(schemes) + len(allocators) - 2 + len(presets))
+    assert {cell["scheme"] for cell in cells if not cell["preset"]} == set(unirank.schemes())
+    assert {cell["allocator"] for cell in cells if not cell["preset"]} == {"dense", *unirank.allocators()}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        {"preset": "", "scheme": "whiten", "allocator": "dense", "remove": 0.0},
+        {"preset": "", "scheme": "whiten", "allocator": "curvature", "remove": 0.4},
+        {"preset": "best", "scheme": "", "allocator": "", "remove": 0.4},
+    ],
+    ids=["dense", "curvature", "best"],
+)
+def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    job = cell | {"model": str(model_dir), "calibration": str(text_file), "texts": [str(text_file)], "seed": 0}
+    job |= {"windows": 6, "window": 24, "limit": 1, "stores": str(tmp_path)}
+    text = text_file.read_text().split()
+    assert len(text) > 1024
+    out = tmp_path / "result.json"
+    subprocess.run([sys.executable, BENCH / "quality_job.py", json.dumps(job), out], check=True)
+    record = json.loads(out.read_text())
+    assert 0 < record["used"] <= record["budget"]
+    assert record["peak_mib"] > 10
+    assert record["texts"][0]["perplexity"] > 1
+
+
+def test_the_table_sorts_by_the_first_text_and_shows_the_spread_of_seeds(grid) -> None:
+    common = {"scheme": "whiten", "preset": "", "remove": 0.2, "used": 9, "budget": 10, "seconds": 3, "peak_mib": 100}
+    rows = [
+        common | {"allocator": allocator, "seed": seed, "text": text, "perplexity": value + seed}
+        for allocator, value in (("uniform", 50.0), ("unirank", 40.0))
+        for seed in (0, 1)
+        for text in ("a.txt", "b.txt")
+    ]
+    meta = {"calibration_windows": 64, "evaluation_windows": 8, "device": "cpu"}
+    meta["versions"] = {"python": "3", "torch": "2"}
+    lines = [line for line in grid.markdown(rows, meta).splitlines() if line.startswith("|  | whiten")]
+    assert lines == [
+        "|  | whiten | unirank | 40.50 (40.0 to 41.0) | 40.50 (40.0 to 41.0) | 90.0000% | 3 | 100 |",
+        "|  | whiten | uniform | 50.50 (50.0 to 51.0) | 50.50 (50.0 to 51.0) | 90.0000% | 3 | 100 |",
+    ]
