@@ -73,16 +73,8 @@ def main() -> None:
     for text in job["texts"]:
         report = unirank.evaluate(loaded.model, loaded.tokenizer, text=text, limit=job["limit"])
         texts.append({"text": report.text, "text_sha256": report.text_sha256, "perplexity": report.perplexity})
-    write_json(
-        out,
-        record
-        | {
-            "seconds": seconds,
-            "texts": texts,
-            "scheme": recipe.scheme,
-            "allocator": "dense" if dense else recipe.allocator,
-        },
-    )
+    record |= {"scheme": recipe.scheme, "allocator": "dense" if dense else recipe.allocator}
+    write_json(out, record | {"seconds": seconds, "texts": texts})
 
 
 if __name__ == "__main__":
