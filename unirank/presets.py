@@ -46,8 +46,8 @@ class Preset:
 
 _PRESETS: dict[str, Preset] = {
     "unirank": Preset("whiten", "unirank"),
-    "fast": Preset("afm", "unirank", refine=Refine(centred=True)),
-    "best": Preset("kfac", "curvature", refine=Refine(centred=True, metric=True)),
+    "fast": Preset("afm", "lems", refine=Refine(centred=True)),
+    "best": Preset("kfac", "lems", refine=Refine(centred=True, metric=True)),
 }
 
 

@@ -10,7 +10,7 @@ from unirank.schemes.two_sided import Target, damped, solve
 from unirank.types import Factors
 
 # Of G's mean diagonal. Directions that few calibration tokens push are known badly (**choice**, docs/experiments.md).
-DAMPING = 1e-4
+DAMPING = 1e-2
 
 
 def decompose(problems: Sequence[Problem]) -> list[Factors]:
