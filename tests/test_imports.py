@@ -42,7 +42,7 @@ ORDER = (
     ("diagnose",),
     ("pictures",),
     ("demo", "info"),
-    ("tables",),
+    ("tables", "flags"),
     ("cli",),
 )
 LEVEL = {name: level for level, group in enumerate(ORDER) for name in group}

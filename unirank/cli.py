@@ -14,11 +14,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from unirank import pictures, tables
+from unirank import flags, pictures, tables
 from unirank.allocate import check_request
 from unirank.allocate import plan as make_plan
 from unirank.allocators import allocator as allocator_of
-from unirank.allocators import allocators
 from unirank.analyze import Calibration
 from unirank.analyze import analyze as run_analyze
 from unirank.api import analysis_for, apply
@@ -26,7 +25,6 @@ from unirank.checkpoint import PLAN_FILE
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.demo import demo as run_demo
 from unirank.diagnose import diagnose as run_diagnose
-from unirank.embedded import NAME
 from unirank.errors import InputError, UnirankError
 from unirank.evaluate import evaluate, generate
 from unirank.files import check_output, write_text
@@ -34,30 +32,15 @@ from unirank.harness import Tasks, run_tasks
 from unirank.imported import import_plan, read_rank_file, read_ranks
 from unirank.info import build_info
 from unirank.models import load, load_pretrained
-from unirank.presets import Preset, presets
+from unirank.presets import Preset
 from unirank.presets import preset as preset_of
 from unirank.progress import OnProgress, bars
 from unirank.provenance import versions
 from unirank.refine import Refine
 from unirank.schemes import scheme as scheme_of
-from unirank.schemes import schemes
 from unirank.score import ScoreSettings
 from unirank.store import open_store
 from unirank.workbench import make_workbench
-
-REMOVE_HELP = (
-    "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
-    "Embeddings and lm_head are neither touched nor counted."
-)
-
-PRESET_HELP = (
-    f"A recipe in the place of scheme, allocator and their options: {', '.join(presets())}. unirank is the paper, "
-    "fast the best without gradients, best the best."
-)
-REFINE_HELP = (
-    "A second pass fits every linear again to what really enters it: 1 aims at the dense model's outputs, 0 at the "
-    "dense weights, 0.5 is a good start. Takes about as long as the analysis."
-)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,34 +48,6 @@ app = typer.Typer(
     help="Make Hugging Face language models smaller by low-rank decomposition. "
     "`remove` is everywhere the fraction of the decoder linears' weights that is removed.",
 )
-
-Model = Annotated[str, typer.Argument(help=f"Directory, hub name, or {NAME!r} (embedded, no network).")]
-Remove = Annotated[float | None, typer.Option("--remove", "-r", help=REMOVE_HELP)]
-RANKS_HELP = "Ranks from this JSON file in the place of --remove: a plan (also of another store), or names and ranks."
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that unirank made before.")]
-Scheme = Annotated[str, typer.Option(help=f"Decomposition scheme: {', '.join(schemes())}.")]
-AllocatorName = Annotated[str, typer.Option("--allocator", help=f"Allocator: {', '.join(allocators())}.")]
-CALIB_HELP = f"Calibration text: a UTF-8 file, or {BUILTIN!r} (Python's documentation)."
-Calib = Annotated[str, typer.Option(help=CALIB_HELP)]
-Windows = Annotated[int, typer.Option(help="Calibration windows.")]
-Window = Annotated[int, typer.Option(help="Tokens a calibration window.")]
-Seed = Annotated[int, typer.Option(help="Seed of the window positions.")]
-Batch = Annotated[int, typer.Option(help="Windows that run together; fewer need less memory.")]
-GRADIENTS_HELP = "How many calibration windows also run backward; default: 0, or 32 for schemes that need gradients."
-Gradients = Annotated[int | None, typer.Option(help=GRADIENTS_HELP)]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-Device = Annotated[str | None, typer.Option(help="Torch device; default: a GPU when there is one.")]
-MinRank = Annotated[int, typer.Option(help="Least rank of a matrix.")]
-MultipleOf = Annotated[int, typer.Option(help="Ranks are multiples of this (8, 16 or 64 suit tensor cores).")]
-Importance = Annotated[str, typer.Option(help="Where importance is measured: sublayer, block, none.")]
-Distance = Annotated[str, typer.Option(help="Importance from the cosine: cosine (1 - cos), angular (arccos / pi).")]
-Gamma = Annotated[float, typer.Option(help="Importance to this power.")]
-Local = Annotated[str, typer.Option(help="Local score: energy, sigma, absolute, global-only.")]
-PerParameter = Annotated[bool, typer.Option("--per-parameter", help="Divide scores by M + N.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the allocator; repeatable.")
-]
 
 # What shapes a plan, so that it has no meaning for one that is read from a file.
 _SCORING = ("allocator", "options", "importance", "distance", "gamma", "local", "per_parameter")
@@ -166,9 +121,11 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for store, checkpoints and demo.json.")] = Path(
         "unirank-demo"
     ),
-    remove: Annotated[list[float] | None, typer.Option("--remove", "-r", help=REMOVE_HELP + " Repeatable.")] = None,
-    device: Device = None,
-    as_json: Json = False,
+    remove: Annotated[
+        list[float] | None, typer.Option("--remove", "-r", help=flags.REMOVE_HELP + " Repeatable.")
+    ] = None,
+    device: flags.Device = None,
+    as_json: flags.Json = False,
 ) -> None:
     """The main job on the embedded default: SmolLM2-135M, uniform ranks against UniRank, dense in the same table."""
     with _session(as_json) as session:
@@ -178,19 +135,19 @@ def demo(
 
 @app.command()
 def analyze(
-    model: Model,
+    model: flags.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the analysis store.")],
-    scheme: Scheme = "whiten",
-    calib: Calib = BUILTIN,
-    windows: Windows = 64,
-    window: Window = 512,
-    seed: Seed = 0,
-    batch: Batch = 8,
-    gradients: Gradients = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    scheme: flags.Scheme = "whiten",
+    calib: flags.Calib = BUILTIN,
+    windows: flags.Windows = 64,
+    window: flags.Window = 512,
+    seed: flags.Seed = 0,
+    batch: flags.Batch = 8,
+    gradients: flags.Gradients = None,
+    dtype: flags.Dtype = "auto",
+    device: flags.Device = None,
+    overwrite: flags.Overwrite = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Calibrate and decompose every layer, once for all ratios. Expensive; an interrupted run resumes."""
     with _session(as_json) as session:
@@ -219,26 +176,26 @@ def analyze(
 def plan(
     ctx: typer.Context,
     store: Annotated[Path, typer.Argument(help="Directory that `unirank analyze` made.")],
-    remove: Remove = None,
-    ranks: Annotated[Path | None, typer.Option("--ranks", help=RANKS_HELP)] = None,
-    allocator: AllocatorName = "unirank",
-    options: Set = None,
-    min_rank: MinRank = 1,
-    multiple_of: MultipleOf = 1,
-    importance: Importance = "sublayer",
-    distance: Distance = "cosine",
-    gamma: Gamma = 1.0,
-    local: Local = "energy",
-    per_parameter: PerParameter = False,
+    remove: flags.Remove = None,
+    ranks: Annotated[Path | None, typer.Option("--ranks", help=flags.RANKS_HELP)] = None,
+    allocator: flags.AllocatorName = "unirank",
+    options: flags.Set = None,
+    min_rank: flags.MinRank = 1,
+    multiple_of: flags.MultipleOf = 1,
+    importance: flags.Importance = "sublayer",
+    distance: flags.Distance = "cosine",
+    gamma: flags.Gamma = 1.0,
+    local: flags.Local = "energy",
+    per_parameter: flags.PerParameter = False,
     model: Annotated[
         str | None, typer.Option(help="The dense model, for allocators that measure it (others do not load it).")
     ] = None,
     calib: Annotated[
         str | None, typer.Option(help="The store's calibration text, for the same; needed where it was a file.")
     ] = None,
-    device: Device = None,
+    device: flags.Device = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
-    as_json: Json = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Ranks for an exact budget from a finished store. Any ratio, any allocator; most load no model."""
     with _session(as_json) as session:
@@ -295,13 +252,13 @@ def diagnose(
     ] = None,
     permutations: Annotated[int, typer.Option(help="Random orders of a permutation test.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the permutation tests.")] = 0,
-    device: Device = None,
+    device: flags.Device = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Directory for diagnose.json and scatter plots (needs the extra `plot`)."),
     ] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: flags.Overwrite = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Does a high cosine between a sublayer's input and output go with a low effective rank? For every reading of it.
 
@@ -332,10 +289,10 @@ def diagnose(
 @app.command()
 def compress(
     ctx: typer.Context,
-    model: Model,
+    model: flags.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the compressed checkpoint.")],
-    remove: Remove = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help=RANKS_HELP)] = None,
+    remove: flags.Remove = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help=flags.RANKS_HELP)] = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -343,28 +300,28 @@ def compress(
             "A finished one is taken as it is where no calibration option is given."
         ),
     ] = None,
-    scheme: Scheme = "whiten",
-    allocator: AllocatorName = "unirank",
-    options: Set = None,
-    min_rank: MinRank = 1,
-    multiple_of: MultipleOf = 1,
-    importance: Importance = "sublayer",
-    distance: Distance = "cosine",
-    gamma: Gamma = 1.0,
-    local: Local = "energy",
-    per_parameter: PerParameter = False,
-    calib: Annotated[str | None, typer.Option(help=f"{CALIB_HELP} Default: {BUILTIN}.")] = None,
+    scheme: flags.Scheme = "whiten",
+    allocator: flags.AllocatorName = "unirank",
+    options: flags.Set = None,
+    min_rank: flags.MinRank = 1,
+    multiple_of: flags.MultipleOf = 1,
+    importance: flags.Importance = "sublayer",
+    distance: flags.Distance = "cosine",
+    gamma: flags.Gamma = 1.0,
+    local: flags.Local = "energy",
+    per_parameter: flags.PerParameter = False,
+    calib: Annotated[str | None, typer.Option(help=f"{flags.CALIB_HELP} Default: {BUILTIN}.")] = None,
     windows: Annotated[int | None, typer.Option(help="Calibration windows. Default: 64.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens a calibration window. Default: 512.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the window positions. Default: 0.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows that run together. Default: 8.")] = None,
-    gradients: Gradients = None,
-    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
-    refine: Annotated[float | None, typer.Option(metavar="MIX", help=REFINE_HELP)] = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    gradients: flags.Gradients = None,
+    preset: Annotated[str | None, typer.Option(help=flags.PRESET_HELP)] = None,
+    refine: Annotated[float | None, typer.Option(metavar="MIX", help=flags.REFINE_HELP)] = None,
+    dtype: flags.Dtype = "auto",
+    device: flags.Device = None,
+    overwrite: flags.Overwrite = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
     with _session(as_json) as session:
@@ -417,7 +374,7 @@ def compress(
 
 @app.command(name="eval")
 def evaluate_command(
-    model: Model,
+    model: flags.Model,
     against: Annotated[str | None, typer.Option(help="Another model to put beside it, usually the dense one.")] = None,
     text: Annotated[
         str | None,
@@ -445,9 +402,9 @@ def evaluate_command(
         Path | None, typer.Option(help="With --tasks: a directory of further task definitions (YAML).")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="With --tasks: requests that run together. Default: 8.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: Json = False,
+    dtype: flags.Dtype = "auto",
+    device: flags.Device = None,
+    as_json: flags.Json = False,
 ) -> None:
     """Perplexity, or tasks of lm-eval, of a dense or compressed model, with everything needed to compare it."""
     with _session(as_json) as session:
@@ -490,7 +447,7 @@ def _refuse(options: dict[str, Any], reason: str) -> None:
 
 
 @app.command()
-def info(as_json: Json = False) -> None:
+def info(as_json: flags.Json = False) -> None:
     """Versions, devices, and what this build can do."""
     with _session(as_json) as session:
         record = build_info()
