@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unirank.calibrate import calibrate_layer, record
+from unirank.calibrate import Streams, calibrate_layer, record
 from unirank.data import BUILTIN, Text, bos_of, calibration_windows, read_text, tokenize
 from unirank.decompose import decompose_layer
 from unirank.errors import InputError
@@ -83,13 +84,22 @@ def analyze(
     # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
     resumed = store.has_streams(first)
     streams = store.read_streams(first, device) if resumed else recording.start
-    for layer in range(first if resumed else 0, count):
-        moments = layer >= first and (chosen.needs_moment or backward > 0)
-        stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=chosen.needs_mean_abs)
-        if layer >= first:
-            gradients = store.gradients(layer, device) if backward else None
-            store.write_layer(layer, decompose_layer(loaded, stats, chosen, gradients), stats.cosines, streams)
-            progress("calibrate and decompose", layer + 1, count)
+    with ThreadPoolExecutor(max_workers=1) as disk:  # a layer is written while the next one is calibrated
+        writing: Future[None] | None = None
+        for layer in range(first if resumed else 0, count):
+            moments = layer >= first and (chosen.needs_moment or backward > 0)
+            stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=chosen.needs_mean_abs)
+            if layer < first:
+                continue
+            factors = decompose_layer(loaded, stats, chosen, store.gradients(layer, device) if backward else None)
+            if writing is not None:
+                writing.result()
+                progress("calibrate and decompose", layer, count)
+            entering = Streams(list(streams.batches), streams.probe)  # calibration goes on with the list
+            writing = disk.submit(store.write_layer, layer, factors, stats.cosines, entering)
+        if writing is not None:
+            writing.result()
+            progress("calibrate and decompose", count, count)
     return store
 
 
