@@ -142,16 +142,16 @@ def refit(
         original = copy.deepcopy(layer)
         metrics = gradients(index) if gradients else {}
         groups = _groups(specs, trace.input_of)
-        todo = {
+        wanted = {
             owner: [spec for spec in members if settings.dense or ranks[spec.name] != DENSE]
             for owner, members in groups.items()
         }
-        owners = [owner for owner in groups if todo[owner]]
+        owners = [owner for owner in groups if wanted[owner]]
         paths = {owner: owner.removeprefix(prefix + ".") for owner in owners}
         seen, dense_stream = _inputs(original, calls, dense_stream, paths)
         for owner in owners:
             pair = _measure(layer, calls, own_stream, paths[owner], seen.pop(owner))
-            for spec in todo[owner]:
+            for spec in wanted[owner]:
                 g = metrics[spec.name].g if metrics else None
                 _fit(loaded, spec, ranks[spec.name], pair, g, settings)
         own_stream = [call.run(layer, x) for call, x in zip(calls, own_stream, strict=True)]
