@@ -33,6 +33,10 @@ def main() -> None:
         seconds[stage] = time.perf_counter() - start
         return result
 
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "gradients" and done == total:  # the stage before anything else
+            seconds["gradients"] = time.perf_counter() - started
+
     dense = job["allocator"] == "dense"
     recipe = preset(job["preset"]) if job["preset"] else Preset(job["scheme"], "uniform" if dense else job["allocator"])
     needs_gradients = recipe.needs_gradients or scheme_of(recipe.scheme).needs_gradient
@@ -44,11 +48,30 @@ def main() -> None:
         gradient_windows=job["windows"] if needs_gradients else 0,
     )
     loaded = unirank.load(job["model"], dtype="float32", device="cpu")
-    store = Path(job["stores"]) / f"{recipe.scheme}{'-gradients' if needs_gradients else ''}-{job['seed']}"
-    finished = store.is_dir() and unirank.open_store(store).complete
-    analysis = timed("analyze", lambda: unirank.analyze(loaded, store, scheme=recipe.scheme, calibration=calibration))
-    record: dict[str, Any] = {"analyzed_here": not finished}
-    if not dense:
+    record: dict[str, Any] = {"scheme": recipe.scheme, "allocator": "dense" if dense else recipe.allocator}
+    if dense:
+        total = sum(spec.params for spec in loaded.linears)
+        record |= {"store": "", "gradients": "", "used": total, "budget": total}
+    else:
+        kind = f"{'gradients' if needs_gradients else 'plain'}-{job['seed']}"
+        store = Path(job["stores"]) / f"{recipe.scheme}-{kind}"
+        stores = sorted(store.parent.glob(f"*-{kind}"))
+        donor = next((path for path in stores if needs_gradients and unirank.open_store(path).complete), None)
+        started = time.perf_counter()
+        analysis = timed(
+            "analyze",
+            lambda: unirank.analyze(
+                loaded,
+                store,
+                scheme=recipe.scheme,
+                calibration=calibration,
+                gradients_from=donor,
+                progress=progress,
+            ),
+        )
+        # Gradients that are there already, or are another store's, take no time here.
+        seconds["gradients"] = 0.0 if not needs_gradients or donor is not None else seconds["gradients"]
+        seconds["analyze"] -= seconds["gradients"]
         rule = allocator_of(recipe.allocator)
         workbench = make_workbench(loaded, analysis, text=job["calibration"])
         ranks = timed(
@@ -63,17 +86,14 @@ def main() -> None:
             ),
         )
         timed("apply", lambda: unirank.apply(loaded, analysis, ranks, refine=recipe.refine, windows=workbench.windows))
+        record |= {"store": store.name, "gradients": kind if needs_gradients else ""}
         record |= {"used": ranks.used, "budget": ranks.budget}
-    else:
-        total = sum(spec.params for spec in loaded.linears)
-        record |= {"used": total, "budget": total}
     # Peak memory of the method itself, before the evaluation adds its own.
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     texts = []
     for text in job["texts"]:
         report = unirank.evaluate(loaded.model, loaded.tokenizer, text=text, limit=job["limit"])
         texts.append({"text": report.text, "text_sha256": report.text_sha256, "perplexity": report.perplexity})
-    record |= {"scheme": recipe.scheme, "allocator": "dense" if dense else recipe.allocator}
     write_json(out, record | {"seconds": seconds, "texts": texts})
 
 

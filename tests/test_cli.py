@@ -184,6 +184,8 @@ def test_gradients_and_damping_are_asked_for_and_shown(
     assert record["identity"]["calibration"]["gradient_windows"] == 6  # all: there are fewer than 32
     assert record["damping"] == {"matrices": 21, "largest": 1e-2}
     assert "Damped: 21 of 21 matrices, at most 0.01 of the mean" in table
+    record, _ = analyze("fwsvd", "--scheme", "fwsvd", "--gradients-from", tmp_path / "asked")
+    assert record["identity"]["calibration"]["gradient_windows"] == 2  # the store's, not the scheme's
 
     code, out, _ = unirank("plan", tmp_path / "asked", "-r", "0.3", "--allocator", "curvature", "--json")
     assert code == 0

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import unirank
 from tests.conftest import build
 from tests.tiny import WORDS
+from unirank.errors import StoreError
 from unirank.gradients import gradient_pass
 from unirank.store import MANIFEST, AnalysisStore, create_or_resume, open_store
 from unirank.types import Gradient, LoadedModel
@@ -214,6 +215,42 @@ def test_a_linear_that_no_gradient_reaches_is_an_error_that_names_it(make_model,
     loaded.model.model.layers[2].mlp.gate_proj.register_forward_hook(lambda *call: call[2].detach().requires_grad_())
     with pytest.raises(unirank.InputError, match=r"No gradient reaches .*layers\.2\.mlp\.gate_proj"):
         passed(loaded, tmp_path / "store")
+
+
+def test_schemes_share_one_backward_pass(make_model, calibration, tmp_path: Path) -> None:
+    loaded = make_model("llama-bias")
+    calibration = dataclasses.replace(calibration, gradient_windows=4)
+    donor = unirank.analyze(loaded, tmp_path / "kfac", scheme="kfac", calibration=calibration)
+    alone = unirank.analyze(loaded, tmp_path / "alone", scheme="fwsvd", calibration=calibration)
+    stages: list[tuple[str, int]] = []
+    asked = dataclasses.replace(calibration, gradient_windows=None)  # as many as the donor has
+    shared = unirank.analyze(
+        loaded,
+        tmp_path / "shared",
+        scheme="fwsvd",
+        calibration=asked,
+        gradients_from=donor.path,
+        progress=lambda stage, done, _total: stages.append((stage, done)),
+    )
+    assert len([stage for stage, _ in stages if stage == "gradients"]) == 1  # done at once
+    assert shared.identity == alone.identity
+    for file in sorted(alone.path.iterdir()):
+        assert (shared.path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_gradients_of_another_analysis_are_refused(make_model, calibration, tmp_path: Path) -> None:
+    loaded = make_model("llama")
+    donor = unirank.analyze(loaded, tmp_path / "kfac", scheme="kfac", calibration=calibration)
+    other = dataclasses.replace(calibration, seed=7)
+    with pytest.raises(StoreError, match=r"of another analysis: calibration\.seed \(store: 0, now: 7\)"):
+        unirank.analyze(loaded, tmp_path / "out", scheme="kfac", calibration=other, gradients_from=donor.path)
+    plain = unirank.analyze(loaded, tmp_path / "plain", calibration=calibration)
+    with pytest.raises(StoreError, match="was analyzed without gradients"):
+        unirank.analyze(loaded, tmp_path / "out", scheme="kfac", calibration=calibration, gradients_from=plain.path)
+    (donor.path / "gradient-0001.safetensors").unlink()
+    with pytest.raises(StoreError, match="are not finished: 2 layers are missing"):
+        unirank.analyze(loaded, tmp_path / "out", scheme="kfac", calibration=calibration, gradients_from=donor.path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_store_without_gradients_says_how_to_make_one(make_model, calibration, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from unirank.allocators.base import options_of
 from unirank.allocators.knapsack import knapsack, lower_hull
 from unirank.allocators.masks import Staircase
 from unirank.allocators.measure import divergences, lent, low_rank_of, replaced, truncated
-from unirank.errors import InputError, NonFiniteError
+from unirank.errors import InputError, NonFiniteError, StoreError
 from unirank.evaluate import total_nll
 from unirank.score import ScoreSettings
 from unirank.store import AnalysisStore
@@ -237,6 +238,28 @@ def test_lems_errors_pass_through_the_measured_point_and_a_plan_is_no_worse_than
         return total
 
     assert error(ranks) < error([int(budget_of(0.4, spec.params) / spec.cost) for spec in request.linears])
+
+
+def test_lems_measures_once_for_all_budgets_and_names_a_damaged_file(bench) -> None:
+    store, workbench = bench()
+    steps: list[str] = []
+    watched = dataclasses.replace(workbench, progress=lambda stage, _done, _total: steps.append(stage))
+    options = SHORT["lems"]
+    ranks, _, learned = lems.allocate(request_of(store, watched, lems.ALLOCATOR, 0.4, **options))
+    assert "measure each linear" in steps
+    steps.clear()
+    assert lems.allocate(request_of(store, watched, lems.ALLOCATOR, 0.4, **options)) == (ranks, None, learned)
+    lems.allocate(request_of(store, watched, lems.ALLOCATOR, 0.2, **options))
+    assert steps == []
+    lems.allocate(request_of(store, watched, lems.ALLOCATOR, 0.4, **options | {"tokens": 11}))
+    lems.allocate(request_of(store, watched, lems.ALLOCATOR, 0.4, **options | {"fraction": 0.4}))
+    files = sorted(store.path.glob("measured-lems-*.json"))
+    assert len(files) == 3
+    for damaged in ("{", json.dumps({"values": {"elsewhere": 1.0}}), "[]"):
+        for file in files:
+            file.write_text(damaged)
+        with pytest.raises(StoreError, match=r"measured-lems-.* is missing or damaged .*; delete it and plan again\."):
+            lems.allocate(request_of(store, watched, lems.ALLOCATOR, 0.4, **options))
 
 
 def test_lems_measures_where_a_matrix_of_low_rank_still_has_a_tail() -> None:

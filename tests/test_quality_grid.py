@@ -54,9 +54,12 @@ def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: P
 
 
 def test_the_table_sorts_by_the_first_text_and_shows_the_spread_of_seeds(grid) -> None:
-    common = {"scheme": "whiten", "preset": "", "remove": 0.2, "used": 9, "budget": 10, "seconds": 3, "peak_mib": 100}
+    common = {"scheme": "whiten", "preset": "", "remove": 0.2, "used": 9, "budget": 10, "peak_mib": 100}
+    common |= {"store": "s", "gradients": "", "gradients_seconds": 0, "plan_seconds": 1, "apply_seconds": 2}
     rows = [
-        common | {"allocator": allocator, "seed": seed, "text": text, "perplexity": value + seed}
+        common
+        | {"allocator": allocator, "seed": seed, "text": text, "perplexity": value + seed}
+        | {"analyze_seconds": 30 if (allocator, seed) == ("uniform", 0) else 0.1}  # paid once, shown for all
         for allocator, value in (("uniform", 50.0), ("unirank", 40.0))
         for seed in (0, 1)
         for text in ("a.txt", "b.txt")
@@ -65,6 +68,6 @@ def test_the_table_sorts_by_the_first_text_and_shows_the_spread_of_seeds(grid) -
     meta["versions"] = {"python": "3", "torch": "2"}
     lines = [line for line in grid.markdown(rows, meta).splitlines() if line.startswith("|  | whiten")]
     assert lines == [
-        "|  | whiten | unirank | 40.50 (40.0 to 41.0) | 40.50 (40.0 to 41.0) | 90.0000% | 3 | 100 |",
-        "|  | whiten | uniform | 50.50 (50.0 to 51.0) | 50.50 (50.0 to 51.0) | 90.0000% | 3 | 100 |",
+        "|  | whiten | unirank | 40.50 (40.0 to 41.0) | 40.50 (40.0 to 41.0) | 90.0000% | 0 | 30 | 1 | 2 | 100 |",
+        "|  | whiten | uniform | 50.50 (50.0 to 51.0) | 50.50 (50.0 to 51.0) | 90.0000% | 0 | 30 | 1 | 2 | 100 |",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
 from unirank.schemes import Scheme
 from unirank.schemes import scheme as scheme_of
-from unirank.store import AnalysisStore, create_or_resume
+from unirank.store import AnalysisStore, create_or_resume, open_store
 from unirank.types import LoadedModel
 
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
@@ -53,26 +54,41 @@ def analyze(
     *,
     scheme: str = "whiten",
     calibration: Calibration | None = None,
+    gradients_from: str | Path | None = None,
     overwrite: bool = False,
     progress: OnProgress = silent,
 ) -> AnalysisStore:
     """Calibrate and decompose every layer of `loaded` into the store at `store_path`, resuming what is there.
 
+    Args:
+        gradients_from: a store of the same model and calibration, with gradients: they are taken from there, so that
+            several schemes share one backward pass. They are the same bytes as a pass of its own would give.
+
     Raises:
         InputError: unknown scheme, unusable text, an output directory that is not a store.
-        StoreError: the store belongs to other inputs; says what differs.
+        StoreError: the store, or that of the gradients, belongs to other inputs; says what differs.
         NonFiniteError: names the layer or linear.
         WriteError: the disk refused; finished layers stay and the next run resumes.
     """
     calibration = calibration or Calibration()
     chosen = scheme_of(scheme)
+    source = open_store(gradients_from) if gradients_from is not None else None
+    if source is not None:
+        source.require_gradients()
+        if calibration.gradient_windows is None:
+            count = source.identity["calibration"]["gradient_windows"]
+            calibration = dataclasses.replace(calibration, gradient_windows=count)
     if calibration.batch < 1:
         raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
     backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text)
     windows = windows_of(loaded, text, calibration)
     identity = _identity(loaded, text, windows, calibration, backward, scheme)
+    if source is not None:
+        source.check_shared(identity)
     store = create_or_resume(Path(store_path), identity, loaded.linears, overwrite=overwrite)
+    if source is not None:
+        store.share_gradients(source)
     first, count = store.layers_done(), store.layer_count
     if backward:  # also with all layers done: one of its files may have been lost since
         gradient_pass(loaded, windows[:backward], store, batch=calibration.batch, progress=progress)

@@ -144,6 +144,10 @@ def analyze(
     seed: flags.Seed = 0,
     batch: flags.Batch = 8,
     gradients: flags.Gradients = None,
+    gradients_from: Annotated[
+        Path | None,
+        typer.Option(help="Take the gradients of this store (same model, same calibration, any scheme)."),
+    ] = None,
     dtype: flags.Dtype = "auto",
     device: flags.Device = None,
     overwrite: flags.Overwrite = False,
@@ -155,7 +159,13 @@ def analyze(
         loaded = load(model, dtype=dtype, device=device)
         calibration = Calibration(calib, windows, window, seed, batch, gradients)
         store = run_analyze(
-            loaded, out, scheme=scheme, calibration=calibration, overwrite=overwrite, progress=session.progress
+            loaded,
+            out,
+            scheme=scheme,
+            calibration=calibration,
+            gradients_from=gradients_from,
+            overwrite=overwrite,
+            progress=session.progress,
         )
         record = {
             "store": str(out),

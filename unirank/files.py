@@ -74,6 +74,21 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give the file `source` a second name `path`, or copy it where the file system has no such links.
+
+    For files that are replaced and never written into. Raises WriteError like `write_atomically`.
+    """
+
+    def fill(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, temporary)
+
+    write_atomically(path, fill)
+
+
 def make_directory(path: Path) -> None:
     """Create `path` and its parents. Raises WriteError when the file system refuses."""
     try:

@@ -8,8 +8,9 @@ from the hidden states that entered it; equal inputs give equal bytes.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from unirank.calibrate import Streams
 from unirank.errors import StoreError
-from unirank.files import check_output, make_directory, sha256_text, write_json, write_tensors
+from unirank.files import check_output, link_or_copy, make_directory, sha256_text, write_json, write_tensors
 from unirank.types import CosineStat, Factors, Gradient, LinearSpec
 
 MANIFEST = "analysis.json"
@@ -28,9 +29,10 @@ _FORMAT = 1
 _OPTIONAL = ("mean", "curvature", "slope")
 Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
+_MEASURED = r"measured-[a-z0-9-]+\.json"
 _PASSING = r"(stream|forward|backward)-\d{4}\.safetensors"  # only there while a later step needs them
 # What a run that was killed while it wrote leaves behind (see `write_atomically`).
-_LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS})\.\d+\.tmp"
+_LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS}|{_MEASURED})\.\d+\.tmp"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,22 @@ class AnalysisStore:
             tensors[f"{name}.rows"] = gradient.rows
         write_tensors(self._file("gradient", layer), tensors, {"layer": layer})
 
+    def check_shared(self, identity: Mapping[str, Any]) -> None:
+        """Raise StoreError unless the gradients here are finished and those of an analysis of `identity`."""
+        if remaining := self.layers_without_gradients():
+            raise StoreError(
+                f"The gradients of the store {self.path} are not finished: {remaining} layers are missing."
+            )
+        differs = _differences({**self.identity, "scheme": ""}, {**identity, "scheme": ""})
+        if differs:
+            raise StoreError(f"The gradients of the store {self.path} are of another analysis: {'; '.join(differs)}.")
+
+    def share_gradients(self, source: AnalysisStore) -> None:
+        """Take the gradient files of `source` that are missing here: one file under two names where the disk can."""
+        for layer in range(self.layer_count):
+            if not self._file("gradient", layer).is_file():
+                link_or_copy(source._file("gradient", layer), self._file("gradient", layer))
+
     def has_scratch(self, kind: Scratch, layer: int) -> bool:
         """Whether what enters (`forward`) or arrives backward at the input of (`backward`) `layer` is on disk."""
         return self._file(kind, layer).is_file()
@@ -149,6 +167,30 @@ class AnalysisStore:
 
     def remove_scratch(self, kind: Scratch, layer: int) -> None:
         self._file(kind, layer).unlink(missing_ok=True)
+
+    def measured(
+        self, rule: str, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
+    ) -> dict[str, float]:
+        """One number a linear that `measure()` finds by running the model, kept for the next budget.
+
+        It is measured again only for other `settings`, which must name all that it depends on besides this store. A
+        store that may not be written to keeps nothing. Raises StoreError when what was kept is damaged, and what
+        `measure` raises.
+        """
+        key = sha256_text(json.dumps([self.digest, settings], sort_keys=True))
+        file = self.path / f"measured-{rule}-{key[:12]}.json"
+        if not file.is_file():
+            values = dict(measure())
+            if os.access(self.path, os.W_OK):
+                write_json(file, {"settings": settings, "values": values})
+            return values
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))["values"]
+            if values.keys() != {spec.name for spec in self.linears}:
+                raise ValueError("its linears are not the store's")
+            return {spec.name: float(values[spec.name]) for spec in self.linears}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(file, error, "delete it and plan again") from error
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +224,7 @@ class AnalysisStore:
 
     def gradients(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Gradient]:
         """The gradients of one layer, float64, on `device`. Raises StoreError in a store without gradients."""
-        self._require_gradients()
+        self.require_gradients()
         tensors = _load(self._file("gradient", layer))
         return {
             spec.name: Gradient(*(tensors[f"{spec.name}.{key}"].to(device).double() for key in ("g", "rows", "weight")))
@@ -202,7 +244,7 @@ class AnalysisStore:
 
     def _vectors(self, key: str) -> dict[str, torch.Tensor]:
         if key in ("curvature", "slope"):
-            self._require_gradients()
+            self.require_gradients()
         vectors = {}
         for layer in range(self.layer_count):
             file = self.layer_file(layer)
@@ -215,7 +257,8 @@ class AnalysisStore:
                 raise _damaged(file, error) from error
         return vectors
 
-    def _require_gradients(self) -> None:
+    def require_gradients(self) -> None:
+        """Raise StoreError unless a backward pass was part of the analysis."""
         if not self.has_gradients:
             raise StoreError(
                 f"The store {self.path} was analyzed without gradients; make one that has them with: "
@@ -275,7 +318,7 @@ def create_or_resume(
                     "Choose another directory, or pass --overwrite to replace it."
                 )
         # The old manifest goes last, when the new one takes its place: without one this would be no store of ours.
-        _remove(path, rf"{_LEFTOVER}|{_TENSORS}")
+        _remove(path, rf"{_LEFTOVER}|{_TENSORS}|{_MEASURED}")
     make_directory(path)
     manifest = {"format": _FORMAT, "identity": identity, "linears": [asdict(spec) for spec in linears]}
     write_json(path / MANIFEST, manifest)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from unirank.allocators.base import Allocator, Request, check_floor
+from unirank.allocators.base import Allocator, Request, Workbench, check_floor
 from unirank.allocators.knapsack import knapsack
 from unirank.allocators.measure import divergences, first_windows, lent, low_rank_of, whole, workbench_of
 from unirank.errors import InputError
+from unirank.files import sha256_tensors
 from unirank.types import LinearSpec
 
 _STAGE = "measure each linear"
@@ -21,7 +22,8 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     """`error_l(r) = KL_l * tail_l(r) / tail_l(r0)`, `tail_l(r) = Σ_{i>r} sigma_i² / Σ_j sigma_j²`; dense has error 0.
 
     `KL_l = KL(dense || model with l alone at rank r0)`, mean over the tokens of `windows` calibration windows cut to
-    `tokens`; `r0 = floor(fraction * r*)`, at least 1. Least total error within the budget, over the ranks that
+    `tokens`; `r0 = floor(fraction * r*)`, at least 1. It does not depend on the budget, so the store keeps it and the
+    next plan is immediate. Least total error within the budget, over the ranks that
     `min_rank` and `multiple_of` allow and the dense matrix.
 
     **Choices**: the normalisation, which puts the curve through the measured point. `r0` is lowered to the last rank
@@ -67,10 +69,15 @@ def measured_rank(spec: LinearSpec, energy: torch.Tensor, fraction: float) -> in
 
 
 def _measure(request: Request, points: Mapping[str, int]) -> dict[str, float]:
-    """KL of each linear alone at its point, mean over all tokens."""
+    """KL of each linear alone at its point, mean over all tokens; from the store where it was measured before."""
     workbench = workbench_of(request)
-    loaded = workbench.loaded
     windows = first_windows(workbench, whole(request, "windows"), whole(request, "tokens", least=2))
+    settings = {"windows_sha256": sha256_tensors([("windows", windows)]), "ranks": dict(points)}
+    return request.store.measured("lems", settings, lambda: _run(request, workbench, windows, points))
+
+
+def _run(request: Request, workbench: Workbench, windows: torch.Tensor, points: Mapping[str, int]) -> dict[str, float]:
+    loaded = workbench.loaded
     total = dict.fromkeys(points, 0.0)
     done, steps = 0, len(windows) * len(points)
     workbench.progress(_STAGE, done, steps)
