@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import unirank
 from unirank.store import AnalysisStore
 from unirank.truncate import count_target
+from unirank.types import LoadedModel
 
 pytestmark = pytest.mark.smollm2
 PROMPT = "The capital of France is"
@@ -31,7 +32,7 @@ def compressed(smollm2: str, store: AnalysisStore, remove: float, allocator: str
     return unirank.apply(unirank.load(smollm2, device="cpu"), store, plan)
 
 
-def perplexity(model: unirank.CompressedModel) -> float:
+def perplexity(model: unirank.CompressedModel | LoadedModel) -> float:
     return unirank.evaluate(model.model, model.tokenizer, window=512, limit=2).perplexity
 
 
@@ -57,6 +58,49 @@ def test_unirank_beats_uniform_at_an_equal_budget_counted_from_the_modules(smoll
         assert recount == model.plan.used <= model.plan.budget == 84_934_656
         results[allocator] = perplexity(model)
     assert results["unirank"] < results["uniform"]
+
+
+def cholesky_whitening(loaded: LoadedModel, windows: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """SVD-LLM as its paper writes it, with nothing of ours: `U sigma` and `Vᵀ S⁻¹` of every linear, `S Sᵀ = Σ x xᵀ`."""
+    linears = {
+        name: module
+        for name, module in loaded.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    moments: dict[str, torch.Tensor] = {}
+
+    def watch(name: str):
+        def hook(_module: object, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].flatten(0, 1).double()
+            moments[name] = moments.get(name, 0) + x.T @ x
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
+    for ids in windows:
+        loaded.model(ids[None])
+    for handle in handles:
+        handle.remove()
+    factors = {}
+    for name, module in linears.items():
+        s = torch.linalg.cholesky(moments.pop(name))
+        u, sigma, vt = torch.linalg.svd(module.weight.double() @ s, full_matrices=False)
+        factors[name] = u * sigma, torch.linalg.solve_triangular(s, vt, upper=False, left=False)
+    return factors
+
+
+@torch.no_grad()
+def test_whiten_at_uniform_ranks_has_the_perplexity_of_cholesky_whitening(smollm2: str, store: AnalysisStore) -> None:
+    reference = unirank.load(smollm2, device="cpu")
+    factors = cholesky_whitening(reference, unirank.make_workbench(reference, store).windows)
+    for remove in (0.2, 0.4):
+        for name, (left, right) in factors.items():
+            weight = reference.model.get_submodule(name).weight
+            m, n = weight.shape
+            rank = int((1 - remove) * m * n / (m + n))
+            weight.copy_(left[:, :rank] @ right[:rank])
+        expected = perplexity(reference)
+        assert perplexity(compressed(smollm2, store, remove, "uniform")) == pytest.approx(expected, rel=0.005)
 
 
 def test_nothing_removed_is_the_dense_model_bit_for_bit(smollm2: str, store: AnalysisStore) -> None:
