@@ -21,6 +21,7 @@ ORDER = (
     ("embedded",),
     ("models",),
     ("data",),
+    ("corpus", "adapters"),
     ("trace",),
     ("calibrate",),
     ("schemes",),
@@ -38,11 +39,14 @@ ORDER = (
     ("presets",),
     ("checkpoint",),
     ("api",),
+    ("training",),
+    ("finetune",),
     ("correlation", "spectra", "harness"),
     ("diagnose",),
     ("pictures",),
     ("demo", "info"),
-    ("tables", "flags"),
+    ("tables", "flags", "session"),
+    ("cli_finetune",),
     ("cli",),
 )
 LEVEL = {name: level for level, group in enumerate(ORDER) for name in group}

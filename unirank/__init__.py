@@ -13,11 +13,12 @@ from unirank.allocate import plan
 from unirank.allocators import allocators
 from unirank.analyze import Calibration, analyze
 from unirank.api import apply, compress
-from unirank.checkpoint import CompressedModel
+from unirank.checkpoint import CompressedModel, open_compressed
 from unirank.correlation import effective_rank, spearman
 from unirank.diagnose import Diagnosis, diagnose
 from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
 from unirank.evaluate import EvalReport, evaluate, generate
+from unirank.finetune import Finetune, finetune
 from unirank.harness import TaskReport, Tasks, run_tasks
 from unirank.imported import import_plan
 from unirank.models import describe, load
@@ -41,6 +42,7 @@ __all__ = [
     "Diagnosis",
     "EvalReport",
     "Factors",
+    "Finetune",
     "InputError",
     "LinearSpec",
     "LoadedModel",
@@ -65,10 +67,12 @@ __all__ = [
     "diagnose",
     "effective_rank",
     "evaluate",
+    "finetune",
     "generate",
     "import_plan",
     "load",
     "make_workbench",
+    "open_compressed",
     "open_store",
     "ops",
     "plan",

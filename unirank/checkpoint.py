@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unirank.errors import InputError
 from unirank.files import check_output, staged_directory, write_json, write_text
+from unirank.models import load_pretrained
 from unirank.truncate import TruncateReport
 from unirank.types import RankPlan
 
@@ -27,6 +30,7 @@ class CompressedModel:
     report: TruncateReport
     identity: Mapping[str, Any]  # of the analysis
     source: str
+    training: Mapping[str, Any] | None = None  # of `unirank.finetune`
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
@@ -42,6 +46,8 @@ class CompressedModel:
             self.tokenizer.save_pretrained(folder)
             write_text(folder / PLAN_FILE, self.plan.to_json())
             provenance = {"analysis": self.identity, "report": self.report.as_dict(), "source": self.source}
+            if self.training is not None:
+                provenance["training"] = self.training
             write_json(folder / PROVENANCE_FILE, provenance)
             write_text(folder / "README.md", self._card())
         return out
@@ -61,6 +67,8 @@ class CompressedModel:
             "calibration": f"{calibration['windows']} windows of {calibration['window']} tokens of "
             f"`{calibration['text']}`, seed {calibration['seed']}",
         }
+        if self.training is not None:
+            rows["fine-tuned"] = _training_line(self.training)
         table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
         return f"""---
 library_name: transformers
@@ -87,3 +95,35 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 `{PLAN_FILE}` holds the rank of every linear, `{PROVENANCE_FILE}` hashes and versions.
 """
+
+
+def _training_line(training: Mapping[str, Any]) -> str:
+    settings, data = training["settings"], training["data"]
+    return (
+        f"{settings['steps']} steps of {settings['batch']} x {settings['window']} tokens of `{data['text']}`, LoRA of "
+        f"rank {settings['rank']} on the factors, {settings['schedule']}, distill = {settings['distill']}, "
+        f"seed {settings['seed']}"
+    )
+
+
+def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> CompressedModel:
+    """Read what `CompressedModel.save` wrote, to go on working with it. `dtype` and `device` as in `unirank.load`.
+
+    Raises InputError when `path` is no such checkpoint or is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"The compressed checkpoint {path} does not exist; make one with: unirank compress.")
+    if not (path / PLAN_FILE).is_file():
+        raise InputError(
+            f"{path} is not a compressed checkpoint: it has no {PLAN_FILE}; make one with: unirank compress."
+        )
+    plan = RankPlan.from_json((path / PLAN_FILE).read_text(encoding="utf-8"))
+    try:
+        record = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        report = TruncateReport.from_dict(record["report"])
+        identity, source, training = record["analysis"], str(record["source"]), record.get("training")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
+    model, tokenizer = load_pretrained(str(path), dtype=dtype, device=device)
+    return CompressedModel(model, tokenizer, plan, report, identity, source, training)

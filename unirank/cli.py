@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from logging import ERROR, getLogger
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +19,7 @@ from unirank.analyze import Calibration
 from unirank.analyze import analyze as run_analyze
 from unirank.api import analysis_for, apply
 from unirank.checkpoint import PLAN_FILE
+from unirank.cli_finetune import finetune_command
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.demo import demo as run_demo
 from unirank.diagnose import diagnose as run_diagnose
@@ -34,11 +32,11 @@ from unirank.info import build_info
 from unirank.models import load, load_pretrained
 from unirank.presets import Preset
 from unirank.presets import preset as preset_of
-from unirank.progress import OnProgress, bars
 from unirank.provenance import versions
 from unirank.refine import Refine
 from unirank.schemes import scheme as scheme_of
 from unirank.score import ScoreSettings
+from unirank.session import run_session
 from unirank.store import open_store
 from unirank.workbench import make_workbench
 
@@ -54,51 +52,6 @@ _SCORING = ("allocator", "options", "importance", "distance", "gamma", "local", 
 _PLANNING = ("min_rank", "multiple_of", *_SCORING)
 # What a preset sets.
 _RECIPE = ("scheme", "refine", *_SCORING)
-
-
-class _Session:
-    """Where a command's output goes."""
-
-    def __init__(self, as_json: bool, progress: OnProgress) -> None:
-        self.progress = progress
-        self._json = as_json
-        self._result: tuple[dict[str, Any], tuple[Any, ...]] | None = None
-
-    def show(self, record: dict[str, Any], *renderables: Any) -> None:
-        """The command's result: `record` under --json, else the renderables."""
-        self._result = record, renderables
-
-    def print(self) -> None:
-        """Print the result. Only when the progress bars are gone, whose last redraw would wipe lines out."""
-        if self._result is None:
-            return
-        record, renderables = self._result
-        if self._json:
-            print(json.dumps(record, indent=1))
-            return
-        # A pipe has no width; tables should not be cut there.
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
-        console = Console(width=width, highlight=False)
-        for renderable in renderables:
-            console.print(renderable)
-
-
-@contextmanager
-def _session(as_json: bool) -> Iterator[_Session]:
-    """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
-    errors = Console(stderr=True)
-    try:
-        with bars(errors, enabled=not as_json and errors.is_terminal) as progress:
-            session = _Session(as_json, progress)
-            yield session
-        session.print()
-    except KeyboardInterrupt:
-        errors.print("Interrupted. Nothing half-written is left; an analysis resumes with the same command.")
-        raise typer.Exit(130) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -128,7 +81,7 @@ def demo(
     as_json: flags.Json = False,
 ) -> None:
     """The main job on the embedded default: SmolLM2-135M, uniform ranks against UniRank, dense in the same table."""
-    with _session(as_json) as session:
+    with run_session(as_json) as session:
         result = run_demo(out, remove=remove or (0.2, 0.4), device=device, progress=session.progress)
         session.show(tables.demo_record(result), *tables.demo_view(result))
 
@@ -154,7 +107,7 @@ def analyze(
     as_json: flags.Json = False,
 ) -> None:
     """Calibrate and decompose every layer, once for all ratios. Expensive; an interrupted run resumes."""
-    with _session(as_json) as session:
+    with run_session(as_json) as session:
         scheme_of(scheme)
         loaded = load(model, dtype=dtype, device=device)
         calibration = Calibration(calib, windows, window, seed, batch, gradients)
@@ -208,7 +161,7 @@ def plan(
     as_json: flags.Json = False,
 ) -> None:
     """Ranks for an exact budget from a finished store. Any ratio, any allocator; most load no model."""
-    with _session(as_json) as session:
+    with run_session(as_json) as session:
         _check_source(ctx, remove, ranks, "--ranks")
         analysis = open_store(store)
         if ranks is not None:
@@ -275,7 +228,7 @@ def diagnose(
     Spearman's correlation with a permutation test, for the effective ranks of weights, whitened weights, sublayer
     outputs and streams; then the spectra, the geometry of the cosines, and the damping.
     """
-    with _session(as_json) as session:
+    with run_session(as_json) as session:
         if out is not None:
             pictures.check_folder(out, overwrite=overwrite)
         analysis = open_store(store)
@@ -334,7 +287,7 @@ def compress(
     as_json: flags.Json = False,
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
-    with _session(as_json) as session:
+    with run_session(as_json) as session:
         _check_source(ctx, remove, plan, "--plan")
         text = None if plan is None else read_rank_file(plan)
         if preset is not None:
@@ -417,7 +370,7 @@ def evaluate_command(
     as_json: flags.Json = False,
 ) -> None:
     """Perplexity, or tasks of lm-eval, of a dense or compressed model, with everything needed to compare it."""
-    with _session(as_json) as session:
+    with run_session(as_json) as session:
         names = [model] if against is None else [against, model]
         if tasks is not None:
             _refuse({"--text": text, "--window": window, "--prompt": prompt}, "is of perplexity; leave out --tasks")
@@ -456,10 +409,13 @@ def _refuse(options: dict[str, Any], reason: str) -> None:
             raise InputError(f"{name} {reason}.")
 
 
+app.command(name="finetune")(finetune_command)
+
+
 @app.command()
 def info(as_json: flags.Json = False) -> None:
     """Versions, devices, and what this build can do."""
-    with _session(as_json) as session:
+    with run_session(as_json) as session:
         record = build_info()
         session.show(record, tables.info_table(record))
 

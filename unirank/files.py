@@ -184,3 +184,17 @@ def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def differences(old: Any, new: Any, *, was: str = "store", path: str = "") -> list[str]:
+    """What differs between two JSON records, in words; hashes only where nothing that can be read differs.
+
+    `was` says where the old one is.
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += differences(old.get(key), new.get(key), was=was, path=f"{path}.{key}".lstrip("."))
+        return [line for line in lines if "sha256" not in line] or lines
+    short = [value[:12] if "sha256" in path and isinstance(value, str) else value for value in (old, new)]
+    return [] if old == new else [f"{path} ({was}: {short[0]!r}, now: {short[1]!r})"]

@@ -21,7 +21,15 @@ from safetensors.torch import load_file
 
 from unirank.calibrate import Streams
 from unirank.errors import StoreError
-from unirank.files import check_output, link_or_copy, make_directory, sha256_text, write_json, write_tensors
+from unirank.files import (
+    check_output,
+    differences,
+    link_or_copy,
+    make_directory,
+    sha256_text,
+    write_json,
+    write_tensors,
+)
 from unirank.types import CosineStat, Factors, Gradient, LinearSpec
 
 MANIFEST = "analysis.json"
@@ -141,7 +149,7 @@ class AnalysisStore:
             raise StoreError(
                 f"The gradients of the store {self.path} are not finished: {remaining} layers are missing."
             )
-        differs = _differences({**self.identity, "scheme": ""}, {**identity, "scheme": ""})
+        differs = differences({**self.identity, "scheme": ""}, {**identity, "scheme": ""})
         if differs:
             raise StoreError(f"The gradients of the store {self.path} are of another analysis: {'; '.join(differs)}.")
 
@@ -307,7 +315,7 @@ def create_or_resume(
             if not overwrite:
                 raise
         else:
-            differs = _differences(found.identity, identity)
+            differs = differences(found.identity, identity)
             if not differs and found.linears == linears:
                 store.remove_leftovers()
                 return store
@@ -354,16 +362,6 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise _damaged(file, error) from error
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs, in words; hashes only where nothing that can be read differs."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted(old.keys() | new.keys())
-        lines = [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-        return [line for line in lines if "sha256" not in line] or lines
-    short = [value[:12] if "sha256" in path and isinstance(value, str) else value for value in (old, new)]
-    return [] if old == new else [f"{path} (store: {short[0]!r}, now: {short[1]!r})"]
 
 
 def _damaged(

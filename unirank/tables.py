@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,6 +90,22 @@ def compress_view(compressed: CompressedModel, out: Path, store: Path) -> list[A
         table.add_row(label, f"{before:,}", f"{after:,}", f"{removed:.2%}")
     kept = f"The analysis stays in {store} for other ratios (--store {store}); delete it when you need no more."
     return [table, f"{saved / 1e6:,.1f} MB saved on disk. {plan_summary(compressed.plan)}", kept, *load_hint([out])]
+
+
+def finetune_view(tuned: CompressedModel, out: Path) -> list[Any]:
+    """Held-out perplexity before and after, and how to load the result."""
+    training = tuned.training or {}
+    data, settings = training["data"], training["settings"]
+    title = f"held-out part of {data['text']}: {data['held_out_windows']} windows of {settings['window']} tokens"
+    table = _table(title, "", "perplexity")
+    for label in ("before", "after"):
+        table.add_row(label, f"{math.exp(training[f'held_out_{label}']):.2f}")
+    lines = [
+        f"{training['trainable']:,} parameters were trained; merging changed no logit by more than "
+        f"{training['merge_difference']:.1e} of the largest.",
+        f"Ranks and size are what they were: {tuned.report.targets_after:,} parameters in the decoder's linears.",
+    ]
+    return [table, *lines, *load_hint([out])]
 
 
 def load_hint(paths: Sequence[Path]) -> list[Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,6 +50,11 @@ class TruncateReport:
             "removed_of_targets": self.removed_of_targets,
             "removed_of_model": self.removed_of_model,
         }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> TruncateReport:
+        """Read `as_dict`'s result. Raises KeyError or ValueError for anything else."""
+        return cls(**{field.name: int(record[field.name]) for field in fields(cls)})
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,0 +1,104 @@
+"""The command `unirank finetune`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unirank import flags, tables
+from unirank.checkpoint import PLAN_FILE, open_compressed
+from unirank.errors import InputError
+from unirank.files import check_output
+from unirank.finetune import Finetune, finetune
+from unirank.session import run_session
+
+_D = Finetune()
+
+
+def finetune_command(
+    model: Annotated[str, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training text: a UTF-8 file; records as .jsonl or .parquet (text, messages, prompt and completion, "
+            "or instruction and output); a directory or hub name for `datasets`, where needed as NAME:CONFIGURATION."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the fine-tuned checkpoint.")],
+    split: Annotated[str, typer.Option(help="Split of a `datasets` source.")] = "train",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _D.steps,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = _D.batch,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Windows that run at once; fewer need less memory. Default: all of a step.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window; documents are packed.")] = _D.window,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _D.lr,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters (the factors keep theirs).")] = _D.rank,
+    alpha: Annotated[float | None, typer.Option(help="Adapters count alpha / rank. Default: twice the rank.")] = None,
+    schedule: Annotated[str, typer.Option(help="joint, or left-then-right (SVD-LLM's).")] = _D.schedule,
+    dense: Annotated[bool, typer.Option("--dense", help="Also adapt the linears that stayed dense.")] = False,
+    distill: Annotated[
+        float, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
+    ] = _D.distill,
+    temperature: Annotated[float, typer.Option(help="Of that divergence.")] = _D.temperature,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model; default: the one the checkpoint says it came from.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Fraction of the windows that is not trained on.")] = _D.held_out,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between looks at the held-out loss, and checkpoints. Default: a tenth.")
+    ] = None,
+    patience: Annotated[int, typer.Option(help="Looks without improvement that end it; 0: never.")] = _D.patience,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
+    precision: Annotated[
+        str, typer.Option(help="Of the arithmetic: float32, bfloat16, or auto (bfloat16 on GPUs that have it).")
+    ] = _D.precision,
+    seed: Annotated[int, typer.Option(help="Seed of adapters and order.")] = _D.seed,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keep training checkpoints here. Default: OUT with -training appended, deleted at the end."),
+    ] = None,
+    dtype: flags.Dtype = "auto",
+    device: flags.Device = None,
+    overwrite: flags.Overwrite = False,
+    as_json: flags.Json = False,
+) -> None:
+    """Fine-tune a compressed checkpoint with LoRA on its factors. Ranks stay; an interrupted run resumes."""
+    with run_session(as_json) as session:
+        chosen: dict[str, Any] = {"schedule": schedule, "precision": precision}
+        settings = Finetune(
+            steps=steps,
+            batch=batch,
+            micro_batch=micro_batch,
+            window=window,
+            lr=lr,
+            rank=rank,
+            alpha=alpha,
+            dense=dense,
+            distill=distill,
+            temperature=temperature,
+            held_out=held_out,
+            evaluate_every=evaluate_every,
+            patience=patience,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+            **chosen,
+        )
+        check_output(out, marker=PLAN_FILE, overwrite=overwrite)
+        if out.resolve() == Path(model).resolve():
+            raise InputError(f"The output {out} is the checkpoint that is fine-tuned; choose another.")
+        compressed = open_compressed(model, dtype=dtype, device=device)
+        folder = work or out.with_name(out.name + "-training")
+        tuned = finetune(
+            compressed, data, settings, work=folder, teacher=teacher, split=split, progress=session.progress
+        )
+        tuned.save(out, overwrite=overwrite)
+        if work is None:
+            shutil.rmtree(folder)
+        record = {"out": str(out), "report": tuned.report.as_dict(), "training": dict(tuned.training or {})}
+        session.show(record, *tables.finetune_view(tuned, out))

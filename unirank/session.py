@@ -1,0 +1,61 @@
+"""What every command shares: where its output goes, progress bars, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR, getLogger
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from unirank.progress import OnProgress, bars
+
+
+class Session:
+    """Where a command's output goes."""
+
+    def __init__(self, as_json: bool, progress: OnProgress) -> None:
+        self.progress = progress
+        self._json = as_json
+        self._result: tuple[dict[str, Any], tuple[Any, ...]] | None = None
+
+    def show(self, record: dict[str, Any], *renderables: Any) -> None:
+        """The command's result: `record` under --json, else the renderables."""
+        self._result = record, renderables
+
+    def print(self) -> None:
+        """Print the result. Only when the progress bars are gone, whose last redraw would wipe lines out."""
+        if self._result is None:
+            return
+        record, renderables = self._result
+        if self._json:
+            print(json.dumps(record, indent=1))
+            return
+        # A pipe has no width; tables should not be cut there.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+        console = Console(width=width, highlight=False)
+        for renderable in renderables:
+            console.print(renderable)
+
+
+@contextmanager
+def run_session(as_json: bool) -> Iterator[Session]:
+    """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
+    errors = Console(stderr=True)
+    try:
+        with bars(errors, enabled=not as_json and errors.is_terminal) as progress:
+            session = Session(as_json, progress)
+            yield session
+        session.print()
+    except KeyboardInterrupt:
+        errors.print("Interrupted. Nothing half-written is left; what was interrupted resumes with the same command.")
+        raise typer.Exit(130) from None

@@ -1,0 +1,217 @@
+"""The loop of fine-tuning: transformers' Trainer, with distillation, and an end as soon as a number is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from unirank.errors import NonFiniteError
+from unirank.progress import OnProgress
+
+_STATE = "trainer_state.json"  # the last file of a Trainer checkpoint: without it, the write was cut off
+_LOGGED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One run of the Trainer: see `unirank.Finetune` for what the numbers mean."""
+
+    steps: int
+    batch: int
+    micro_batch: int
+    lr: float
+    warmup: float
+    weight_decay: float
+    evaluate_every: int
+    patience: int
+    distill: float
+    temperature: float
+    gradient_checkpointing: bool
+    bf16: bool
+    seed: int
+
+
+def run(
+    model: Any,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    folder: Path,
+    loop: Loop,
+    *,
+    teacher: PreTrainedModel | None,
+    stage: str,
+    progress: OnProgress,
+) -> list[dict[str, float]]:
+    """Train what takes gradients in the peft model `model`, in place; it ends with the weights of least held-out loss.
+
+    Args:
+        train, held_out: windows, int64 `[W, T]`.
+        folder: of the Trainer's checkpoints; the newest whole one is resumed. They hold the Trainer's own pickled
+            optimizer state, which is read back as plain tensors (`weights_only`).
+
+    Returns the log: `step` with `loss` (mean since the last entry), or with `eval_loss` (held out), nats a token.
+
+    Raises NonFiniteError when a loss or gradient is NaN or infinity; names the step. The adapters as they were before
+    that step are then in `folder`/last-good.
+    """
+    device = next(model.parameters()).device
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=loop.steps,
+        per_device_train_batch_size=loop.micro_batch,
+        per_device_eval_batch_size=loop.micro_batch,
+        gradient_accumulation_steps=loop.batch // loop.micro_batch,
+        learning_rate=loop.lr,
+        warmup_steps=math.ceil(loop.warmup * loop.steps),
+        lr_scheduler_type="cosine",
+        weight_decay=loop.weight_decay,
+        eval_strategy="steps",
+        eval_steps=loop.evaluate_every,
+        save_strategy="steps",
+        save_steps=loop.evaluate_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        prediction_loss_only=True,
+        logging_steps=max(1, min(10, loop.evaluate_every)),
+        logging_nan_inf_filter=False,
+        bf16=loop.bf16,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        seed=loop.seed,
+        report_to=[],
+        disable_tqdm=True,
+        **(_checkpointing() if loop.gradient_checkpointing else {}),
+    )
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Windows(train),
+        eval_dataset=_Windows(held_out),
+        data_collator=_collate,
+        callbacks=[_Watch(stage, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)  # progress is ours to show
+    trainer.prepare(loop, teacher)
+    if loop.patience:
+        trainer.add_callback(EarlyStoppingCallback(loop.patience))
+    trainer.train(resume_from_checkpoint=_newest(folder))
+    # With bf16, accelerate puts its autocast around the model's forward; what follows is measured without.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    progress(stage, loop.steps, loop.steps)  # also when it ended early
+    entries = [{key: entry[key] for key in _LOGGED if key in entry} for entry in trainer.state.log_history]
+    return [entry for entry in entries if len(entry) > 1]
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Gradient checkpointing, under the name that this transformers 5 has for it."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _newest(folder: Path) -> str | None:
+    """The newest whole checkpoint; what a killed run left of others is deleted."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            found.append((int(json.loads((path / _STATE).read_text())["global_step"]), str(path)))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
+
+
+class _Windows(torch.utils.data.Dataset):  # pyright: ignore[reportMissingTypeArgument]
+    def __init__(self, windows: torch.Tensor) -> None:
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._windows[index]
+
+
+def _collate(windows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = torch.stack(list(windows))
+    return {"input_ids": ids, "labels": ids}  # without labels the Trainer evaluates no loss
+
+
+class _Watch(TrainerCallback):
+    """Shows progress, and stops before an optimizer step on a gradient that is not finite."""
+
+    def __init__(self, stage: str, progress: OnProgress) -> None:
+        self._stage, self._progress = stage, progress
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self._progress(self._stage, state.global_step, state.max_steps)
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self._progress(self._stage, state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, _control: Any, model: Any = None, **_: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                raise _stopped(model, args.output_dir, f"The gradient of {name} is NaN or infinity", state.global_step)
+
+
+def _stopped(model: Any, folder: str, what: str, step: int) -> NonFiniteError:
+    """Keep the adapters, which no step has touched since they were good, and say where they are."""
+    kept = Path(folder) / "last-good"
+    model.save_pretrained(kept)
+    return NonFiniteError(
+        f"{what} at step {step + 1}; a lower learning rate may help. "
+        f"The adapters as they were before that step are in {kept}."
+    )
+
+
+class _Trainer(Trainer):
+    """Cross-entropy, mixed with the divergence from a teacher."""
+
+    def prepare(self, loop: Loop, teacher: PreTrainedModel | None) -> None:
+        self._loop, self._teacher = loop, teacher
+        self.model_accepts_loss_kwargs = False  # our loss is a mean, which the Trainer has to divide when it adds up
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean token loss in float32, nats; in evaluation the cross-entropy alone."""
+        del num_items_in_batch
+        ids = inputs["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        loss = F.cross_entropy(logits, ids[:, 1:].flatten())
+        if model.training and self._teacher is not None:
+            loss = torch.lerp(loss, self._divergence(logits, ids), self._loop.distill)
+        if not bool(loss.isfinite()):
+            what = f"The loss is {float(loss.detach())}"
+            raise _stopped(self.model, str(self.args.output_dir), what, self.state.global_step)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _divergence(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """`T² KL(teacher || student)` at temperature T, mean over tokens."""
+        assert self._teacher is not None
+        temperature = self._loop.temperature
+        with torch.no_grad():
+            target = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            log_p = (target / temperature).log_softmax(-1)
+        log_q = (logits / temperature).log_softmax(-1)
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
