@@ -174,7 +174,7 @@ def finetune(
     dense = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE] if settings.dense else []
     names = adapted(model, dense=dense)
     corpus = read_corpus(data, compressed.tokenizer, split=split)
-    train, held_out = _split(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
+    train, held_out = split_windows(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
     guide = _teacher(compressed, teacher, settings)
     recipe = _identity(compressed, corpus, settings, train, held_out, guide)
     _claim(work, recipe)
@@ -212,7 +212,7 @@ def finetune(
     return dataclasses.replace(compressed, model=merged, training=training)
 
 
-def _split(windows: torch.Tensor, settings: Finetune, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:
+def split_windows(windows: torch.Tensor, settings: Finetune, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows to train on, and the last ones, which are held out."""
     if len(windows) < 2:
         raise InputError(
