@@ -7,9 +7,11 @@ WikiText-2's validation text, seed 0; perplexity on the first 8 windows of 1024 
 beside the reference figure, and compares the sublayer cosines. It exits with 1 when a figure is off by more than 2 %.
 
     python bench/bench_quality.py --preset fast best --json presets.json
-    python bench/bench_quality.py --grid --seeds 3 --json grid.json --markdown docs/results.md
+    python bench/bench_quality.py --grid --remove 0.2 0.4 0.6 --json docs/results.json --markdown docs/results.md
+    python bench/bench_quality.py --experiments --json docs/results.json --markdown docs/results.md
 
-runs presets, or every scheme, allocator and preset, on the same calibration; a second text is Python's documentation.
+runs presets, or every scheme, allocator and preset, or what was tried on the way to the presets, on the same
+calibration; a second text is Python's documentation. What the JSON file has already is not run again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_grid
+from recipes import RECIPES
 from record import write_result
 from rich.console import Console
 from rich.table import Table
@@ -157,8 +160,8 @@ def show(rows: list[dict[str, Any]], store: AnalysisStore, console: Console) -> 
 
 
 def grid(arguments: argparse.Namespace, console: Console) -> int:
-    """Run presets or everything; resumes from the JSON file."""
-    names, all_schemes, all_allocators = arguments.preset, (), ()
+    """Run presets, experiments or everything; resumes from the JSON file."""
+    names, all_schemes, all_allocators = arguments.preset or tuple(RECIPES), (), ()
     if arguments.grid:
         names, all_schemes, all_allocators = quality_grid.everything()
     jobs = list(quality_grid.cells(names, all_schemes, all_allocators, arguments.remove, range(arguments.seeds)))
@@ -185,6 +188,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--protocol", choices=["reference"])
     what.add_argument("--preset", nargs="+", choices=presets(), help="run these recipes")
+    what.add_argument("--experiments", action="store_true", help="run the recipes of docs/experiments.md (hours)")
     what.add_argument("--grid", action="store_true", help="run everything (hours)")
     parser.add_argument("--remove", nargs="+", type=float, default=[0.2, 0.4], help="of presets and grid")
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds 0, 1, ... of presets and grid")

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipes import RECIPES
+
 import unirank
 from unirank.allocators import allocator as allocator_of
 from unirank.files import write_json
@@ -38,7 +40,12 @@ def main() -> None:
             seconds["gradients"] = time.perf_counter() - started
 
     dense = job["allocator"] == "dense"
-    recipe = preset(job["preset"]) if job["preset"] else Preset(job["scheme"], "uniform" if dense else job["allocator"])
+    if job["preset"] in RECIPES:
+        recipe = RECIPES[job["preset"]]
+    elif job["preset"]:
+        recipe = preset(job["preset"])
+    else:
+        recipe = Preset(job["scheme"], "uniform" if dense else job["allocator"])
     needs_gradients = recipe.needs_gradients or scheme_of(recipe.scheme).needs_gradient
     calibration = unirank.Calibration(
         text=job["calibration"],

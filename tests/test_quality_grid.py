@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import unirank
+from unirank.allocators import allocator
+from unirank.allocators.base import options_of
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -31,14 +33,24 @@ def test_the_grid_has_every_scheme_allocator_and_preset_once(grid) -> None:
     assert {cell["allocator"] for cell in cells if not cell["preset"]} == {"dense", *unirank.allocators()}
 
 
+def test_every_recipe_of_the_experiments_can_be_run(grid) -> None:
+    from recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        assert recipe.scheme in unirank.schemes()
+        options_of(allocator(recipe.allocator), recipe.options)
+        assert name not in unirank.presets()
+
+
 @pytest.mark.parametrize(
     "cell",
     [
         {"preset": "", "scheme": "whiten", "allocator": "dense", "remove": 0.0},
         {"preset": "", "scheme": "whiten", "allocator": "curvature", "remove": 0.4},
         {"preset": "best", "scheme": "", "allocator": "", "remove": 0.4},
+        {"preset": "kfac + curvature, cost_power 0.5", "scheme": "", "allocator": "", "remove": 0.4},
     ],
-    ids=["dense", "curvature", "best"],
+    ids=["dense", "curvature", "best", "recipe"],
 )
 def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     job = cell | {"model": str(model_dir), "calibration": str(text_file), "texts": [str(text_file)], "seed": 0}
