@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 import unirank
 from tests.tiny import WORDS
+from unirank.densify import densify
 from unirank.errors import InputError
 from unirank.modules import LowRankLinear
 from unirank.types import DENSE
@@ -62,6 +64,8 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any], int]] = {
     "granite": (T.GraniteConfig, {}, 7),
     "glm4, norms before and after": (T.Glm4Config, {"head_dim": 8}, 6),
 }
+# Their classes have no place for the biases that the scheme `afm` adds.
+NO_PLACE = ("mistral", "qwen2", "qwen3", "gemma", "phi3", "cohere", "gptj", "olmo2", "stablelm", "glm4")
 EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "mixtral": (T.MixtralConfig, {"num_local_experts": 4}),
     "qwen3-moe": (T.Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),
@@ -109,6 +113,35 @@ def test_compressed_saved_loaded_and_generated_from(
         tokens = generated(again, cache=True)
         assert tokens.shape == (1, 18)
         assert torch.equal(tokens, generated(again, cache=False))
+
+
+@pytest.mark.parametrize("scheme", ["whiten", "afm"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_densified_it_is_a_plain_checkpoint_with_the_same_outputs(
+    name: str, scheme: str, tokenizer: PreTrainedTokenizerFast, calibration: unirank.Calibration, tmp_path: Path
+) -> None:
+    cls, changes, _ = ARCHITECTURES[name]
+    loaded = unirank.describe(build(cls, changes), tokenizer, source=name)
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    compressed = unirank.compress(loaded, 0.3, scheme=scheme, calibration=calibration)
+    compressed.save(tmp_path / "small")
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        expected = compressed.model(ids).logits
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+        if scheme == "afm" and name.startswith(NO_PLACE):
+            with pytest.raises(InputError, match="has no place for the biases of"):
+                densify(model)
+            assert torch.equal(model(ids).logits, expected)  # untouched
+            return
+        densify(model).save_pretrained(tmp_path / "dense")
+        assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        assert type(again) is type(model)
+        assert not any(isinstance(module, LowRankLinear) for module in again.modules())
+        if scheme == "whiten":
+            assert sum(parameter.numel() for parameter in again.parameters()) == size
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -400,3 +400,21 @@ def test_stock_peft_needs_no_help_from_us(compressed: Path, tmp_path: Path) -> N
     merged.save_pretrained(tmp_path / "merged")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(saved(ids).logits, merged(ids).logits)
+
+
+def test_the_command_densifies(run_unirank: Run, compressed: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "dense"
+    code, printed, err = run_unirank("densify", compressed, "-o", out, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "needs no unirank to load" in printed
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    code += "; assert 'unirank' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, out], check=True, capture_output=True)
+    for command, words in (
+        (["densify", compressed, "-o", out], "pass --overwrite"),
+        (["densify", compressed, "-o", compressed, "--overwrite"], "is the checkpoint itself"),
+        (["densify", out, "-o", tmp_path / "other"], f"it has no {PLAN_FILE}"),
+    ):
+        exit_code, _, err = run_unirank(*command, "--device", "cpu")
+        assert exit_code == 2
+        assert words in err

@@ -38,7 +38,7 @@ ORDER = (
     ("allocate", "imported", "workbench"),
     ("presets",),
     ("checkpoint",),
-    ("api",),
+    ("api", "densify"),
     ("training",),
     ("finetune",),
     ("correlation", "spectra", "harness"),
@@ -46,7 +46,7 @@ ORDER = (
     ("pictures",),
     ("demo", "info"),
     ("tables", "flags", "session"),
-    ("cli_finetune",),
+    ("cli_compressed",),
     ("cli",),
 )
 LEVEL = {name: level for level, group in enumerate(ORDER) for name in group}

@@ -15,6 +15,7 @@ from unirank.analyze import Calibration, analyze
 from unirank.api import apply, compress
 from unirank.checkpoint import CompressedModel, open_compressed
 from unirank.correlation import effective_rank, spearman
+from unirank.densify import densify
 from unirank.diagnose import Diagnosis, diagnose
 from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
 from unirank.evaluate import EvalReport, evaluate, generate
@@ -63,6 +64,7 @@ __all__ = [
     "analyze",
     "apply",
     "compress",
+    "densify",
     "describe",
     "diagnose",
     "effective_rank",

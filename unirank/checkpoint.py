@@ -45,12 +45,14 @@ class CompressedModel:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             write_text(folder / PLAN_FILE, self.plan.to_json())
-            provenance = {"analysis": self.identity, "report": self.report.as_dict(), "source": self.source}
-            if self.training is not None:
-                provenance["training"] = self.training
-            write_json(folder / PROVENANCE_FILE, provenance)
+            write_json(folder / PROVENANCE_FILE, self.provenance())
             write_text(folder / "README.md", self._card())
         return out
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the model comes from, for JSON."""
+        record = {"analysis": self.identity, "report": self.report.as_dict(), "source": self.source}
+        return record if self.training is None else record | {"training": self.training}
 
     def _card(self) -> str:
         plan, report = self.plan, self.report

@@ -1,4 +1,4 @@
-"""The command `unirank finetune`."""
+"""The commands that go on from a compressed checkpoint: `unirank finetune` and `unirank densify`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from unirank import flags, tables
-from unirank.checkpoint import PLAN_FILE, open_compressed
+from unirank.checkpoint import PLAN_FILE, PROVENANCE_FILE, open_compressed
+from unirank.densify import densify, save_dense
 from unirank.errors import InputError
 from unirank.files import check_output
 from unirank.finetune import Finetune, finetune
 from unirank.session import run_session
+from unirank.truncate import count_parameters
 
 _D = Finetune()
 
@@ -102,3 +104,26 @@ def finetune_command(
             shutil.rmtree(folder)
         record = {"out": str(out), "report": tuned.report.as_dict(), "training": dict(tuned.training or {})}
         session.show(record, *tables.finetune_view(tuned, out))
+
+
+def densify_command(
+    model: Annotated[str, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the plain checkpoint.")],
+    dtype: flags.Dtype = "auto",
+    device: flags.Device = None,
+    overwrite: flags.Overwrite = False,
+    as_json: flags.Json = False,
+) -> None:
+    """Write a plain checkpoint of the original class, as large as the original, for tools without unirank."""
+    with run_session(as_json) as session:
+        check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
+        if out.resolve() == Path(model).resolve():
+            raise InputError(f"The output {out} is the checkpoint itself; choose another.")
+        compressed = open_compressed(model, dtype=dtype, device=device)
+        densify(compressed.model, progress=session.progress)
+        save_dense(compressed, out, overwrite=overwrite)
+        count = count_parameters(compressed.model)
+        record = {"out": str(out), "class": type(compressed.model).__name__, "parameters": count}
+        session.show(
+            record, f"{record['class']} of {count:,} parameters written to {out}; it needs no unirank to load."
+        )
