@@ -49,7 +49,7 @@ def densify(model: PreTrainedModel, *, progress: OnProgress = silent) -> PreTrai
     model.config = config
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PretrainedConfig):
-            module.config = config.get_text_config() if module is not model else config
+            setattr(module, "config", config.get_text_config() if module is not model else config)  # noqa: B010
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
             delattr(model, attribute)
