@@ -43,7 +43,7 @@ ORDER = (
     ("finetune",),
     ("correlation", "spectra", "harness"),
     ("diagnose",),
-    ("pictures",),
+    ("pictures", "report"),
     ("demo", "info"),
     ("tables", "flags", "session"),
     ("cli_compressed",),

@@ -108,12 +108,19 @@ def _training_line(training: Mapping[str, Any]) -> str:
     )
 
 
-def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> CompressedModel:
-    """Read what `CompressedModel.save` wrote, to go on working with it. `dtype` and `device` as in `unirank.load`.
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself, without its weights. Fields as in `CompressedModel`."""
 
-    Raises InputError when `path` is no such checkpoint or is damaged.
-    """
-    path = Path(path)
+    plan: RankPlan
+    report: TruncateReport
+    identity: Mapping[str, Any]
+    source: str
+    training: Mapping[str, Any] | None
+
+
+def read_record(path: Path) -> Record:
+    """Read the plan and the provenance beside the weights. Raises InputError when `path` is no such checkpoint."""
     if not path.is_dir():
         raise InputError(f"The compressed checkpoint {path} does not exist; make one with: unirank compress.")
     if not (path / PLAN_FILE).is_file():
@@ -124,8 +131,18 @@ def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None
     try:
         record = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
         report = TruncateReport.from_dict(record["report"])
-        identity, source, training = record["analysis"], str(record["source"]), record.get("training")
+        return Record(plan, report, record["analysis"], str(record["source"]), record.get("training"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
+
+
+def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> CompressedModel:
+    """Read what `CompressedModel.save` wrote, to go on working with it. `dtype` and `device` as in `unirank.load`.
+
+    Raises InputError when `path` is no such checkpoint or is damaged.
+    """
+    record = read_record(Path(path))
     model, tokenizer = load_pretrained(str(path), dtype=dtype, device=device)
-    return CompressedModel(model, tokenizer, plan, report, identity, source, training)
+    return CompressedModel(
+        model, tokenizer, record.plan, record.report, record.identity, record.source, record.training
+    )

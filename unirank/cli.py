@@ -19,7 +19,7 @@ from unirank.analyze import Calibration
 from unirank.analyze import analyze as run_analyze
 from unirank.api import analysis_for, apply
 from unirank.checkpoint import PLAN_FILE
-from unirank.cli_compressed import densify_command, finetune_command
+from unirank.cli_compressed import densify_command, finetune_command, report_command
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.demo import demo as run_demo
 from unirank.diagnose import diagnose as run_diagnose
@@ -411,6 +411,7 @@ def _refuse(options: dict[str, Any], reason: str) -> None:
 
 app.command(name="finetune")(finetune_command)
 app.command(name="densify")(densify_command)
+app.command(name="report")(report_command)
 
 
 @app.command()

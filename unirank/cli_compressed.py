@@ -1,4 +1,4 @@
-"""The commands that go on from a compressed checkpoint: `unirank finetune` and `unirank densify`."""
+"""The commands that go on from a compressed checkpoint: `unirank finetune`, `unirank densify`, `unirank report`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from unirank.densify import densify, save_dense
 from unirank.errors import InputError
 from unirank.files import check_output
 from unirank.finetune import Finetune, finetune
+from unirank.report import PROMPTS, write_report
 from unirank.session import run_session
+from unirank.store import MANIFEST, open_store
 from unirank.truncate import count_parameters
 
 _D = Finetune()
@@ -127,3 +129,38 @@ def densify_command(
         session.show(
             record, f"{record['class']} of {count:,} parameters written to {out}; it needs no unirank to load."
         )
+
+
+def report_command(
+    model: Annotated[Path, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page to write. Default: COMPRESSED with .html appended.")
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Its analysis store, for cosines and spectra. Default: COMPRESSED-analysis, if there."),
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="JSON of `unirank demo` or bench_quality.py, for perplexities.")
+    ] = None,
+    dense: Annotated[str | None, typer.Option(help="The dense model, for texts side by side.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="With --dense: continue this; repeatable. Default: three.")
+    ] = None,
+    device: flags.Device = None,
+    as_json: flags.Json = False,
+) -> None:
+    """One self-contained HTML page about a compressed checkpoint: ranks, cosines, spectra, and how to make it again."""
+    with run_session(as_json) as session:
+        if prompts and dense is None:
+            raise InputError("--prompt needs --dense: the texts stand side by side.")
+        beside = model.with_name(model.name + "-analysis")
+        where = store or (beside if (beside / MANIFEST).is_file() else None)
+        page = out or model.with_name(model.name + ".html")
+        analysis = open_store(where) if where is not None else None
+        write_report(model, page, store=analysis, grid=grid, dense=dense, prompts=prompts or PROMPTS, device=device)
+        size = page.stat().st_size
+        note = (
+            "" if analysis is not None else " Cosines and spectra are not in it: no analysis store was given (--store)."
+        )
+        session.show({"out": str(page), "bytes": size}, f"Written: {page} ({size / 1e3:,.0f} kB).{note}")

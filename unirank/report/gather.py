@@ -1,0 +1,142 @@
+"""Everything that the report shows, read from a checkpoint, its analysis store and a grid; no model runs here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unirank.checkpoint import Record, read_record
+from unirank.correlation import effective_rank
+from unirank.errors import InputError
+from unirank.store import AnalysisStore
+from unirank.types import DENSE, RankPlan
+
+_LAYER = re.compile(r"^(?P<path>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
+POINTS = 60  # a spectrum is drawn through so many of its components
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One target and what became of it."""
+
+    name: str
+    layer: int
+    kind: str
+    m: int
+    n: int
+    rank: int | str
+    kept: float  # fraction of its parameters
+    sublayer: str = ""  # needs the store, as what follows
+    energy_kept: float | None = None
+    effective_rank: float | None = None
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Share of the energy beyond rank r, of the middle layer of a kind, and of the layers that lose least and most."""
+
+    kind: str
+    curves: Mapping[str, list[tuple[float, float]]]  # label -> (r / K, share beyond)
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a page shows. `cosines`: layer -> "attention", "mlp", "block" -> mean; empty without a store."""
+
+    name: str
+    record: Record
+    linears: tuple[Linear, ...]
+    cosines: tuple[Mapping[str, float], ...]
+    spectra: tuple[Spectrum, ...]
+    grid: tuple[Mapping[str, Any], ...]
+    samples: tuple[tuple[str, str, str], ...]  # prompt, dense, compressed
+
+    @property
+    def plan(self) -> RankPlan:
+        return self.record.plan
+
+
+def gather(
+    checkpoint: Path,
+    store: AnalysisStore | None,
+    grid: Path | None,
+    samples: tuple[tuple[str, str, str], ...] = (),
+) -> ReportData:
+    """Read what the report needs.
+
+    Raises InputError when the checkpoint, store or grid is not what it should be, or the store is of another analysis.
+    """
+    record = read_record(checkpoint)
+    if store is not None and store.digest != record.plan.analysis:
+        raise InputError(f"The store {store.path} is not the one that {checkpoint} was made from; leave it out.")
+    energies = store.energies() if store is not None else {}
+    sublayers = {spec.name: spec.sublayer for spec in store.linears} if store is not None else {}
+    linears = []
+    for name, rank in record.plan.ranks.items():
+        found = _LAYER.match(name)
+        if found is None:
+            raise InputError(f"The plan names {name!r}, which is no linear of a decoder layer.")
+        m, n = record.plan.shapes[name]
+        energy, share, effective = energies.get(name), None, None
+        if energy is not None:
+            share = 1.0 if rank == DENSE else float(energy[: int(rank)].sum() / energy.sum())
+            effective = effective_rank(energy)
+        linears.append(
+            Linear(
+                name,
+                int(found["layer"]),
+                found["kind"],
+                m,
+                n,
+                rank,
+                record.plan.rank_cost(name) / (m * n),
+                sublayers.get(name, ""),
+                share,
+                effective,
+            )
+        )
+    cosines = () if store is None else tuple({k: s.mean for k, s in layer.items()} for layer in store.cosines())
+    spectra = tuple(_spectra(linears, energies)) if energies else ()
+    return ReportData(checkpoint.name, record, tuple(linears), cosines, spectra, _rows(grid), samples)
+
+
+def _spectra(linears: list[Linear], energies: Mapping[str, Any]) -> list[Spectrum]:
+    found = []
+    for kind in dict.fromkeys(linear.kind for linear in linears):
+        members = sorted((x for x in linears if x.kind == kind), key=lambda x: x.effective_rank or 0.0)
+        chosen = {"least effective rank": members[0], "median": members[len(members) // 2]}
+        chosen["largest effective rank"] = members[-1]
+        curves = {}
+        for label, linear in chosen.items():
+            energy = energies[linear.name]
+            total = float(energy.sum())
+            steps = sorted({round(i * len(energy) / POINTS) for i in range(POINTS + 1)})
+            beyond = energy.flip(0).cumsum(0).flip(0)
+            shares = [float(beyond[r]) / total if r < len(energy) and total else 0.0 for r in steps]
+            points = [(r / len(energy), share) for r, share in zip(steps, shares, strict=True)]
+            curves[f"{label} (layer {linear.layer})"] = points
+        found.append(Spectrum(kind, curves))
+    return found
+
+
+def _rows(grid: Path | None) -> tuple[Mapping[str, Any], ...]:
+    if grid is None:
+        return ()
+    try:
+        rows = json.loads(grid.read_text(encoding="utf-8"))["rows"]
+        return tuple(
+            {
+                "label": row.get("preset") or f"{row['scheme']} + {row['allocator']}",
+                "remove": float(row["remove"]),
+                "text": str(row["text"]),
+                "perplexity": float(row["perplexity"]),
+                "dense": row["allocator"] == "dense",
+            }
+            for row in rows
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{grid} is no result of bench_quality.py or `unirank demo`: {error}.") from error

@@ -1,0 +1,259 @@
+"""The report as one HTML page: no script, no request, light, dark and print."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from unirank.report import svg
+from unirank.report.gather import Linear, ReportData
+from unirank.types import DENSE, SUBLAYERS
+
+_STYLE = files("unirank.report").joinpath("style.css").read_text(encoding="utf-8")
+
+
+def page(data: ReportData) -> str:
+    """The whole page. Text from outside is escaped."""
+    report = data.record.report
+    title = f"{data.name}: {report.removed_of_targets:.1%} of the decoder's weights removed"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">Made by unirank {_text(data.record.identity["versions"]["unirank"])} '
+        f"from <code>{_text(data.record.source)}</code>.</p>",
+        _facts(data),
+        _section("Rank allocation", _heat(data), _ALLOCATION),
+        _section("Kept fraction of each sublayer", _sublayers(data)),
+    ]
+    if data.cosines:
+        sections.append(_section("Cosine against effective rank", _cosines(data), _COSINE))
+    if data.spectra:
+        sections.append(_section("Spectra", _spectra(data), _SPECTRA))
+    if data.grid:
+        sections.append(_section("Perplexity against removed fraction", _perplexities(data)))
+    if not data.cosines:
+        sections.append(_section("Cosines and spectra", "", "They need the analysis store, which was not given."))
+    if data.samples:
+        sections.append(_section("Side by side", _samples(data), "Greedy continuations; a sample, not a measurement."))
+    if data.record.training is not None:
+        sections.append(_section("Fine-tuning", _training(data)))
+    sections.append(_section("Every linear", _table(data)))
+    sections.append(_section("Make it again", _commands(data)))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
+    )
+
+
+_ALLOCATION = (
+    "Fraction of each matrix's parameters that is kept. Above break-even the dense matrix is cheaper and is kept "
+    "whole: 1.00 in the darkest cells."
+)
+_COSINE = (
+    "Each point is a sublayer: how little it turns the residual stream (the cosine between what enters and what leaves "
+    "it; here its distance from 1, on a log scale) against the effective rank of its last linear's spectrum. UniRank "
+    "gives ranks to sublayers of low cosine."
+)
+_SPECTRA = (
+    "Share of the energy that lies beyond a rank, on a log scale: the steeper, the cheaper to truncate. For each kind "
+    "of linear, the layer of least, median and largest effective rank."
+)
+
+
+def _text(value: Any) -> str:
+    return escape(str(value))
+
+
+def _section(title: str, body: str, lead: str = "") -> str:
+    text = f"<p>{escape(lead)}</p>" if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{text}{body}</section>"
+
+
+def _facts(data: ReportData) -> str:
+    plan, report, calibration = data.plan, data.record.report, data.record.identity["calibration"]
+    facts = {
+        "decoder linears": f"{report.targets_before:,} to {report.targets_after:,} parameters "
+        f"({report.removed_of_targets:.2%} removed; budget {plan.budget:,})",
+        "whole model": f"{report.model_before:,} to {report.model_after:,} parameters "
+        f"({report.removed_of_model:.2%} removed)",
+        "matrices": f"{report.low_rank} low-rank, {report.dense} dense",
+        "scheme, allocator": f"{plan.scheme}, {plan.allocator}",
+        "calibration": f"{calibration['windows']} windows of {calibration['window']} tokens of {calibration['text']}, "
+        f"seed {calibration['seed']}",
+        "analysis": plan.analysis,
+    }
+    rows = "".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in facts.items())
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _heat(data: ReportData) -> str:
+    kinds = list(dict.fromkeys(linear.kind for linear in data.linears))
+    cells = {(linear.layer, linear.kind): linear for linear in data.linears}
+    short = [_text(kind.rsplit(".", 1)[-1]).replace("_", "_<wbr>") for kind in kinds]
+    head = "".join(f'<th scope="col">{kind}</th>' for kind in short)
+    rows = []
+    for layer in sorted({linear.layer for linear in data.linears}):
+        row = "".join(_cell(cells.get((layer, kind))) for kind in kinds)
+        rows.append(f'<tr><th scope="row">{layer}</th>{row}</tr>')
+    return (
+        f'<div class="scroll"><table class="heat"><caption class="soft">layer by projection</caption>'
+        f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _cell(linear: Linear | None) -> str:
+    if linear is None:
+        return "<td></td>"
+    # From nearly white to dark blue; the text is whichever of black and white has the more contrast.
+    red, green, blue = (round(a + (b - a) * linear.kept) for a, b in zip((238, 244, 255), (8, 48, 107), strict=True))
+    ink = "#000" if _luminance(red, green, blue) > 0.18 else "#fff"
+    rank = "dense" if linear.rank == DENSE else f"rank {linear.rank}"
+    title = f"{linear.name}: {rank} of {min(linear.m, linear.n)}"
+    style = f"background:rgb({red},{green},{blue});color:{ink}"
+    return f'<td style="{style}" title="{escape(title, quote=True)}">{linear.kept:.2f}</td>'
+
+
+def _luminance(*rgb: int) -> float:
+    """Relative luminance (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _sublayers(data: ReportData) -> str:
+    groups: dict[str, dict[int, list[Linear]]] = {}
+    for linear in data.linears:
+        key = linear.sublayer or linear.kind.split(".")[0]
+        groups.setdefault(key, {}).setdefault(linear.layer, []).append(linear)
+    curves = {}
+    for key, layers in groups.items():
+        curves[key] = [
+            (float(layer), sum(x.kept * x.m * x.n for x in members) / sum(x.m * x.n for x in members))
+            for layer, members in sorted(layers.items())
+        ]
+    chart = svg.lines("kept fraction", curves, x="layer", y="kept fraction", dots=True)
+    return f'<div class="charts"><figure><figcaption>by layer</figcaption>{chart}</figure></div>'
+
+
+def _cosines(data: ReportData) -> str:
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for sublayer in SUBLAYERS:
+        for layer, cosines in enumerate(data.cosines):
+            members = [x for x in data.linears if x.layer == layer and x.sublayer == sublayer]
+            if members and members[-1].effective_rank is not None:
+                cosine, effective = cosines[sublayer], members[-1].effective_rank or 0.0
+                text = f"layer {layer}, {sublayer}: cosine {cosine:.4f}, effective rank {effective:.1f}"
+                points.setdefault(sublayer, []).append((1 - cosine, effective, text))
+    against = svg.scatter("cosine and effective rank", points, x="1 - cosine", y="effective rank", log_x=True)
+    curves = {key: [(float(i), 1 - c[key]) for i, c in enumerate(data.cosines)] for key in SUBLAYERS}
+    importance = svg.lines("importance", curves, x="layer", y="1 - cosine", log_y=True, dots=True)
+    return (
+        f'<div class="charts"><figure><figcaption>cosine and effective rank</figcaption>{against}</figure>'
+        f"<figure><figcaption>functional importance by layer</figcaption>{importance}</figure></div>"
+    )
+
+
+def _spectra(data: ReportData) -> str:
+    figures = []
+    for spectrum in data.spectra:
+        chart = svg.lines(spectrum.kind, spectrum.curves, x="rank / K", y="energy beyond", log_y=True)
+        figures.append(f"<figure><figcaption>{_text(spectrum.kind)}</figcaption>{chart}</figure>")
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _perplexities(data: ReportData) -> str:
+    figures = []
+    for text in dict.fromkeys(row["text"] for row in data.grid):
+        rows = [row for row in data.grid if row["text"] == text]
+        dense = [row["perplexity"] for row in rows if row["dense"]]
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for label in dict.fromkeys(row["label"] for row in rows if not row["dense"]):
+            by_remove: dict[float, list[float]] = {}
+            for row in rows:
+                if row["label"] == label and not row["dense"]:
+                    by_remove.setdefault(row["remove"], []).append(row["perplexity"])
+            start = [(0.0, sum(dense) / len(dense))] if dense else []
+            curves[label] = start + [(at, sum(v) / len(v)) for at, v in sorted(by_remove.items())]
+        # The best at the largest fraction; more than six cannot be told apart.
+        best = dict(sorted(curves.items(), key=lambda item: item[1][-1][1])[:6])
+        chart = svg.lines("perplexity", best, x="removed fraction", y="perplexity", log_y=True, dots=True)
+        more = f" (best 6 of {len(curves)})" if len(curves) > 6 else ""
+        figures.append(f"<figure><figcaption>{_text(text)}{more}</figcaption>{chart}</figure>")
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _samples(data: ReportData) -> str:
+    parts = []
+    for prompt, dense, compressed in data.samples:
+        parts.append(f"<h3>{_text(prompt)}</h3>")
+        pair = "".join(
+            f"<div><strong>{label}</strong><pre>{_text(text)}</pre></div>"
+            for label, text in (("dense", dense), ("compressed", compressed))
+        )
+        parts.append(f'<div class="pair">{pair}</div>')
+    return "".join(parts)
+
+
+def _training(data: ReportData) -> str:
+    training = data.record.training or {}
+    curves = {
+        label: [(float(index), entry[key]) for index, entry in enumerate(training["log"]) if key in entry]
+        for label, key in (("training loss", "loss"), ("held-out loss", "eval_loss"))
+    }
+    curves = {label: curve for label, curve in curves.items() if curve}
+    chart = svg.lines("loss", curves, x="log entry", y="nats a token", dots=True) if curves else ""
+    settings = ", ".join(f"{key} = {value}" for key, value in sorted(training["settings"].items()))
+    figure = f'<div class="charts"><figure><figcaption>loss</figcaption>{chart}</figure></div>'
+    return f"<p>{_text(training['data']['text'])}; {_text(settings)}</p>{figure}"
+
+
+def _table(data: ReportData) -> str:
+    has_store = any(linear.effective_rank is not None for linear in data.linears)
+    columns = ["linear", "M x N", "rank", "kept"] + (["energy kept", "effective rank"] if has_store else [])
+    rows = []
+    for linear in data.linears:
+        cells = [linear.name, f"{linear.m} x {linear.n}", str(linear.rank), f"{linear.kept:.1%}"]
+        if has_store:
+            cells += [_percent(linear.energy_kept), f"{linear.effective_rank or 0.0:.1f}"]
+        rows.append(_row(cells))
+    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in columns)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<details open><summary>{len(rows)} linears</summary><div class="scroll">{table}</div></details>'
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f'<tr><th scope="row">{_text(cells[0])}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in cells[1:])}</tr>'
+
+
+def _commands(data: ReportData) -> str:
+    identity, plan = data.record.identity, data.plan
+    calibration = identity["calibration"]
+    analyze = ["unirank", "analyze", data.record.source, "-o", "STORE", "--scheme", identity["scheme"]]
+    analyze += ["--calib", calibration["text"], "--windows", calibration["windows"], "--window", calibration["window"]]
+    analyze += ["--seed", calibration["seed"], "--batch", calibration["batch"]]
+    if calibration.get("gradient_windows"):
+        analyze += ["--gradients", calibration["gradient_windows"]]
+    compress = ["unirank", "compress", data.record.source, "-o", "OUT", "--store", "STORE", "--plan", "rank_plan.json"]
+    refine = plan.settings.get("refine")
+    lines = [shlex.join(map(str, command)) for command in (analyze, compress)]
+    note = "rank_plan.json lies beside the weights and holds every rank."
+    if refine:
+        note += f" A second pass followed: {refine}; the preset that has it makes it again."
+    versions = ", ".join(f"{name} {version}" for name, version in identity["versions"].items())
+    settings = ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items()) if not _bulky(value))
+    return (
+        f"<pre>{_text(chr(10).join(lines))}</pre><p>{_text(note)}</p>"
+        f"<p>Settings of the plan: {_text(settings)}.</p><p>Versions: {_text(versions)}.</p>"
+    )
+
+
+def _bulky(value: Any) -> bool:
+    return isinstance(value, list | dict) and len(value) > 10
