@@ -258,7 +258,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(compressed, coun
     work = tmp_path / "work"
     cases = [
         (compressed, empty, {}, "is empty"),
-        (compressed, tmp_path / "nothing", {}, "is neither a file nor a dataset that loads"),
+        (compressed, tmp_path / "nothing", {}, "is not a file; legal are"),
         (compressed, short, {}, r"fills 1 window of 24 tokens; at least 2"),
         (compressed, short, {"window": 64}, r"too short: it has 30 tokens, windows of 64 need at least 64"),
         (compressed.parent / "dense", counting, {}, f"is not a compressed checkpoint: it has no {PLAN_FILE}"),
@@ -299,52 +299,6 @@ def test_a_model_without_low_rank_layers_is_refused(compressed: Path) -> None:
 def test_settings_that_are_not_legal_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         unirank.Finetune(**changes)
-
-
-def test_records_become_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", unk_token="<unk>")
-    chat.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
-    records = [
-        {"text": "w1 w2"},
-        {"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]},
-        {"prompt": "w5", "completion": "w6"},
-        {"instruction": "w7", "input": "w8", "output": "w9"},
-        {"instruction": "w7", "output": "w9"},
-        {"text": "  "},
-    ]
-    lines = tmp_path / "data.jsonl"
-    lines.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
-    corpus = read_corpus(str(lines), chat)
-    assert corpus.documents == (
-        "w1 w2",
-        "user: w3 assistant: w4 ",
-        "user: w5 assistant: w6 ",
-        "user: w7\n\nw8 assistant: w9 ",
-        "user: w7 assistant: w9 ",
-    )
-    for text, words in (
-        ('{"text": "w1"}\n{', "Line 2 of .* is not JSON"),
-        ('{"label": 1}', "Record 1 of .* has neither text, nor messages"),
-        ('["w1"]', "Record 1 of .* is a list, not an object"),
-    ):
-        lines.write_text(text)
-        with pytest.raises(InputError, match=words):
-            read_corpus(str(lines), chat)
-    lines.write_text('{"prompt": "w5", "completion": "w6"}')
-    with pytest.raises(InputError, match="the tokenizer has no chat template"):
-        read_corpus(str(lines), tokenizer)
-
-
-def test_datasets_are_read_from_directories_and_parquet(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    import datasets
-
-    table = datasets.Dataset.from_dict({"text": ["w1 w2", "w3"]})
-    (tmp_path / "folder").mkdir()
-    table.to_parquet(str(tmp_path / "folder" / "train.parquet"))
-    for source in (tmp_path / "folder", tmp_path / "folder" / "train.parquet"):
-        assert read_corpus(str(source), tokenizer).documents == ("w1 w2", "w3")
-    with pytest.raises(InputError, match="is neither a file nor a dataset that loads"):
-        read_corpus(str(tmp_path / "folder"), tokenizer, split="nowhere")
 
 
 def test_documents_are_packed_with_eos_between(make_model, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -20,6 +20,7 @@ ORDER = (
     ("modules",),
     ("embedded",),
     ("models",),
+    ("sources",),
     ("data",),
     ("corpus", "adapters"),
     ("trace",),

@@ -32,12 +32,14 @@ class Calibration:
     """Which tokens calibrate.
 
     Attributes:
-        text: "builtin" (Python's documentation) or a path to UTF-8 text.
+        text: "builtin" (Python's documentation), a path to UTF-8 text, or records (see `unirank.sources`): "wikitext2",
+            "c4", "ptb", JSON lines, parquet, a dataset's directory or hub name.
         windows: number of windows, at random positions.
         window: tokens a window.
         seed: of the positions.
         batch: windows that run together; more need more memory and round differently.
         gradient_windows: how many of the windows also run backward; None is 0, or 32 for a scheme that needs gradients.
+        split, revision: of a dataset; None is "train", and the newest.
     """
 
     text: str = BUILTIN
@@ -46,6 +48,8 @@ class Calibration:
     seed: int = 0
     batch: int = 8
     gradient_windows: int | None = None
+    split: str | None = None
+    revision: str | None = None
 
 
 def analyze(
@@ -81,7 +85,7 @@ def analyze(
     if calibration.batch < 1:
         raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
     backward = gradient_windows(calibration, chosen)
-    text = read_text(calibration.text)
+    text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
     windows = windows_of(loaded, text, calibration)
     identity = _identity(loaded, text, windows, calibration, backward, scheme)
     if source is not None:
@@ -171,7 +175,8 @@ def _identity(
             "seed": calibration.seed,
             "batch": calibration.batch,
             "gradient_windows": backward,
-        },
+        }
+        | {key: value for key in ("split", "revision") if (value := getattr(text, key)) is not None},
         "scheme": scheme,
         "device": device_name(parameter.device),
         "versions": versions(),

@@ -92,6 +92,8 @@ def analyze(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the analysis store.")],
     scheme: flags.Scheme = "whiten",
     calib: flags.Calib = BUILTIN,
+    split: flags.Split = None,
+    revision: flags.Revision = None,
     windows: flags.Windows = 64,
     window: flags.Window = 512,
     seed: flags.Seed = 0,
@@ -110,7 +112,7 @@ def analyze(
     with run_session(as_json) as session:
         scheme_of(scheme)
         loaded = load(model, dtype=dtype, device=device)
-        calibration = Calibration(calib, windows, window, seed, batch, gradients)
+        calibration = Calibration(calib, windows, window, seed, batch, gradients, split, revision)
         store = run_analyze(
             loaded,
             out,
@@ -274,6 +276,8 @@ def compress(
     local: flags.Local = "energy",
     per_parameter: flags.PerParameter = False,
     calib: Annotated[str | None, typer.Option(help=f"{flags.CALIB_HELP} Default: {BUILTIN}.")] = None,
+    split: flags.Split = None,
+    revision: flags.Revision = None,
     windows: Annotated[int | None, typer.Option(help="Calibration windows. Default: 64.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens a calibration window. Default: 512.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the window positions. Default: 0.")] = None,
@@ -309,7 +313,7 @@ def compress(
         if text is not None:
             read_ranks(loaded.linears, text)
         given = {"text": calib, "windows": windows, "window": window, "seed": seed, "batch": batch}
-        given |= {"gradient_windows": gradients}
+        given |= {"gradient_windows": gradients, "split": split, "revision": revision}
         given = {key: value for key, value in given.items() if value is not None}
         analysis = analysis_for(
             loaded,
@@ -342,9 +346,12 @@ def evaluate_command(
     text: Annotated[
         str | None,
         typer.Option(
-            help=f"Perplexity on this: a UTF-8 file, or {BUILTIN_HELD_OUT!r} (the held-out part of Python's "
-            "documentation). Default: the latter."
+            help=f"Perplexity on this: what --calib of analyze takes, or {BUILTIN_HELD_OUT!r} (the held-out part of "
+            "Python's documentation). Default: the latter."
         ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of a dataset; default: its own for perplexity, test where unknown.")
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens a window. Default: 1024.")] = None,
     limit: Annotated[
@@ -373,7 +380,10 @@ def evaluate_command(
     with run_session(as_json) as session:
         names = [model] if against is None else [against, model]
         if tasks is not None:
-            _refuse({"--text": text, "--window": window, "--prompt": prompt}, "is of perplexity; leave out --tasks")
+            _refuse(
+                {"--text": text, "--split": split, "--window": window, "--prompt": prompt},
+                "is of perplexity; leave out --tasks",
+            )
             chosen = Tasks([name.strip() for name in tasks.split(",")], include=include_path)
             options: dict[str, Any] = {"fewshot": fewshot, "limit": limit, "batch": 8 if batch is None else batch}
             records = []
@@ -393,6 +403,7 @@ def evaluate_command(
                 text=BUILTIN_HELD_OUT if text is None else text,
                 window=1024 if window is None else window,
                 limit=limit,
+                split=split,
                 stage=f"perplexity, {Path(name).name}",
                 progress=session.progress,
             )

@@ -32,7 +32,7 @@ def finetune_command(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the fine-tuned checkpoint.")],
-    split: Annotated[str, typer.Option(help="Split of a `datasets` source.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split of a dataset. Default: train.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _D.steps,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = _D.batch,
     micro_batch: Annotated[

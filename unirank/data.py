@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unirank.errors import InputError
 from unirank.files import sha256_text
 from unirank.models import embedding_rows
+from unirank.sources import NAMED, is_records, read_documents
 
 BUILTIN = "builtin"
 BUILTIN_HELD_OUT = "builtin-held-out"
@@ -20,20 +21,31 @@ _CALIBRATION_SHARE, _HELD_OUT_SHARE = 0.7, 0.2
 
 @dataclass(frozen=True)
 class Text:
-    """A text, where it came from, and its hash."""
+    """A text, where it came from, and its hash. `split` and `revision` are what was asked of a dataset."""
 
     name: str
     content: str
+    split: str | None = None
+    revision: str | None = None
 
     @property
     def sha256(self) -> str:
         return sha256_text(self.content)
 
 
-def read_text(source: str) -> Text:
-    """Read a UTF-8 file, or the documentation that ships with Python ("builtin", "builtin-held-out").
+def read_text(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    split: str | None = None,
+    revision: str | None = None,
+    held_out: bool = False,
+) -> Text:
+    """Read a UTF-8 file, the documentation that ships with Python ("builtin", "builtin-held-out"), or records.
 
-    Raises InputError when the file is missing, is not UTF-8 text, or is empty.
+    Records (see `unirank.sources.read_documents`, also for the other arguments) become one text.
+
+    Raises InputError when the file is missing, is not UTF-8 text, or is empty; and like `read_documents`.
     """
     if source in (BUILTIN, BUILTIN_HELD_OUT):
         from pydoc_data.topics import topics
@@ -42,10 +54,17 @@ def read_text(source: str) -> Text:
         if source == BUILTIN:
             return Text(source, whole[: int(_CALIBRATION_SHARE * len(whole))])
         return Text(source, whole[-int(_HELD_OUT_SHARE * len(whole)) :])
+    if is_records(source):
+        documents, separator = read_documents(source, tokenizer, split=split, revision=revision, held_out=held_out)
+        name = Path(source).name if Path(source).is_file() else source
+        return Text(name, separator.join(documents), split, revision)
+    if split is not None or revision is not None:
+        raise InputError(f"The text {source!r} is no dataset, so it has no split and no revision.")
     path = Path(source)
     if not path.is_file():
         raise InputError(
-            f"The text {source!r} is not a file; legal are a path to UTF-8 text, {BUILTIN!r} and {BUILTIN_HELD_OUT!r}."
+            f"The text {source!r} is not a file; legal are a path to UTF-8 text, JSON lines or parquet, {BUILTIN!r}, "
+            f"{BUILTIN_HELD_OUT!r}, {', '.join(map(repr, NAMED))}, and a dataset's directory or hub name."
         )
     try:
         content = path.read_text(encoding="utf-8")  # with universal newlines: a CR is no token of its own

@@ -20,6 +20,7 @@ from unirank.errors import InputError, NonFiniteError
 from unirank.files import sha256_tensors
 from unirank.models import weights_hash
 from unirank.progress import OnProgress, silent
+from unirank.sources import NAMED
 from unirank.spectra import SECOND_MOMENT, Geometry, Group, stream_spectra, weight_energies
 from unirank.store import AnalysisStore
 from unirank.types import SUBLAYERS, LinearSpec, LoadedModel, Sublayer
@@ -238,12 +239,13 @@ def _require_same_model(store: AnalysisStore, loaded: LoadedModel) -> None:
 def _windows(store: AnalysisStore, loaded: LoadedModel, text: str | None) -> tuple[torch.Tensor | None, str]:
     """The store's calibration windows, int64 `[W, T]`; or None and the reason."""
     calibration = store.identity["calibration"]
-    if text is None and calibration["text"] != BUILTIN:
+    if text is None and calibration["text"] not in (BUILTIN, *NAMED):
         return None, f"needs the calibration text {calibration['text']}: --calib FILE"
-    content = read_text(text or BUILTIN)
+    dataset = {key: calibration.get(key) for key in ("split", "revision")}
+    content = read_text(text or calibration["text"], loaded.tokenizer, **dataset)
     if content.sha256 != calibration["text_sha256"]:
         if text is None:
-            return None, "Python's documentation is another here than where the store was made (another version)"
+            return None, f"the text {content.name} is another here than where the store was made (another version)"
         raise InputError(f"The text {text} is not the one that the store was made from ({calibration['text']}).")
     windows = calibration_windows(
         tokenize(loaded.tokenizer, content, loaded.model),

@@ -43,6 +43,7 @@ def evaluate(
     text: str = BUILTIN_HELD_OUT,
     window: int = 1024,
     limit: int | None = None,
+    split: str | None = None,
     stage: str = "perplexity",
     progress: OnProgress = silent,
 ) -> EvalReport:
@@ -52,13 +53,14 @@ def evaluate(
         text: path or builtin name, see `read_text`.
         window: tokens a window, non-overlapping; a BOS counts as one of them.
         limit: use the first `limit` windows; None uses all.
+        split: of a dataset; None is its own split for perplexity.
         stage: name in the progress report.
 
     Raises:
         InputError: the text is unusable or shorter than a window.
         NonFiniteError: the loss of a window is NaN or infinity; names the window.
     """
-    content = read_text(text)
+    content = read_text(text, tokenizer, split=split, held_out=True)
     tokens = tokenize(tokenizer, content, model)
     bos = bos_of(tokenizer)
     windows = evaluation_windows(tokens, window=window, limit=limit, bos=bos, name=content.name)

@@ -144,7 +144,7 @@ def finetune(
     *,
     work: str | Path,
     teacher: PreTrainedModel | str | None = None,
-    split: str = "train",
+    split: str | None = None,
     device: str | None = None,
     progress: OnProgress = silent,
 ) -> CompressedModel:

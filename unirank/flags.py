@@ -11,6 +11,7 @@ from unirank.data import BUILTIN
 from unirank.embedded import NAME
 from unirank.presets import presets
 from unirank.schemes import schemes
+from unirank.sources import NAMED
 
 REMOVE_HELP = (
     "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
@@ -32,7 +33,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for ma
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that unirank made before.")]
 Scheme = Annotated[str, typer.Option(help=f"Decomposition scheme: {', '.join(schemes())}.")]
 AllocatorName = Annotated[str, typer.Option("--allocator", help=f"Allocator: {', '.join(allocators())}.")]
-CALIB_HELP = f"Calibration text: a UTF-8 file, or {BUILTIN!r} (Python's documentation)."
+CALIB_HELP = (
+    f"Calibration text: {BUILTIN!r} (Python's documentation), a UTF-8 file, .jsonl or .parquet records, "
+    f"{', '.join(NAMED)}, or a dataset's directory or hub name, where needed as NAME:CONFIGURATION."
+)
+SPLIT_HELP = "Split of a calibration dataset. Default: train."
+Split = Annotated[str | None, typer.Option(help=SPLIT_HELP)]
+Revision = Annotated[str | None, typer.Option(help="Revision of a calibration dataset on the hub.")]
 Calib = Annotated[str, typer.Option(help=CALIB_HELP)]
 Windows = Annotated[int, typer.Option(help="Calibration windows.")]
 Window = Annotated[int, typer.Option(help="Tokens a calibration window.")]

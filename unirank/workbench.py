@@ -9,6 +9,7 @@ from unirank.errors import InputError
 from unirank.files import sha256_tensors
 from unirank.models import weights_hash
 from unirank.progress import OnProgress, silent
+from unirank.sources import NAMED
 from unirank.store import AnalysisStore
 from unirank.types import LoadedModel
 
@@ -26,7 +27,7 @@ def make_workbench(
     Raises InputError when the model or the windows are not the store's, or the text has to be named.
     """
     recorded = store.identity["calibration"]
-    if text is None and recorded["text"] not in (BUILTIN, BUILTIN_HELD_OUT):
+    if text is None and recorded["text"] not in (BUILTIN, BUILTIN_HELD_OUT, *NAMED):
         raise InputError(
             f"The store {store.path} was calibrated on {recorded['text']!r}, a file that it knows by name only; "
             "give its path with --calib."
@@ -35,7 +36,8 @@ def make_workbench(
         raise InputError(
             f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
         )
-    source = read_text(text if text is not None else recorded["text"])
+    dataset = {key: recorded.get(key) for key in ("split", "revision")}
+    source = read_text(text if text is not None else recorded["text"], loaded.tokenizer, **dataset)
     drawn = Calibration(source.name, recorded["windows"], recorded["window"], recorded["seed"])
     windows = windows_of(loaded, source, drawn)
     found, expected = sha256_tensors([("windows", windows)]), recorded["windows_sha256"]
