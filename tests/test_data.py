@@ -74,9 +74,10 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_text_is_refused_with_what_is_legal(tmp_path: Path) -> None:
-    for source in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(unirank.InputError, match=r"is not a file.*'builtin'.*'builtin-held-out'"):
-            read_text(str(source))
+    with pytest.raises(unirank.InputError, match=r"is not a file.*'builtin'.*'builtin-held-out'.*'wikitext2'"):
+        read_text(str(tmp_path / "none.txt"))
+    with pytest.raises(unirank.InputError, match="is neither a file nor a dataset that loads"):
+        read_text(str(tmp_path))
 
 
 def test_tokens_are_those_of_the_words_without_special_tokens(tokenizer, bos_tokenizer) -> None:
