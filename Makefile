@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 
-.PHONY: demo install test test-eval lint format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
+.PHONY: demo install test test-eval lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
@@ -58,13 +58,17 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# The site, in site/; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) build site .pytest_cache .ruff_cache .hypothesis
 
 # Torch goes first and by name: the build looks at it, and a bare `torch` could be another build.
 $(VENV)/.torch:
@@ -93,6 +97,10 @@ $(CUDA_VENV)/.linked: $(SOURCES)
 	$(CUDA_VENV)/bin/python -m pip install --quiet 'transformers>=5.0,<6' 'accelerate>=1.0' 'rich>=13' 'typer>=0.15'
 	UNIRANK_CUDA=ON PATH="$(abspath $(CUDA_VENV))/bin:$$PATH" \
 		$(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[docs]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.dev
