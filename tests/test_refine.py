@@ -113,6 +113,16 @@ def test_nothing_to_compress_changes_no_bit(make_model, calibration) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_one_and_the_same_token_everywhere_still_has_a_fit(centred: bool, make_model) -> None:
+    own, dense = make_model("llama"), make_model("llama")
+    windows = torch.full((3, 24), 7)  # each input is one vector, so its centred moment is rounding
+    refit(own, half_ranks(dense), windows, Refine(centred=centred))
+    with torch.no_grad():
+        found, wanted = own.model(windows[:1]).logits, dense.model(windows[:1]).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(("key", "value"), [("mix", 1.5), ("mix", float("nan")), ("damping", 0.0)])
 def test_settings_are_refused_with_what_is_legal(key: str, value: float) -> None:
     with pytest.raises(unirank.InputError, match=key):

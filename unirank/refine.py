@@ -29,6 +29,8 @@ from unirank.trace import trace_layer
 from unirank.truncate import TruncateReport, check_plan, count_parameters, settle
 from unirank.types import DENSE, Gradient, LinearSpec, LoadedModel, Rank, RankPlan
 
+_ROUNDING = 1e-12  # of a moment's mean diagonal: what is left below it when the mean is taken out is not data
+
 
 @dataclass(frozen=True)
 class Refine:
@@ -232,10 +234,16 @@ def _fit(
     own, cross = pair.own / pair.tokens, pair.cross / pair.tokens
     own_mean, dense_mean = pair.own_sum / pair.tokens, pair.dense_sum / pair.tokens
     if settings.centred:
+        scale = own.diagonal().mean()
         own, cross = own - torch.outer(own_mean, own_mean), cross - torch.outer(dense_mean, own_mean)
+        if own.diagonal().mean() <= _ROUNDING * scale:  # one and the same input in every token: the rest is rounding
+            own, cross = torch.zeros_like(own), torch.zeros_like(cross)
     ridge = damped(own, settings.damping) - own
     aim = settings.mix * cross + (1 - settings.mix) * own + ridge
-    best = torch.cholesky_solve((weight @ aim).T, torch.linalg.cholesky(own + ridge)).T
+    factor, failed = torch.linalg.cholesky_ex(own + ridge)
+    if bool(failed):
+        raise NonFiniteError(f"The moment of the inputs of {spec.name} is not positive definite, so it has no fit.")
+    best = torch.cholesky_solve((weight @ aim).T, factor).T
     if rank == DENSE:
         low, right = best, None
     else:
