@@ -29,8 +29,8 @@ from unirank.trace import trace_layer
 from unirank.truncate import TruncateReport, check_plan, count_parameters, settle
 from unirank.types import DENSE, Gradient, LinearSpec, LoadedModel, Rank, RankPlan
 
-# Of a moment's mean diagonal: what is left below it when the mean is taken out is rounding, for Gram matrices multiply in
-# float32 (docs/numerics.md; measured with one token everywhere: 1e-7).
+# Of a moment's mean diagonal: what is left below it when the mean is taken out is rounding, for Gram matrices multiply
+# in float32 (docs/numerics.md; measured with one token everywhere: 1e-7).
 _ROUNDING = 1e-6
 
 
