@@ -1,0 +1,162 @@
+"""How fast the result is: prefill and decode of the compressed and the densified model, against the dense one.
+
+    python bench/bench_inference.py --json inference.json
+
+Uniform ranks at every removed fraction, on SmolLM2-135M's shape and on a wide Llama (hidden 2048); weights are random,
+for speed does not depend on them. `allowed` is the ratio of the parameters that a token passes through, `lm_head`
+included: what the compressed model could gain if it were bound by reading weights alone (small batches), or by
+arithmetic alone (large ones).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from record import write_result
+from timing import compare, device_of, op_parser, row, show
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from unirank.densify import densify
+from unirank.hf import make_low_rank
+from unirank.models import find_linears
+
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "wide": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 8192,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+    },
+}
+
+
+def dense_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=4096, tie_word_embeddings=True)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, dtype).eval()
+
+
+@torch.no_grad()
+def compressed_model(dense: Any, remove: float) -> tuple[Any, int]:
+    """A copy with random factors of uniform rank, and the parameters of its linears."""
+    model, used = copy.deepcopy(dense), 0
+    for spec in find_linears(model)[1]:
+        rank = int((1 - remove) * spec.params / spec.cost)
+        low = make_low_rank(model, spec.name, rank)
+        low.right.weight.normal_(std=spec.n**-0.5)
+        low.left.weight.normal_(std=rank**-0.5)
+        used += rank * spec.cost
+    return model, used
+
+
+@torch.no_grad()
+def check(compressed: nn.Module, densified: nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> None:
+    """Both give the same logits, and decoding with the cache those of the whole."""
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    whole = compressed(ids).logits.float()
+    torch.testing.assert_close(densified(ids).logits.float(), whole, rtol=tolerance, atol=tolerance)
+    first = compressed(ids[:, :-1], use_cache=True)
+    last = compressed(ids[:, -1:], past_key_values=first.past_key_values).logits[:, -1].float()
+    torch.testing.assert_close(last, whole[:, -1], rtol=tolerance, atol=tolerance)
+
+
+def prefill(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
+    """Every token's hidden state, and the logits of the last one, as `generate` begins."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(ids, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+def decode(model: nn.Module, ids: torch.Tensor, steps: int) -> Callable[[], object]:
+    """`steps` tokens one by one behind a short prompt."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            out = model(ids[:, :8], use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            for _ in range(steps):
+                out = model(token, past_key_values=out.past_key_values, logits_to_keep=1)
+                token = out.logits[:, -1:].argmax(-1)
+            return token
+
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = op_parser(__doc__)
+    parser.add_argument("--remove", nargs="+", type=float, default=[0.2, 0.4, 0.6])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    arguments = parser.parse_args(argv)
+    device, dtype = device_of(arguments), getattr(torch, arguments.dtype)
+    names = arguments.models or (["tiny"] if arguments.quick else ["smollm2-135m", "wide"])
+    length, steps = (16, 2) if arguments.quick else (128, 16)
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        dense = dense_model(name, device, dtype)
+        linears = find_linears(dense)[1]
+        total, head = sum(spec.params for spec in linears), dense.lm_head.weight.numel()
+        for remove in arguments.remove:
+            compressed, used = compressed_model(dense, remove)
+            densified = densify(copy.deepcopy(compressed))
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(0, dense.config.vocab_size, (max(arguments.batch), length), generator=generator)
+            ids = ids.to(device)
+            check(compressed, densified, ids[:1], dtype)
+            for batch in arguments.batch:
+                part = ids[:batch]
+                for phase, count in (("prefill", part.numel()), ("decode", batch * steps)):
+                    runs = {
+                        form: prefill(model, part) if phase == "prefill" else decode(model, part, steps)
+                        for form, model in (("dense", dense), ("compressed", compressed), ("densified", densified))
+                    }
+                    for form in ("compressed", "densified"):
+                        times = compare(runs[form], runs["dense"], arguments.repeats, device)
+                        # lm_head sees one token a sequence in prefill, every token in decode.
+                        share = head / length if phase == "prefill" else head
+                        allowed = (total + share) / ((used if form == "compressed" else total) + share)
+                        more = {"model": name, "form": form, "remove": remove, "phase": phase, "batch": batch}
+                        more |= {"allowed": allowed, "tokens": count}
+                        shape = f"{name}, {remove:.0%} removed, batch {batch}"
+                        one = row(f"{phase} {form}", shape, arguments.dtype, "dense", *times, **more)
+                        one |= {"tokens_per_second": count / one["seconds"]}
+                        one |= {"dense_tokens_per_second": count / one["baseline_seconds"]}
+                        rows.append(one)
+    show(rows, device)
+    for one in rows:
+        print(
+            f"{one['shape']}, {one['phase']} {one['form']}: {one['tokens_per_second']:.0f} tokens/s, "
+            f"dense {one['dense_tokens_per_second']:.0f}, ratio {one['ratio']:.2f}, allowed {one['allowed']:.2f}"
+        )
+    write_result(arguments.json, rows, device=device, seed=0)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
