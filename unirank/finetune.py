@@ -181,10 +181,10 @@ def finetune(
     set_seed(settings.seed)
     before = _loss(model, held_out)
     peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
+    trainable = train_only(peft, names)
     log: list[dict[str, float]] = []
-    trainable = 0
     for phase, (stage, chosen, steps) in enumerate(_phases(names, settings), start=1):
-        trainable += train_only(peft, chosen)
+        train_only(peft, chosen)
         folder = work / f"{phase}-{stage}"
         if not (folder / _ADAPTER).is_file():
             loop = settings.loop(steps, model.device)

@@ -102,6 +102,8 @@ def run(
         disable_tqdm=True,
         **(_checkpointing() if loop.gradient_checkpointing else {}),
     )
+    # Beside several GPUs the Trainer would split every batch over all of them; the model is on one.
+    setattr(arguments, "_n_gpu", min(arguments.n_gpu, 1))  # noqa: B010 - no public name sets it
     trainer = _Trainer(
         model=model,
         args=arguments,
