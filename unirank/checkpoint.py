@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,19 @@ class CompressedModel:
             write_json(folder / PROVENANCE_FILE, self.provenance())
             write_text(folder / "README.md", self._card())
         return out
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Save to a temporary directory and upload all of it, plan, provenance and card included; returns the address.
+
+        `model.push_to_hub` of transformers uploads weights and config alone, with a card of its own.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
+            folder = self.save(Path(scratch) / "checkpoint")
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Compressed by unirank"))
 
     def provenance(self) -> dict[str, Any]:
         """Where the model comes from, for JSON."""
