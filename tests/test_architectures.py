@@ -15,24 +15,12 @@ import transformers as T
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 import unirank
-from tests.tiny import WORDS
+from tests.tiny import COMMON
 from unirank.densify import densify
 from unirank.errors import InputError
 from unirank.modules import LowRankLinear
 from unirank.types import DENSE
 
-COMMON: dict[str, Any] = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
 # Gemma's and others' windows are shorter than a calibration window, so that their masks matter.
 SLIDING = {"sliding_window": 8}
 OLD = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}

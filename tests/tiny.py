@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, OPTConfig
 
 WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(94))]
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": len(WORDS),
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -23,7 +23,7 @@ _COMMON: dict[str, Any] = {
 
 def _config(cls: type, **fixed: Any):
     def make(**changes: Any):
-        return cls(**(_COMMON | fixed | changes))
+        return cls(**(COMMON | fixed | changes))
 
     return make
 
