@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,3 +98,21 @@ def test_quantising_the_factors_while_loading_is_refused(small: Path) -> None:
 
 def test_the_loaded_model_is_made_of_low_rank_layers(small: Path) -> None:
     assert any(isinstance(module, LowRankLinear) for module in load(small).modules())
+
+
+def test_any_program_can_be_run_with_unirank_imported(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(__name__, type(model.model.layers[1].mlp.down_proj).__name__)\n"
+    )
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "unirank.run", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert run("program", small).stdout == "__main__ LowRankLinear\n"
+    missing = run("nowhere")
+    assert missing.returncode == 1
+    assert missing.stderr.endswith("unirank.run: there is no module 'nowhere' to run.\n")
+    assert run("--help").stdout.startswith("Any program that loads models")

@@ -49,6 +49,7 @@ ORDER = (
     ("tables", "flags", "session"),
     ("cli_compressed",),
     ("cli",),
+    ("run",),
 )
 LEVEL = {name: level for level, group in enumerate(ORDER) for name in group}
 
