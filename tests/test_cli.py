@@ -251,7 +251,7 @@ def test_each_kind_of_failure_has_its_exit_code_and_one_sentence_on_stderr(
     def fail() -> None:
         raise UnirankError("the plan and the modules differ")
 
-    monkeypatch.setattr(sys.modules["unirank.cli"], "build_info", fail)
+    monkeypatch.setattr(sys.modules["unirank.cli_looking"], "build_info", fail)
     (tmp_path / "file").touch()
     for code, words, arguments in (
         (1, "modules differ", ["info"]),

@@ -47,7 +47,7 @@ ORDER = (
     ("pictures", "report"),
     ("demo", "info"),
     ("tables", "flags", "session"),
-    ("cli_compressed",),
+    ("cli_compressed", "cli_looking"),
     ("cli",),
     ("run",),
 )
