@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import unirank
 from tests.tiny import CONFIGS, WORDS
 from unirank import embedded
+from unirank.allocators import Workbench
+from unirank.store import AnalysisStore
 from unirank.types import LoadedModel
 
 
@@ -62,6 +64,18 @@ def make_model(tokenizer: PreTrainedTokenizerFast):
 def calibration(text_file: Path) -> unirank.Calibration:
     """6 windows of 24 tokens, two at a time."""
     return unirank.Calibration(text=str(text_file), windows=6, window=24, seed=0, batch=2)
+
+
+@pytest.fixture
+def bench(make_model, calibration, text_file: Path, tmp_path: Path):
+    """`bench("llama", scheme="whiten") -> (store, workbench)` of a tiny model."""
+
+    def make(name: str = "llama", scheme: str = "whiten") -> tuple[AnalysisStore, Workbench]:
+        loaded = make_model(name)
+        store = unirank.analyze(loaded, tmp_path / f"{name}-{scheme}", scheme=scheme, calibration=calibration)
+        return store, unirank.make_workbench(loaded, store, text=str(text_file))
+
+    return make
 
 
 @pytest.fixture
