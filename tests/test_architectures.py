@@ -101,6 +101,9 @@ def test_compressed_saved_loaded_and_generated_from(
         tokens = generated(again, cache=True)
         assert tokens.shape == (1, 18)
         assert torch.equal(tokens, generated(again, cache=False))
+        unirank.fuse(again)
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["whiten", "afm"])

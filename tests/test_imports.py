@@ -39,7 +39,7 @@ ORDER = (
     ("allocate", "imported", "workbench"),
     ("presets",),
     ("checkpoint",),
-    ("api", "densify"),
+    ("api", "densify", "fuse"),
     ("training",),
     ("finetune",),
     ("correlation", "spectra", "harness"),

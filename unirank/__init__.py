@@ -20,6 +20,7 @@ from unirank.diagnose import Diagnosis, diagnose
 from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
 from unirank.evaluate import EvalReport, evaluate, generate
 from unirank.finetune import Finetune, finetune
+from unirank.fuse import fuse
 from unirank.harness import TaskReport, Tasks, run_tasks
 from unirank.imported import import_plan
 from unirank.models import describe, load
@@ -70,6 +71,7 @@ __all__ = [
     "effective_rank",
     "evaluate",
     "finetune",
+    "fuse",
     "generate",
     "import_plan",
     "load",

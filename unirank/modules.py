@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class LowRankLinear(nn.Module):
@@ -31,8 +34,15 @@ class LowRankLinear(nn.Module):
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", torch.full((1,), rank, dtype=torch.int64, device=device))
 
+        self.shared: SharedInput | None = None  # set by `unirank.fuse`
+        self.shared_index = 0
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., N]` -> `[..., M]`."""
+        if self.shared is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            product = self.shared.product(self.shared_index, self.right, x)
+            if product is not None:
+                return self.left(product)
         return self.left(self.right(x))
 
     def dense_weight(self) -> torch.Tensor:
@@ -41,6 +51,35 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class SharedInput:
+    """The stacked down-projections of layers that read the same tensor, multiplied once for all of them.
+
+    The first layer that is called with a tensor computes the product, the others take their rows of it. The state is
+    one tuple, replaced as a whole, so that threads that share a model can at worst compute it twice.
+    """
+
+    def __init__(self, layers: Sequence[LowRankLinear]) -> None:
+        self._ranks = [layer.rank for layer in layers]
+        self._weight = torch.cat([layer.right.weight.detach() for layer in layers])
+        for index, (layer, rows) in enumerate(zip(layers, self._weight.split(self._ranks), strict=True)):
+            layer.right.weight.data = rows  # a view: no byte more, and what is written to one shows in the other
+            layer.shared, layer.shared_index = self, index
+        self._pointers = [layer.right.weight.data_ptr() for layer in layers]
+        self._state: tuple[torch.Tensor, int, tuple[torch.Tensor, ...]] | None = None
+
+    def product(self, index: int, right: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """`x @ right.weight.T`, `[..., R]`; None when `right` is no longer what was stacked (adapted, moved, cast)."""
+        if type(right) is not nn.Linear or right.weight.data_ptr() != self._pointers[index]:
+            return None
+        version = 0 if x.is_inference() else x._version
+        state = self._state
+        if state is None or state[0] is not x or state[1] != version:
+            state = (x, version, F.linear(x, self._weight).split(self._ranks, -1))
+        last = index == len(self._ranks) - 1
+        self._state = None if last else state
+        return state[2][index]
 
 
 _ALIGNMENT = 64  # bytes: the widest vector of a CPU, and what MKL asks for
