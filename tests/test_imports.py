@@ -37,7 +37,7 @@ ORDER = (
     ("evaluate",),
     ("allocators",),
     ("allocate", "imported", "workbench"),
-    ("presets",),
+    ("presets", "card"),
     ("checkpoint",),
     ("api", "densify", "fuse"),
     ("training",),

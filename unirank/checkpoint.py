@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unirank.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, render_card
 from unirank.errors import InputError
+from unirank.evaluate import EvalReport
 from unirank.files import check_output, staged_directory, write_json, write_text
 from unirank.models import load_pretrained
 from unirank.truncate import TruncateReport
 from unirank.types import RankPlan
-
-PLAN_FILE = "rank_plan.json"
-PROVENANCE_FILE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class CompressedModel:
     identity: Mapping[str, Any]  # of the analysis
     source: str
     training: Mapping[str, Any] | None = None  # of `unirank.finetune`
+    evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
@@ -47,7 +47,9 @@ class CompressedModel:
             self.tokenizer.save_pretrained(folder)
             write_text(folder / PLAN_FILE, self.plan.to_json())
             write_json(folder / PROVENANCE_FILE, self.provenance())
-            write_text(folder / "README.md", self._card())
+            if self.evaluations:
+                write_json(folder / EVALUATIONS_FILE, {"evaluations": list(self.evaluations)})
+            write_text(folder / "README.md", _card(self))
         return out
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -68,59 +70,6 @@ class CompressedModel:
         record = {"analysis": self.identity, "report": self.report.as_dict(), "source": self.source}
         return record if self.training is None else record | {"training": self.training}
 
-    def _card(self) -> str:
-        plan, report = self.plan, self.report
-        model, calibration = self.identity["model"], self.identity["calibration"]
-        version = self.identity["versions"]["unirank"]
-        rows = {
-            "base model": f"`{self.source}` ({model['class']}, weights sha256 `{model['weights_sha256'][:16]}`)",
-            "removed of the targets (decoder linears)": f"{report.removed_of_targets:.2%} "
-            f"({report.targets_before:,} to {report.targets_after:,}; budget {plan.budget:,})",
-            "removed of the whole model": f"{report.removed_of_model:.2%} "
-            f"({report.model_before:,} to {report.model_after:,})",
-            "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
-            "settings": ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items())),
-            "calibration": f"{calibration['windows']} windows of {calibration['window']} tokens of "
-            f"`{calibration['text']}`, seed {calibration['seed']}",
-        }
-        if self.training is not None:
-            rows["fine-tuned"] = _training_line(self.training)
-        table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-        return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [unirank, low-rank, compressed]
----
-
-# {Path(self.source).name or self.source}, {plan.remove:.0%} of the decoder's weights removed
-
-Compressed by unirank {version} ([the method](https://arxiv.org/abs/2606.21847)): low-rank factors in the place of
-{report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
-
-```python
-import unirank  # teaches transformers the low-rank layers; without it, loading stops with a shape mismatch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
-
-| | |
-|---|---|
-{table}
-
-`{PLAN_FILE}` holds the rank of every linear, `{PROVENANCE_FILE}` hashes and versions.
-"""
-
-
-def _training_line(training: Mapping[str, Any]) -> str:
-    settings, data = training["settings"], training["data"]
-    return (
-        f"{settings['steps']} steps of {settings['batch']} x {settings['window']} tokens of `{data['text']}`, LoRA of "
-        f"rank {settings['rank']} on the factors, {settings['schedule']}, distill = {settings['distill']}, "
-        f"seed {settings['seed']}"
-    )
-
 
 @dataclass(frozen=True)
 class Record:
@@ -131,6 +80,11 @@ class Record:
     identity: Mapping[str, Any]
     source: str
     training: Mapping[str, Any] | None
+    evaluations: tuple[Mapping[str, Any], ...]
+
+
+def _card(of: CompressedModel | Record) -> str:
+    return render_card(of.source, of.plan, of.report, of.identity, of.training, of.evaluations)
 
 
 def read_record(path: Path) -> Record:
@@ -145,9 +99,40 @@ def read_record(path: Path) -> Record:
     try:
         record = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
         report = TruncateReport.from_dict(record["report"])
-        return Record(plan, report, record["analysis"], str(record["source"]), record.get("training"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
+    return Record(plan, report, record["analysis"], str(record["source"]), record.get("training"), _evaluations(path))
+
+
+def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
+    file = path / EVALUATIONS_FILE
+    if not file.is_file():
+        return ()
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["evaluations"]
+        return tuple({"report": asdict(EvalReport(**entry["report"])), "dense": entry["dense"]} for entry in entries)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged: {error}.") from error
+
+
+def add_evaluation(path: Path, report: EvalReport, *, dense: EvalReport | None = None) -> None:
+    """Write a perplexity into the checkpoint at `path`, and its model card again with it.
+
+    It takes the place of an earlier one on the same windows.
+
+    Args:
+        report: of this checkpoint.
+        dense: of the model it was made from, on the same windows.
+
+    Raises InputError when `path` is no checkpoint, WriteError when the disk refuses.
+    """
+    record = read_record(path)
+    entry = {"report": asdict(report), "dense": None if dense is None else dense.perplexity}
+    same = ("text_sha256", "window", "windows", "dtype")
+    kept = [old for old in record.evaluations if any(old["report"][key] != entry["report"][key] for key in same)]
+    record = replace(record, evaluations=(*kept, entry))
+    write_json(path / EVALUATIONS_FILE, {"evaluations": list(record.evaluations)})
+    write_text(path / "README.md", _card(record))
 
 
 def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> CompressedModel:
@@ -158,5 +143,12 @@ def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None
     record = read_record(Path(path))
     model, tokenizer = load_pretrained(str(path), dtype=dtype, device=device)
     return CompressedModel(
-        model, tokenizer, record.plan, record.report, record.identity, record.source, record.training
+        model,
+        tokenizer,
+        record.plan,
+        record.report,
+        record.identity,
+        record.source,
+        record.training,
+        record.evaluations,
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from unirank import flags, pictures, tables
+from unirank.checkpoint import add_evaluation, read_record
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.diagnose import diagnose as run_diagnose
 from unirank.errors import InputError
@@ -96,6 +97,10 @@ def evaluate_command(
         int | None, typer.Option(help="Use the first so many windows, or documents of each task; default: all.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Also continue this prompt, greedily.")] = None,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Write the perplexity into the model card of MODEL, a compressed checkpoint."),
+    ] = False,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -117,9 +122,11 @@ def evaluate_command(
     """Perplexity, or tasks of lm-eval, of a dense or compressed model, with everything needed to compare it."""
     with run_session(as_json) as session:
         names = [model] if against is None else [against, model]
+        if card:
+            read_record(Path(model))
         if tasks is not None:
             _refuse(
-                {"--text": text, "--split": split, "--window": window, "--prompt": prompt},
+                {"--text": text, "--split": split, "--window": window, "--prompt": prompt, "--card": card or None},
                 "is of perplexity; leave out --tasks",
             )
             chosen = Tasks([name.strip() for name in tasks.split(",")], include=include_path)
@@ -132,7 +139,7 @@ def evaluate_command(
             session.show({"rows": records}, tables.task_table(records))
             return
         _refuse({"--fewshot": fewshot, "--include-path": include_path, "--batch": batch}, "needs --tasks")
-        records = []
+        records, reports = [], []
         for name in names:
             network, tokenizer = load_pretrained(name, dtype=dtype, device=device)
             report = evaluate(
@@ -145,10 +152,13 @@ def evaluate_command(
                 stage=f"perplexity, {Path(name).name}",
                 progress=session.progress,
             )
+            reports.append(report)
             record = {"model": name} | report.as_dict()
             if prompt is not None:
                 record["sample"] = generate(network, tokenizer, prompt)
             records.append(record)
+        if card:
+            add_evaluation(Path(model), reports[-1], dense=reports[0] if against else None)
         session.show({"rows": records}, tables.eval_table(records), *tables.samples(records))
 
 

@@ -209,7 +209,7 @@ def finetune(
         recipe["before_that"] = compressed.training
     training = recipe | {"trainable": trainable, "held_out_before": before, "held_out_after": after}
     training |= {"merge_difference": difference, "log": log}
-    return dataclasses.replace(compressed, model=merged, training=training)
+    return dataclasses.replace(compressed, model=merged, training=training, evaluations=())
 
 
 def split_windows(windows: torch.Tensor, settings: Finetune, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:

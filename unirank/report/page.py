@@ -87,6 +87,12 @@ def _facts(data: ReportData) -> str:
         f"seed {calibration['seed']}",
         "analysis": plan.analysis,
     }
+    for entry in data.record.evaluations:
+        measured = entry["report"]
+        beside = "" if entry["dense"] is None else f" (dense {entry['dense']:.2f})"
+        facts[f"perplexity on {measured['text']}"] = (
+            f"{measured['perplexity']:.2f}{beside}, {measured['windows']} windows of {measured['window']} tokens"
+        )
     rows = "".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in facts.items())
     return f'<table class="facts"><tbody>{rows}</tbody></table>'
 
