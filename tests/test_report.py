@@ -6,9 +6,11 @@ import itertools
 import json
 import re
 import shutil
+import struct
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -19,7 +21,7 @@ from tests.test_cli import unirank as run_unirank  # noqa: F401
 from tests.tiny import WORDS
 from unirank.correlation import effective_rank
 from unirank.errors import InputError
-from unirank.report import gather, page, svg, write_report
+from unirank.report import gather, page, save_plots, svg, write_report
 from unirank.report.gather import Linear
 from unirank.report.page import _cell, _luminance
 from unirank.store import open_store
@@ -143,6 +145,30 @@ def test_without_store_grid_and_samples_it_says_what_is_missing(folder: Path) ->
     assert "They need the analysis store, which was not given." in text
     assert "Perplexity" not in text
     assert "Side by side" not in text
+
+
+def test_plots_are_png_and_svg_of_the_same_data(folder: Path, tmp_path: Path) -> None:
+    data = gather(folder / "OUT", open_store(folder / "OUT-analysis"), folder / "grid.json")
+    for run in ("a", "b"):
+        save_plots(data, tmp_path / run)
+    names = json.loads((tmp_path / "a" / "plots.json").read_text())["plots"]
+    assert names[:4] == ["ranks", "kept", "importance", "cosines"]
+    assert sum(name.startswith("spectrum-") for name in names) == 7
+    assert names[-1] == "perplexity-1"
+    files = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert files == sorted([f"{name}.{kind}" for name in names for kind in ("png", "svg")] + ["plots.json"])
+    for file in files:
+        content = (tmp_path / "a" / file).read_bytes()
+        assert content == (tmp_path / "b" / file).read_bytes()
+        if file.endswith(".png"):
+            width, height = struct.unpack(">II", content[16:24])
+            assert min(width, height) > 300
+        elif file.endswith(".svg"):
+            ElementTree.fromstring(content)
+    with pytest.raises(InputError, match="overwrite"):
+        save_plots(data, tmp_path / "a")
+    save_plots(gather(folder / "OUT", None, None), tmp_path / "a", overwrite=True)
+    assert sorted(file.stem for file in (tmp_path / "a").glob("*.png")) == ["kept", "ranks"]
 
 
 def test_charts_survive_flat_empty_and_zero_data() -> None:

@@ -14,7 +14,7 @@ from unirank.densify import densify, save_dense
 from unirank.errors import InputError
 from unirank.files import check_output
 from unirank.finetune import Finetune, finetune
-from unirank.report import PROMPTS, write_report
+from unirank.report import PROMPTS, check_plots, save_plots, write_report
 from unirank.session import run_session
 from unirank.store import MANIFEST, open_store
 from unirank.truncate import count_parameters
@@ -147,20 +147,32 @@ def report_command(
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="With --dense: continue this; repeatable. Default: three.")
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(help="Also write the charts into this directory, as PNG and SVG (needs the extra `plot`)."),
+    ] = None,
     device: flags.Device = None,
+    overwrite: flags.Overwrite = False,
     as_json: flags.Json = False,
 ) -> None:
     """One self-contained HTML page about a compressed checkpoint: ranks, cosines, spectra, and how to make it again."""
     with run_session(as_json) as session:
         if prompts and dense is None:
             raise InputError("--prompt needs --dense: the texts stand side by side.")
+        if plots is not None:
+            check_plots(plots, overwrite=overwrite)
         beside = model.with_name(model.name + "-analysis")
         where = store or (beside if (beside / MANIFEST).is_file() else None)
         page = out or model.with_name(model.name + ".html")
         analysis = open_store(where) if where is not None else None
-        write_report(model, page, store=analysis, grid=grid, dense=dense, prompts=prompts or PROMPTS, device=device)
+        data = write_report(
+            model, page, store=analysis, grid=grid, dense=dense, prompts=prompts or PROMPTS, device=device
+        )
+        drawn = [] if plots is None else save_plots(data, plots, overwrite=overwrite)
         size = page.stat().st_size
         note = (
             "" if analysis is not None else " Cosines and spectra are not in it: no analysis store was given (--store)."
         )
-        session.show({"out": str(page), "bytes": size}, f"Written: {page} ({size / 1e3:,.0f} kB).{note}")
+        record = {"out": str(page), "bytes": size, "plots": [str(file) for file in drawn]}
+        also = f" {len(drawn)} charts are in {plots}." if drawn else ""
+        session.show(record, f"Written: {page} ({size / 1e3:,.0f} kB).{note}{also}")

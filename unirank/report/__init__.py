@@ -10,11 +10,12 @@ from unirank.files import write_text
 from unirank.models import load_pretrained
 from unirank.report.gather import ReportData, gather
 from unirank.report.page import page
+from unirank.report.plots import check_plots, save_plots
 from unirank.store import AnalysisStore
 
 PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
 
-__all__ = ["PROMPTS", "ReportData", "gather", "page", "samples", "write_report"]
+__all__ = ["PROMPTS", "ReportData", "check_plots", "gather", "page", "samples", "save_plots", "write_report"]
 
 
 def samples(

@@ -8,9 +8,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from unirank.report import svg
+from unirank.report import curves, svg
 from unirank.report.gather import Linear, ReportData
-from unirank.types import DENSE, SUBLAYERS
+from unirank.types import DENSE
 
 _STYLE = files("unirank.report").joinpath("style.css").read_text(encoding="utf-8")
 
@@ -131,32 +131,21 @@ def _luminance(*rgb: int) -> float:
 
 
 def _sublayers(data: ReportData) -> str:
-    groups: dict[str, dict[int, list[Linear]]] = {}
-    for linear in data.linears:
-        key = linear.sublayer or linear.kind.split(".")[0]
-        groups.setdefault(key, {}).setdefault(linear.layer, []).append(linear)
-    curves = {}
-    for key, layers in groups.items():
-        curves[key] = [
-            (float(layer), sum(x.kept * x.m * x.n for x in members) / sum(x.m * x.n for x in members))
-            for layer, members in sorted(layers.items())
-        ]
-    chart = svg.lines("kept fraction", curves, x="layer", y="kept fraction", dots=True)
+    chart = svg.lines("kept fraction", curves.kept_by_layer(data), x="layer", y="kept fraction", dots=True)
     return f'<div class="charts"><figure><figcaption>by layer</figcaption>{chart}</figure></div>'
 
 
 def _cosines(data: ReportData) -> str:
-    points: dict[str, list[tuple[float, float, str]]] = {}
-    for sublayer in SUBLAYERS:
-        for layer, cosines in enumerate(data.cosines):
-            members = [x for x in data.linears if x.layer == layer and x.sublayer == sublayer]
-            if members and members[-1].effective_rank is not None:
-                cosine, effective = cosines[sublayer], members[-1].effective_rank or 0.0
-                text = f"layer {layer}, {sublayer}: cosine {cosine:.4f}, effective rank {effective:.1f}"
-                points.setdefault(sublayer, []).append((1 - cosine, effective, text))
+    points = {
+        sublayer: [
+            (1 - cosine, effective, f"layer {layer}, {sublayer}: cosine {cosine:.4f}, effective rank {effective:.1f}")
+            for layer, cosine, effective in found
+        ]
+        for sublayer, found in curves.cosine_points(data).items()
+    }
     against = svg.scatter("cosine and effective rank", points, x="1 - cosine", y="effective rank", log_x=True)
-    curves = {key: [(float(i), 1 - c[key]) for i, c in enumerate(data.cosines)] for key in SUBLAYERS}
-    importance = svg.lines("importance", curves, x="layer", y="1 - cosine", log_y=True, dots=True)
+    by_layer = curves.importance_by_layer(data)
+    importance = svg.lines("importance", by_layer, x="layer", y="1 - cosine", log_y=True, dots=True)
     return (
         f'<div class="charts"><figure><figcaption>cosine and effective rank</figcaption>{against}</figure>'
         f"<figure><figcaption>functional importance by layer</figcaption>{importance}</figure></div>"
@@ -173,21 +162,9 @@ def _spectra(data: ReportData) -> str:
 
 def _perplexities(data: ReportData) -> str:
     figures = []
-    for text in dict.fromkeys(row["text"] for row in data.grid):
-        rows = [row for row in data.grid if row["text"] == text]
-        dense = [row["perplexity"] for row in rows if row["dense"]]
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for label in dict.fromkeys(row["label"] for row in rows if not row["dense"]):
-            by_remove: dict[float, list[float]] = {}
-            for row in rows:
-                if row["label"] == label and not row["dense"]:
-                    by_remove.setdefault(row["remove"], []).append(row["perplexity"])
-            start = [(0.0, sum(dense) / len(dense))] if dense else []
-            curves[label] = start + [(at, sum(v) / len(v)) for at, v in sorted(by_remove.items())]
-        # The best at the largest fraction; more than six cannot be told apart.
-        best = dict(sorted(curves.items(), key=lambda item: item[1][-1][1])[:6])
+    for text, (best, total) in curves.perplexity_curves(data).items():
         chart = svg.lines("perplexity", best, x="removed fraction", y="perplexity", log_y=True, dots=True)
-        more = f" (best 6 of {len(curves)})" if len(curves) > 6 else ""
+        more = f" (best {len(best)} of {total})" if total > len(best) else ""
         figures.append(f"<figure><figcaption>{_text(text)}{more}</figcaption>{chart}</figure>")
     return f'<div class="charts">{"".join(figures)}</div>'
 
@@ -206,12 +183,12 @@ def _samples(data: ReportData) -> str:
 
 def _training(data: ReportData) -> str:
     training = data.record.training or {}
-    curves = {
+    losses = {
         label: [(float(index), entry[key]) for index, entry in enumerate(training["log"]) if key in entry]
         for label, key in (("training loss", "loss"), ("held-out loss", "eval_loss"))
     }
-    curves = {label: curve for label, curve in curves.items() if curve}
-    chart = svg.lines("loss", curves, x="log entry", y="nats a token", dots=True) if curves else ""
+    losses = {label: curve for label, curve in losses.items() if curve}
+    chart = svg.lines("loss", losses, x="log entry", y="nats a token", dots=True) if losses else ""
     settings = ", ".join(f"{key} = {value}" for key, value in sorted(training["settings"].items()))
     figure = f'<div class="charts"><figure><figcaption>loss</figcaption>{chart}</figure></div>'
     return f"<p>{_text(training['data']['text'])}; {_text(settings)}</p>{figure}"
