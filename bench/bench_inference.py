@@ -1,6 +1,8 @@
-"""How fast the result is: prefill and decode of the compressed and the densified model, against the dense one.
+"""How fast the result is: prefill and decode of the compressed, fused and densified model, against the dense one.
 
-    python bench/bench_inference.py --json inference.json
+    python bench/bench_inference.py --json inference.json --markdown docs/inference.md
+
+Fused is the compressed model after `unirank.fuse`: one product for the down-projections that share an input.
 
 Uniform ranks at every removed fraction, on SmolLM2-135M's shape and on a wide Llama (hidden 2048); weights are random,
 for speed does not depend on them. `allowed` is the ratio of the parameters that a token passes through, `lm_head`
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +24,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unirank.densify import densify
+from unirank.files import write_text
+from unirank.fuse import fuse
 from unirank.hf import make_low_rank
 from unirank.models import find_linears
+from unirank.provenance import device_name
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -73,11 +79,12 @@ def compressed_model(dense: Any, remove: float) -> tuple[Any, int]:
 
 
 @torch.no_grad()
-def check(compressed: nn.Module, densified: nn.Module, ids: torch.Tensor, dtype: torch.dtype) -> None:
-    """Both give the same logits, and decoding with the cache those of the whole."""
+def check(compressed: nn.Module, others: Sequence[nn.Module], ids: torch.Tensor, dtype: torch.dtype) -> None:
+    """All give the same logits, and decoding with the cache those of the whole."""
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     whole = compressed(ids).logits.float()
-    torch.testing.assert_close(densified(ids).logits.float(), whole, rtol=tolerance, atol=tolerance)
+    for other in others:
+        torch.testing.assert_close(other(ids).logits.float(), whole, rtol=tolerance, atol=tolerance)
     first = compressed(ids[:, :-1], use_cache=True)
     last = compressed(ids[:, -1:], past_key_values=first.past_key_values).logits[:, -1].float()
     torch.testing.assert_close(last, whole[:, -1], rtol=tolerance, atol=tolerance)
@@ -112,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = op_parser(__doc__)
     parser.add_argument("--remove", nargs="+", type=float, default=[0.2, 0.4, 0.6])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args(argv)
     device, dtype = device_of(arguments), getattr(torch, arguments.dtype)
@@ -124,23 +132,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         total, head = sum(spec.params for spec in linears), dense.lm_head.weight.numel()
         for remove in arguments.remove:
             compressed, used = compressed_model(dense, remove)
-            densified = densify(copy.deepcopy(compressed))
+            densified, fused = densify(copy.deepcopy(compressed)), copy.deepcopy(compressed)
+            fuse(fused)
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(0, dense.config.vocab_size, (max(arguments.batch), length), generator=generator)
             ids = ids.to(device)
-            check(compressed, densified, ids[:1], dtype)
+            check(compressed, (fused, densified), ids[:1], dtype)
             for batch in arguments.batch:
                 part = ids[:batch]
                 for phase, count in (("prefill", part.numel()), ("decode", batch * steps)):
+                    models = {"dense": dense, "compressed": compressed, "fused": fused, "densified": densified}
                     runs = {
                         form: prefill(model, part) if phase == "prefill" else decode(model, part, steps)
-                        for form, model in (("dense", dense), ("compressed", compressed), ("densified", densified))
+                        for form, model in models.items()
                     }
-                    for form in ("compressed", "densified"):
+                    for form in ("compressed", "fused", "densified"):
                         times = compare(runs[form], runs["dense"], arguments.repeats, device)
                         # lm_head sees one token a sequence in prefill, every token in decode.
                         share = head / length if phase == "prefill" else head
-                        allowed = (total + share) / ((used if form == "compressed" else total) + share)
+                        allowed = (total + share) / ((total if form == "densified" else used) + share)
                         more = {"model": name, "form": form, "remove": remove, "phase": phase, "batch": batch}
                         more |= {"allowed": allowed, "tokens": count}
                         shape = f"{name}, {remove:.0%} removed, batch {batch}"
@@ -155,7 +165,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"dense {one['dense_tokens_per_second']:.0f}, ratio {one['ratio']:.2f}, allowed {one['allowed']:.2f}"
         )
     write_result(arguments.json, rows, device=device, seed=0)
+    if arguments.markdown is not None:
+        write_text(arguments.markdown, markdown(rows, arguments.dtype, device))
     return 0
+
+
+def markdown(rows: Sequence[dict[str, Any]], dtype: str, device: torch.device) -> str:
+    """Tokens a second and their ratio to the dense model's, one table a model and phase."""
+    lines = [
+        "# Speed of the result",
+        "",
+        f"Made by `python bench/bench_inference.py`, do not edit. {dtype}, {device_name(device)}, torch "
+        f"{torch.__version__}, {torch.get_num_threads()} threads; uniform ranks, random weights. Tokens a second, and "
+        "the ratio to the dense model in the same run. Allowed: the ratio of the parameters that a token passes "
+        "through, `lm_head` included.",
+    ]
+    for model, phase in dict.fromkeys((one["model"], one["phase"]) for one in rows):
+        lines += [
+            "",
+            f"## {model}, {phase}",
+            "",
+            "| removed | batch | dense | compressed | fused | densified | allowed |",
+        ]
+        lines.append("|---" * 7 + "|")
+        chosen = [one for one in rows if (one["model"], one["phase"]) == (model, phase)]
+        for remove, batch in dict.fromkeys((one["remove"], one["batch"]) for one in chosen):
+            forms = {one["form"]: one for one in chosen if (one["remove"], one["batch"]) == (remove, batch)}
+            first = forms["compressed"]
+            cells = [f"{remove:.0%}", str(batch), f"{first['dense_tokens_per_second']:,.0f}"]
+            cells += [f"{one['tokens_per_second']:,.0f} ({one['ratio']:.2f}x)" for one in forms.values()]
+            lines.append(f"| {' | '.join(cells)} | {first['allowed']:.2f}x |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import unirank
 from tests.conftest import build
@@ -20,6 +22,7 @@ from unirank.cli import main
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "tasks"
 TASK = "unirank_next_word"
+LAYER = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture
@@ -173,3 +176,39 @@ def test_options_that_would_be_ignored_are_refused(options, words: str, command,
     code, out, err = command(model_dir, *options)
     assert (code, out) == (2, "")
     assert words in err
+
+
+@pytest.fixture
+def compressed(make_model, calibration, tmp_path: Path) -> Path:
+    return unirank.compress(make_model(), 0.4, calibration=calibration).save(tmp_path / "small")
+
+
+def run_program(tmp_path: Path, *command: object) -> str:
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_lm_eval_itself_reads_a_compressed_checkpoint(lm_eval, compressed: Path, tmp_path: Path) -> None:
+    ours = run_tasks(*unirank.models.load_pretrained(str(compressed), device="cpu"), Tasks([TASK], include=FOLDER))
+    harness = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={compressed},dtype=float32", "--tasks", TASK]
+    harness += ["--include_path", FOLDER, "--device", "cpu", "--output_path", tmp_path / "result.json"]
+    run_program(tmp_path, "-m", "unirank.run", *harness)
+    (file,) = tmp_path.glob("**/result*.json")
+    result = json.loads(file.read_text())["results"][TASK]
+    assert result["acc,none"] == ours.results[0].value
+    assert result["acc,none"] > 0
+
+
+def test_the_ecosystem_script(lm_eval, compressed: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    command = ["examples/ecosystem.py", compressed, "--text", text_file, "--save", out, "--task", TASK]
+    printed = run_program(tmp_path, *command, "--include-path", FOLDER, "--steps", 2, "--window", 24)
+    for word in ("loaded: LlamaForCausalLM", "generated:", "evaluated: {'acc", "tuned:", "the same logits: {'acc"):
+        assert word in printed
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    again = AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert isinstance(again.get_submodule(LAYER), unirank.LowRankLinear)

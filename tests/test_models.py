@@ -85,7 +85,7 @@ def test_load_reads_a_directory_like_describe_reads_the_model(model_dir: Path, m
     assert loaded.linears == make_model("llama").linears
     assert loaded.layers == "model.layers"
     assert loaded.layer_count == 3
-    assert loaded.source == str(model_dir)
+    assert loaded.source == str(model_dir) == unirank.load(model_dir, device="cpu").source
     assert not loaded.model.training
 
 

@@ -25,7 +25,7 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 
 def load(
-    name_or_path: str,
+    name_or_path: str | Path,
     *,
     dtype: str = "auto",
     device: str | None = None,
@@ -49,11 +49,11 @@ def load(
     model, tokenizer = load_pretrained(
         name_or_path, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    return describe(model, tokenizer, source=name_or_path)
+    return describe(model, tokenizer, source=str(name_or_path))
 
 
 def load_pretrained(
-    name_or_path: str,
+    name_or_path: str | Path,
     *,
     dtype: str = "auto",
     device: str | None = None,
@@ -64,7 +64,8 @@ def load_pretrained(
     if dtype not in _DTYPES:
         raise InputError(f"dtype = {dtype!r} is not legal; legal values: {', '.join(_DTYPES)}.")
     target = _usable_device(device or default_device())
-    path = str(embedded.embedded_model()) if name_or_path == embedded.NAME else name_or_path
+    name = str(name_or_path)
+    path = str(embedded.embedded_model()) if name == embedded.NAME else name
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not path:
         raise InputError("The model's name is empty; give a directory, a hub name, or smollm2-135m.")
@@ -77,7 +78,7 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"Cannot load the model {name_or_path!r}: it is neither a local directory with a checkpoint nor reachable "
+            f"Cannot load the model {name!r}: it is neither a local directory with a checkpoint nor reachable "
             f"on the hub ({_first_line(error)})."
         ) from error
     _refuse_experts(config)
@@ -87,10 +88,10 @@ def load_pretrained(
             path, config=config, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **common
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"Cannot load the weights of {name_or_path!r}: {_first_line(error)}.") from error
+        raise InputError(f"Cannot load the weights of {name!r}: {_first_line(error)}.") from error
     model, found = read
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
-        raise InputError(f"The checkpoint {name_or_path!r} lacks the weights {', '.join(missing)}.")
+        raise InputError(f"The checkpoint {name!r} lacks the weights {', '.join(missing)}.")
     model.to(target)  # pyright: ignore[reportArgumentType]
     return model.eval(), tokenizer
 

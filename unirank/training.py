@@ -26,6 +26,7 @@ from unirank.errors import NonFiniteError
 from unirank.progress import OnProgress
 
 _STATE = "trainer_state.json"  # the last file of a Trainer checkpoint: without it, the write was cut off
+_NOTHING = -100  # a label that counts for nothing
 _LOGGED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
 
 
@@ -199,8 +200,9 @@ class _Trainer(Trainer):
         """Mean token loss in float32, nats; in evaluation the cross-entropy alone."""
         del num_items_in_batch
         ids = inputs["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-        loss = F.cross_entropy(logits, ids[:, 1:].flatten())
+        # Every position, the last with nothing to predict: cutting it off would copy logits as wide as the vocabulary.
+        logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
+        loss = F.cross_entropy(logits, F.pad(ids[:, 1:], (0, 1), value=_NOTHING).flatten(), ignore_index=_NOTHING)
         if model.training and self._teacher is not None:
             loss = torch.lerp(loss, self._divergence(logits, ids), self._loop.distill)
         if not bool(loss.isfinite()):
@@ -209,11 +211,12 @@ class _Trainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _divergence(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """`T² KL(teacher || student)` at temperature T, mean over tokens."""
+        """`T² KL(teacher || student)` at temperature T, mean over the tokens that are predicted."""
         assert self._teacher is not None
         temperature = self._loop.temperature
         with torch.no_grad():
-            target = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            target = self._teacher(input_ids=ids, use_cache=False).logits.float()
             log_p = (target / temperature).log_softmax(-1)
-        log_q = (logits / temperature).log_softmax(-1)
-        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+        log_q = (logits.view_as(log_p) / temperature).log_softmax(-1)
+        total = F.kl_div(log_q[:, :-1], log_p[:, :-1], reduction="sum", log_target=True)
+        return total / ids[:, 1:].numel() * temperature**2
