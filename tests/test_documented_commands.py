@@ -1,4 +1,4 @@
-"""Every `unirank` command and every Python block of the README and the tutorial, run in order on a tiny model."""
+"""Every `unirank` command and Python block of the README and the pages for users, run in order on a tiny model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny import WORDS
 from unirank.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/tutorial.md", "docs/finetuning.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/serving.md")
 
 
 def steps(page: str) -> list[tuple[str, str]]:
@@ -51,8 +51,8 @@ def test_the_pages_show_every_command() -> None:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("page", PAGES)
 def test_it_runs_as_written(page: str, workplace: Path, unirank: Run) -> None:  # noqa: F811
-    ran = 0
-    if page == "docs/finetuning.md":
+    ran, names = 0, {}  # a block may go on from the one before it
+    if page in ("docs/finetuning.md", "docs/serving.md"):
         calibration = library.Calibration(text="my-text.txt", windows=6, window=24, batch=2)
         library.compress("MODEL", 0.3, calibration=calibration).save("OUT")
     for kind, step in steps(page):
@@ -60,7 +60,7 @@ def test_it_runs_as_written(page: str, workplace: Path, unirank: Run) -> None:  
             for made in ("OUT", "TUNED"):
                 if f'save("{made}")' in step:
                     shutil.rmtree(workplace / made, ignore_errors=True)
-            exec(compile(step.replace("path/to/model", "MODEL").replace("steps=200", "steps=4"), page, "exec"), {})
+            exec(compile(step.replace("path/to/model", "MODEL").replace("steps=200", "steps=4"), page, "exec"), names)
         else:
             arguments = shlex.split(step)[1:]
             if "-o" in arguments and (out := workplace / arguments[arguments.index("-o") + 1]).is_dir():
