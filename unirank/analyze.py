@@ -108,10 +108,12 @@ def analyze(
         writing: Future[None] | None = None
         for layer in range(first if resumed else 0, count):
             moments = layer >= first and (chosen.needs_moment or backward > 0)
-            stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=chosen.needs_mean_abs)
-            if layer < first:
-                continue
-            factors = decompose_layer(loaded, stats, chosen, store.gradients(layer, device) if backward else None)
+            with loaded.resident(layer):
+                absolute = chosen.needs_mean_abs
+                stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=absolute)
+                if layer < first:
+                    continue
+                factors = decompose_layer(loaded, stats, chosen, store.gradients(layer, device) if backward else None)
             if writing is not None:
                 writing.result()
                 progress("calibrate and decompose", layer, count)

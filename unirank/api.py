@@ -154,6 +154,8 @@ def apply(
 
     Raises like `truncate` and `unirank.refine.refine`.
     """
+    if refine is not None:
+        loaded.require_whole("The second pass")
     if refine is None:
         report = truncate(loaded, store, plan, progress=progress)
     else:
@@ -161,7 +163,9 @@ def apply(
             raise InputError("The second pass needs calibration tokens: apply(..., refine=..., windows=...).")
         report = run_refine(loaded, store, plan, windows, refine, progress=progress)
         plan = dataclasses.replace(plan, settings={**plan.settings, "refine": asdict(refine)})
-    return CompressedModel(loaded.model, loaded.tokenizer, plan, report, store.identity, loaded.source)
+    return CompressedModel(
+        loaded.model, loaded.tokenizer, plan, report, store.identity, loaded.source, pages=loaded.pages
+    )
 
 
 def _loaded(

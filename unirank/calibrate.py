@@ -86,7 +86,8 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int) -> Recordi
                 nonlocal returns_tuple
                 call, hidden = _split(args, kwargs)
                 if returns_tuple is None:
-                    returns_tuple = isinstance(_original(*args, **kwargs), tuple)
+                    with loaded.resident(_index):
+                        returns_tuple = isinstance(_original(*args, **kwargs), tuple)
                 if _index == 0:
                     streams.append(hidden)
                     calls.append([])

@@ -15,9 +15,10 @@ from unirank.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, render_ca
 from unirank.errors import InputError
 from unirank.evaluate import EvalReport
 from unirank.files import check_output, staged_directory, write_json, write_text
-from unirank.models import load_pretrained
+from unirank.models import load_paged, load_pretrained
+from unirank.shards import save_shards
 from unirank.truncate import TruncateReport
-from unirank.types import RankPlan
+from unirank.types import Paging, RankPlan
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class CompressedModel:
     source: str
     training: Mapping[str, Any] | None = None  # of `unirank.finetune`
     evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
+    pages: Paging | None = None  # of a model that was loaded with `stream`
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
@@ -43,7 +45,10 @@ class CompressedModel:
         out = Path(out)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         with staged_directory(out) as folder:
-            self.model.save_pretrained(folder)
+            if self.pages is None:
+                self.model.save_pretrained(folder)
+            else:
+                save_shards(self.model, self.pages, folder)
             self.tokenizer.save_pretrained(folder)
             write_text(folder / PLAN_FILE, self.plan.to_json())
             write_json(folder / PROVENANCE_FILE, self.provenance())
@@ -135,13 +140,19 @@ def add_evaluation(path: Path, report: EvalReport, *, dense: EvalReport | None =
     write_text(path / "README.md", _card(record))
 
 
-def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> CompressedModel:
-    """Read what `CompressedModel.save` wrote, to go on working with it. `dtype` and `device` as in `unirank.load`.
+def open_compressed(
+    path: str | Path, *, dtype: str = "auto", device: str | None = None, stream: bool = False
+) -> CompressedModel:
+    """Read what `CompressedModel.save` wrote, to go on working with it. Arguments as in `unirank.load`.
 
     Raises InputError when `path` is no such checkpoint or is damaged.
     """
     record = read_record(Path(path))
-    model, tokenizer = load_pretrained(str(path), dtype=dtype, device=device)
+    pages = None
+    if stream:
+        model, tokenizer, pages = load_paged(path, dtype=dtype, device=device)
+    else:
+        model, tokenizer = load_pretrained(path, dtype=dtype, device=device)
     return CompressedModel(
         model,
         tokenizer,
@@ -151,4 +162,5 @@ def open_compressed(path: str | Path, *, dtype: str = "auto", device: str | None
         record.source,
         record.training,
         record.evaluations,
+        pages,
     )

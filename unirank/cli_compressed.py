@@ -121,8 +121,8 @@ def densify_command(
         check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
         if out.resolve() == Path(model).resolve():
             raise InputError(f"The output {out} is the checkpoint itself; choose another.")
-        compressed = open_compressed(model, dtype=dtype, device=device)
-        densify(compressed.model, progress=session.progress)
+        compressed = open_compressed(model, dtype=dtype, device=device, stream=True)
+        densify(compressed.model, pages=compressed.pages, progress=session.progress)
         save_dense(compressed, out, overwrite=overwrite)
         count = count_parameters(compressed.model)
         record = {"out": str(out), "class": type(compressed.model).__name__, "parameters": count}

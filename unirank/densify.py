@@ -17,18 +17,23 @@ from unirank.errors import InputError
 from unirank.files import check_output, staged_directory, write_json
 from unirank.modules import LowRankLinear
 from unirank.progress import OnProgress, silent
+from unirank.shards import save_shards
+from unirank.types import Paging
 
 _WORK = torch.float32
 
 
 @torch.no_grad()
-def densify(model: PreTrainedModel, *, progress: OnProgress = silent) -> PreTrainedModel:
+def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: OnProgress = silent) -> PreTrainedModel:
     """Replace, in place, every `LowRankLinear` by a dense linear that holds the product; returns the model.
 
     Its size is the original's, and so is its speed; only its outputs are the compressed model's, to rounding. The
     products are computed in float32 and stored in the model's dtype. Where compression added biases (scheme `afm`,
     presets `fast` and `best`), the class must have a switch in its configuration that gives its linears biases, as
     Llama's `attention_bias` and `mlp_bias`; it is set, and linears that got no bias have one of zeros.
+
+    Args:
+        pages: of a compressed model that was opened with `stream`: products are then made when they are read.
 
     Raises InputError when the model is not compressed, or its class has no place for the biases.
     """
@@ -38,14 +43,15 @@ def densify(model: PreTrainedModel, *, progress: OnProgress = silent) -> PreTrai
     biased = {name for name, module in low_rank.items() if module.left.bias is not None}
     config, skeleton = _skeleton(model, biased)
     for position, (name, module) in enumerate(low_rank.items(), start=1):
-        model.set_submodule(name, _dense(module, conv=isinstance(skeleton.get_submodule(name), Conv1D)))
+        model.set_submodule(name, _dense(name, module, isinstance(skeleton.get_submodule(name), Conv1D), pages))
         progress("densify", position, len(low_rank))
     for name, expected in skeleton.named_modules():
         linear = model.get_submodule(name)
         if isinstance(expected, nn.Linear) and expected.bias is not None and linear.bias is None:
             weight = linear.weight
             assert isinstance(weight, torch.Tensor)
-            linear.bias = nn.Parameter(weight.new_zeros(expected.out_features))
+            device = "cpu" if weight.is_meta else weight.device
+            linear.bias = nn.Parameter(torch.zeros(expected.out_features, dtype=weight.dtype, device=device))
     model.config = config
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PretrainedConfig):
@@ -66,25 +72,37 @@ def save_dense(compressed: CompressedModel, out: str | Path, *, overwrite: bool 
     out = Path(out)
     check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
     with staged_directory(out) as folder:
-        compressed.model.save_pretrained(folder)
+        if compressed.pages is None:
+            compressed.model.save_pretrained(folder)
+        else:
+            save_shards(compressed.model, compressed.pages, folder)
         compressed.tokenizer.save_pretrained(folder)
         write_json(folder / PROVENANCE_FILE, {"densified": True} | compressed.provenance())
     return out
 
 
-def _dense(module: LowRankLinear, *, conv: bool) -> nn.Module:
-    weight = module.left.weight.to(_WORK) @ module.right.weight.to(_WORK)
-    weight = weight.to(module.left.weight.dtype)
+def _dense(name: str, module: LowRankLinear, conv: bool, pages: Paging | None) -> nn.Module:
     bias = module.left.bias
     linear: Any
     with torch.device("meta"):
         if conv:
-            linear, weight = Conv1D(module.out_features, module.in_features), weight.T
+            linear = Conv1D(module.out_features, module.in_features)
         else:
             linear = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
-    linear.weight = nn.Parameter(weight.contiguous())
+    if pages is None or not module.left.weight.is_meta:
+        linear.weight = nn.Parameter(_product(module.left.weight, module.right.weight, conv))
+    else:
+        linear.weight = nn.Parameter(linear.weight.to(module.left.weight.dtype))
+        left, right = (f"{name}.{side}.weight" for side in ("left", "right"))
+        pages.put(f"{name}.weight", lambda: _product(pages.tensor(left), pages.tensor(right), conv))
+        pages.put(f"{name}.bias", lambda: pages.tensor(f"{name}.left.bias"))
     linear.bias = bias
     return linear.train(module.training)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, conv: bool) -> torch.Tensor:
+    weight = (left.to(_WORK) @ right.to(_WORK)).to(left.dtype)
+    return (weight.T if conv else weight).contiguous()
 
 
 def _skeleton(model: PreTrainedModel, biased: set[str]) -> tuple[PretrainedConfig, nn.Module]:

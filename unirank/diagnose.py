@@ -169,6 +169,7 @@ def diagnose(
     if text is not None and loaded is None:
         raise InputError("A calibration text is of use only together with the model that was analyzed.")
     if loaded is not None:
+        loaded.require_whole("A diagnosis of weights and streams")
         _require_same_model(store, loaded)
     token_windows, no_windows = (None, _NO_MODEL) if loaded is None else _windows(store, loaded, text)
 

@@ -50,7 +50,8 @@ def gradient_pass(
         for layer in reversed(range(remaining)):
             inputs = store.read_scratch("forward", layer, recording.start.probe.device)
             outputs = store.read_scratch("backward", layer + 1, recording.start.probe.device)
-            gradients, arriving = backward_layer(loaded, layer, recording, inputs, outputs)
+            with loaded.resident(layer):
+                gradients, arriving = backward_layer(loaded, layer, recording, inputs, outputs)
             if layer:
                 store.write_scratch("backward", layer, arriving)
             store.write_gradients(layer, gradients)
@@ -95,7 +96,7 @@ def _forward(
     progress(_STAGE, first, 2 * count)
     layers = layers_of(loaded)
     for index in range(first, count):
-        with torch.no_grad():
+        with torch.no_grad(), loaded.resident(index):
             batches = [calls[index].run(layers[index], x) for calls, x in zip(recording.calls, batches, strict=True)]
         if not all(bool(x.isfinite().all()) for x in batches):
             raise NonFiniteError(f"The output of {loaded.layers}.{index} is NaN or infinity on the calibration text.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from unirank import embedded
 from unirank.errors import InputError, NonFiniteError
 from unirank.files import sha256_tensors, sha256_text
 from unirank.modules import LowRankLinear
+from unirank.pages import Pages, page_map, take_pages
 from unirank.provenance import default_device
-from unirank.types import SUBLAYERS, LinearSpec, LoadedModel
+from unirank.types import SUBLAYERS, LinearSpec, LoadedModel, Paging
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Config keys by which transformers' mixture-of-experts models give their number of experts.
@@ -31,6 +34,7 @@ def load(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    stream: bool = False,
 ) -> LoadedModel:
     """Load a model and its tokenizer, check them, and list the targets.
 
@@ -40,16 +44,17 @@ def load(
         device: a torch device; None takes the GPU when there is one.
         revision: hub revision; None is the default branch.
         trust_remote_code: run modelling code that the checkpoint brings; off unless asked for.
+        stream: leave the decoder layers in the checkpoint's files, for models larger than memory. `analyze`,
+            `truncate` and `CompressedModel.save` then read one at a time; what runs the whole model refuses.
 
     Raises:
         InputError: unknown model, no tokenizer, no linears in the decoder layers, a mixture of experts, a compressed
             model, a tokenizer with more tokens than the model has embeddings.
         NonFiniteError: a weight holds NaN or infinity; names it.
     """
-    model, tokenizer = load_pretrained(
-        name_or_path, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
-    return describe(model, tokenizer, source=str(name_or_path))
+    source = _find(name_or_path, dtype, device, revision, trust_remote_code)
+    model, pages = _read_paged(source) if stream else (_read(source), None)
+    return describe(model, source.tokenizer, source=source.name, pages=pages)
 
 
 def load_pretrained(
@@ -61,6 +66,35 @@ def load_pretrained(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model, dense or compressed, with its tokenizer. Arguments and errors as in `load`."""
+    source = _find(name_or_path, dtype, device, revision, trust_remote_code)
+    return _read(source), source.tokenizer
+
+
+def load_paged(
+    name_or_path: str | Path, *, dtype: str = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Pages]:
+    """Like `load_pretrained`, but the decoder layers stay in the checkpoint's files."""
+    source = _find(name_or_path, dtype, device, None, False)
+    model, pages = _read_paged(source)
+    return model, source.tokenizer, pages
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint that was found, before its weights are read."""
+
+    name: str  # as the user gave it
+    path: str
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    dtype: Any
+    device: torch.device
+    common: Mapping[str, Any]
+
+
+def _find(
+    name_or_path: str | Path, dtype: str, device: str | None, revision: str | None, trust_remote_code: bool
+) -> _Source:
     if dtype not in _DTYPES:
         raise InputError(f"dtype = {dtype!r} is not legal; legal values: {', '.join(_DTYPES)}.")
     target = _usable_device(device or default_device())
@@ -82,18 +116,44 @@ def load_pretrained(
             f"on the hub ({_first_line(error)})."
         ) from error
     _refuse_experts(config)
+    return _Source(name, path, config, tokenizer, _DTYPES[dtype], target, common)
+
+
+def _read(source: _Source, **options: Any) -> PreTrainedModel:
     try:
         # Safetensors only: other weight files are pickles.
         read: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=_DTYPES[dtype], use_safetensors=True, output_loading_info=True, **common
+            source.path,
+            config=source.config,
+            dtype=source.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **source.common,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"Cannot load the weights of {name!r}: {_first_line(error)}.") from error
+        raise InputError(f"Cannot load the weights of {source.name!r}: {_first_line(error)}.") from error
     model, found = read
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
-        raise InputError(f"The checkpoint {name!r} lacks the weights {', '.join(missing)}.")
-    model.to(target)  # pyright: ignore[reportArgumentType]
-    return model.eval(), tokenizer
+        raise InputError(f"The checkpoint {source.name!r} lacks the weights {', '.join(missing)}.")
+    if not options:
+        model.to(source.device)
+    return model.eval()
+
+
+def _read_paged(source: _Source) -> tuple[PreTrainedModel, Pages]:
+    code = bool(source.common["trust_remote_code"])
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(source.config, trust_remote_code=code)
+    layers, _ = find_linears(skeleton)
+    logger = getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(ERROR)  # it warns of what is meant here: parameters on the disk
+    try:
+        model = _read(source, device_map=page_map(skeleton, layers, source.device))
+    finally:
+        logger.setLevel(level)
+    return model, take_pages(model, layers, source.device)
 
 
 def _usable_device(name: str) -> torch.device:
@@ -112,8 +172,14 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
-def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, source: str = "") -> LoadedModel:
-    """Check a model that is already in memory and list its targets. Raises like `load`."""
+def describe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str = "",
+    pages: Paging | None = None,
+) -> LoadedModel:
+    """Check a model that is already in memory (but for its `pages`) and list its targets. Raises like `load`."""
     model.eval()
     _refuse_experts(model.config)
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
@@ -124,11 +190,12 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, sour
         raise InputError(
             f"The tokenizer does not fit the model: it has {len(tokenizer)} tokens and the model {rows} embeddings."
         )
-    for name, tensor in model.state_dict().items():
+    loaded = LoadedModel(model, tokenizer, layers, linears, source or str(model.config.name_or_path), pages)
+    for name, tensor in loaded.state():
         # A sum is one pass without a mask in memory; it is finite unless an entry is not (or it overflows: look then).
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise NonFiniteError(f"The weight {name} holds NaN or infinity; the checkpoint is damaged.")
-    return LoadedModel(model, tokenizer, layers, linears, source or str(model.config.name_or_path))
+    return loaded
 
 
 def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
@@ -197,7 +264,7 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 
 def weights_hash(loaded: LoadedModel) -> str:
     """SHA-256 over every tensor of the model, in name order: the identity of what was analysed."""
-    return sha256_tensors(sorted(loaded.model.state_dict().items()))
+    return sha256_tensors(loaded.state())
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -15,7 +16,7 @@ from unirank.models import weight_of, weights_hash
 from unirank.modules import LowRankLinear, align_weights
 from unirank.progress import OnProgress, silent
 from unirank.store import AnalysisStore
-from unirank.types import DENSE, LoadedModel, RankPlan
+from unirank.types import DENSE, LinearSpec, LoadedModel, RankPlan
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def truncate(
 ) -> TruncateReport:
     """Replace, in place, every linear that `plan` gives a rank by the first components of `store`.
 
-    Linears that the plan keeps dense are not touched, bit for bit; biases are kept.
+    Linears that the plan keeps dense are not touched, bit for bit; biases are kept. Of a model that was loaded with
+    `stream`, factors are read from `store` when a layer is, so the store has to stay where it is.
 
     Raises:
         InputError: the plan or the store was made for another model.
@@ -90,23 +92,40 @@ def truncate(
         UnirankError: the recount from the modules differs from the plan.
     """
     check_plan(loaded, store, plan)
-    model = loaded.model
-    model_before = count_parameters(model)
-    for position, spec in enumerate(loaded.linears):
-        rank = plan.ranks[spec.name]
-        if rank != DENSE:
-            left, right = store.factors(spec, int(rank))
-            mean = store.input_mean(spec)
-            weight = weight_of(model.get_submodule(spec.name))
-            low = make_low_rank(model, spec.name, int(rank), add_bias=mean is not None)
-            low.left.weight.copy_(left)
-            low.right.weight.copy_(right)
-            if mean is not None and low.left.bias is not None:
-                low.left.bias.add_(lost_output(weight, left, right, mean))
-                if not low.left.bias.isfinite().all():
-                    raise NonFiniteError(f"The bias of {spec.name} is NaN or infinity in {weight.dtype}.")
-        progress("truncate", position + 1, len(loaded.linears))
+    model_before = count_parameters(loaded.model)
+    done = 0
+    for layer, specs in itertools.groupby(loaded.linears, key=lambda spec: spec.layer):
+        with loaded.resident(layer):
+            for spec in specs:
+                rank = plan.ranks[spec.name]
+                if rank != DENSE:
+                    _put(loaded, store, spec, int(rank))
+                done += 1
+                progress("truncate", done, len(loaded.linears))
     return settle(loaded, plan, model_before)
+
+
+def _put(loaded: LoadedModel, store: AnalysisStore, spec: LinearSpec, rank: int) -> None:
+    """Put the first components of one linear in its place; where layers are paged, they stay in the store."""
+    mean = store.input_mean(spec)
+    weight = weight_of(loaded.model.get_submodule(spec.name))
+    low = make_low_rank(loaded.model, spec.name, rank, add_bias=mean is not None)
+    left, right = store.factors(spec, rank)
+    if mean is not None and low.left.bias is not None:
+        low.left.bias.add_(lost_output(weight, left, right, mean))
+        if not low.left.bias.isfinite().all():
+            raise NonFiniteError(f"The bias of {spec.name} is NaN or infinity in {weight.dtype}.")
+    if loaded.pages is None:
+        low.left.weight.copy_(left)
+        low.right.weight.copy_(right)
+        return
+    for side, index in (("left", 0), ("right", 1)):
+        factor: nn.Linear = getattr(low, side)
+        place = {"device": weight.device, "dtype": weight.dtype}
+        factor.weight = nn.Parameter(factor.weight.to("meta"))
+        loaded.pages.put(
+            f"{spec.name}.{side}.weight", lambda index=index, place=place: store.factors(spec, rank)[index].to(**place)
+        )
 
 
 def check_plan(loaded: LoadedModel, store: AnalysisStore, plan: RankPlan) -> None:

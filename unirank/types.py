@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from unirank.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Sublayer = Literal["attention", "mlp"]
@@ -57,6 +59,22 @@ class LinearSpec:
         return self.params if rank == DENSE else min(int(rank) * self.cost, self.params)
 
 
+class Paging(Protocol):
+    """Where the weights of decoder layers are that are not in memory; see `unirank.pages`."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor `name`, read now."""
+        ...
+
+    def put(self, name: str, make: Callable[[], torch.Tensor]) -> None:
+        """From now on `tensor(name)` is what `make()` gives."""
+        ...
+
+    def resident(self, model: nn.Module, index: int) -> AbstractContextManager[None]:
+        """Layer `index` of `model` is in memory inside."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A causal language model with its targets found by structure."""
@@ -66,6 +84,21 @@ class LoadedModel:
     layers: str  # path of the ModuleList that holds the decoder layers
     linears: tuple[LinearSpec, ...]  # in execution order of layers, then module order
     source: str  # what the caller asked for
+    pages: Paging | None = None  # of a model that is read layer by layer
+
+    def resident(self, index: int) -> AbstractContextManager[None]:
+        """The weights of layer `index` are in memory inside; those of a model loaded as a whole always are."""
+        return nullcontext() if self.pages is None else self.pages.resident(self.model, index)
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors of the model in name order, one at a time in memory where it is read layer by layer."""
+        for name, tensor in sorted(self.model.state_dict().items()):
+            yield name, tensor if self.pages is None or not tensor.is_meta else self.pages.tensor(name)
+
+    def require_whole(self, what: str) -> None:
+        """Raise InputError where `what` needs all layers in memory and they are not."""
+        if self.pages is not None:
+            raise InputError(f"{what} needs the whole model in memory; load it without streaming.")
 
     @property
     def layer_count(self) -> int:

@@ -26,6 +26,7 @@ def make_workbench(
 
     Raises InputError when the model or the windows are not the store's, or the text has to be named.
     """
+    loaded.require_whole("Measuring the model")
     recorded = store.identity["calibration"]
     if text is None and recorded["text"] not in (BUILTIN, BUILTIN_HELD_OUT, *NAMED):
         raise InputError(
