@@ -31,7 +31,7 @@ ORDER = (
     ("store",),
     ("gradients",),
     ("analyze",),
-    ("score",),
+    ("score", "estimate"),
     ("hf",),
     ("truncate",),
     ("refine",),

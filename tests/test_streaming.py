@@ -53,9 +53,7 @@ def test_store_checkpoint_and_densified_checkpoint_are_the_same(
     tokenizer: PreTrainedTokenizerFast,
     calibration: unirank.Calibration,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 2**40)
     source = dense(name)
     for kind in ("whole", "streamed"):
         loaded = unirank.load(source, device="cpu", stream=kind == "streamed")

@@ -24,6 +24,7 @@ from unirank.cli_looking import diagnose_command, evaluate_command, info_command
 from unirank.data import BUILTIN
 from unirank.demo import demo as run_demo
 from unirank.errors import InputError, UnirankError
+from unirank.estimate import Estimate, estimate
 from unirank.files import check_output, write_text
 from unirank.imported import import_plan, read_rank_file, read_ranks
 from unirank.models import load
@@ -33,7 +34,7 @@ from unirank.provenance import versions
 from unirank.refine import Refine
 from unirank.schemes import scheme as scheme_of
 from unirank.score import ScoreSettings
-from unirank.session import run_session
+from unirank.session import Session, run_session
 from unirank.store import open_store
 from unirank.workbench import make_workbench
 
@@ -100,6 +101,8 @@ def analyze(
         Path | None,
         typer.Option(help="Take the gradients of this store (same model, same calibration, any scheme)."),
     ] = None,
+    stream: flags.Stream = False,
+    dry_run: flags.DryRun = False,
     dtype: flags.Dtype = "auto",
     device: flags.Device = None,
     overwrite: flags.Overwrite = False,
@@ -108,8 +111,14 @@ def analyze(
     """Calibrate and decompose every layer, once for all ratios. Expensive; an interrupted run resumes."""
     with run_session(as_json) as session:
         scheme_of(scheme)
-        loaded = load(model, dtype=dtype, device=device)
+        loaded = load(model, dtype=dtype, device=device, stream=stream or dry_run)
         calibration = Calibration(calib, windows, window, seed, batch, gradients, split, revision)
+        if dry_run:
+            found = estimate(
+                loaded, out, scheme=scheme, calibration=calibration, stream=stream, progress=session.progress
+            )
+            _show_estimate(session, found)
+            return
         store = run_analyze(
             loaded,
             out,
@@ -222,6 +231,8 @@ def compress(
     gradients: flags.Gradients = None,
     preset: Annotated[str | None, typer.Option(help=flags.PRESET_HELP)] = None,
     refine: Annotated[float | None, typer.Option(metavar="MIX", help=flags.REFINE_HELP)] = None,
+    stream: flags.Stream = False,
+    dry_run: flags.DryRun = False,
     dtype: flags.Dtype = "auto",
     device: flags.Device = None,
     overwrite: flags.Overwrite = False,
@@ -244,7 +255,13 @@ def compress(
             check_request((), remove, **request)
         scheme_of(recipe.scheme)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
-        loaded = load(model, dtype=dtype, device=device)
+        if recipe.needs_tokens:
+            for flag, given in (("--stream", stream), ("--dry-run", dry_run)):
+                if given:
+                    raise InputError(
+                        f"{flag} covers analysis and truncation; {recipe.needs_tokens_for} would run the whole model."
+                    )
+        loaded = load(model, dtype=dtype, device=device, stream=stream or dry_run)
         if remove is not None:
             check_request(loaded.linears, remove, **request)
         if text is not None:
@@ -252,11 +269,25 @@ def compress(
         given = {"text": calib, "windows": windows, "window": window, "seed": seed, "batch": batch}
         given |= {"gradient_windows": gradients, "split": split, "revision": revision}
         given = {key: value for key, value in given.items() if value is not None}
+        calibration = Calibration(**given) if given else None
+        where = store or out.with_name(out.name + "-analysis")
+        if dry_run:
+            found = estimate(
+                loaded,
+                where,
+                scheme=recipe.scheme,
+                calibration=calibration,
+                stream=stream,
+                remove=remove or 0.0,
+                progress=session.progress,
+            )
+            _show_estimate(session, found)
+            return
         analysis = analysis_for(
             loaded,
-            store or out.with_name(out.name + "-analysis"),
+            where,
             recipe=recipe,
-            calibration=Calibration(**given) if given else None,
+            calibration=calibration,
             overwrite=overwrite and store is None,  # a store that the user named is never replaced in passing
             progress=session.progress,
         )
@@ -282,6 +313,12 @@ app.command(name="finetune")(finetune_command)
 app.command(name="densify")(densify_command)
 app.command(name="report")(report_command)
 app.command(name="info")(info_command)
+
+
+def _show_estimate(session: Session, found: Estimate) -> None:
+    """Print it; raises InputError, after that, where the run cannot fit."""
+    session.show(found.as_dict(), *tables.estimate_view(found))
+    found.require_fit()
 
 
 def _settings(importance: Any, distance: Any, gamma: float, local: Any, per_parameter: bool) -> ScoreSettings:

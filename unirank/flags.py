@@ -59,3 +59,16 @@ PerParameter = Annotated[bool, typer.Option("--per-parameter", help="Divide scor
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the allocator; repeatable.")
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="For models larger than memory: decoder layers stay in the checkpoint's files and are read one at a time.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Work on one layer only, and print what all of them will need: memory, disk and time."
+    ),
+]

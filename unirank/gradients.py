@@ -41,7 +41,7 @@ def gradient_pass(
     if remaining == 0:
         progress(_STAGE, steps, steps)
         return
-    with _frozen(loaded.model):
+    with frozen(loaded.model):
         recording = record(loaded, windows, batch=batch)
         if not store.has_scratch("backward", remaining) or _forward_done(store) < remaining:
             remaining = count  # not started, or what a killed run needs was deleted since
@@ -67,7 +67,7 @@ def _forward_done(store: AnalysisStore) -> int:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Parameters take no gradients meanwhile, so that autograd keeps nothing for them."""
     taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in taking:

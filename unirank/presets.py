@@ -41,7 +41,13 @@ class Preset:
     @property
     def needs_tokens(self) -> bool:
         """Whether calibration tokens are needed again after the analysis."""
-        return self.refine is not None or allocator_of(self.allocator).measures
+        return bool(self.needs_tokens_for)
+
+    @property
+    def needs_tokens_for(self) -> str:
+        """What needs them, in words."""
+        parts = [f"the allocator {self.allocator}"] if allocator_of(self.allocator).measures else []
+        return " and ".join([*parts, "the second pass"] if self.refine is not None else parts)
 
 
 _PRESETS: dict[str, Preset] = {

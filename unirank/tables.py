@@ -14,6 +14,7 @@ from rich.text import Text
 from unirank.checkpoint import CompressedModel
 from unirank.demo import PROMPT, DemoResult
 from unirank.diagnose import GROUPS, Diagnosis
+from unirank.estimate import Estimate
 from unirank.store import AnalysisStore
 from unirank.types import DENSE, SUBLAYERS, RankPlan
 
@@ -271,3 +272,28 @@ def demo_view(result: DemoResult) -> list[Any]:
         said.append(" ".join(row.sample.split()) + "\n")
     seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in result.seconds.items())
     return [table, said, Text(f"Seconds per stage, summed: {seconds}"), *load_hint(result.checkpoints)]
+
+
+def estimate_view(found: Estimate) -> tuple[Any, ...]:
+    """What a run will need, beside what is there."""
+    table = Table(box=None, show_header=False)
+    rows = {
+        "time": _duration(found.seconds),
+        "memory": f"{_gib(found.memory)} of {_gib(found.available_memory)} ({found.device})",
+        "as a whole, streamed": f"{_gib(found.whole_memory)}, {_gib(found.stream_memory)}",
+        "disk": f"{_gib(found.disk)} of {_gib(found.available_disk)}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return (f"Estimate from one of {found.layers} layers:", table)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
