@@ -17,6 +17,7 @@ ORDER = (
     ("reference",),
     ("ops",),
     ("files",),
+    ("tensorfile",),
     ("modules", "shards"),
     ("embedded",),
     ("pages",),

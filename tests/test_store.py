@@ -333,6 +333,55 @@ def test_truncated_layer_file_is_named(keep: float, copy: Path) -> None:
         store.factors(spec, 1)
 
 
+def flip(file: Path, position: int) -> None:
+    """Change one bit of the byte at `position`, counted from the end."""
+    data = bytearray(file.read_bytes())
+    data[-position] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("position", [1, 100, 5000])
+def test_flipped_bit_is_found_and_its_tensor_named(position: int, copy: Path) -> None:
+    file = copy / "layer-0002.safetensors"
+    flip(file, position)
+    store = open_store(copy)
+    seen = []
+    for spec in store.linears:
+        try:
+            store.factors(spec, 1)
+            store.energies()
+        except unirank.StoreError as error:
+            seen.append(str(error))
+    assert seen
+    assert all("layer-0002.safetensors is missing or damaged (model.layers.2." in text for text in seen)
+    assert all("has other bytes than were written" in text for text in seen)
+
+
+def test_flipped_bit_in_a_stream_stops_the_run_that_would_go_on(
+    harmed: tuple[Path, str], loaded: LoadedModel, settings: unirank.Calibration, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(harmed[0] / "full-disk", tmp_path / "store"))
+    flip(store / "stream-0002.safetensors", 50)
+    with pytest.raises(unirank.StoreError, match=r"stream-0002\.safetensors is missing or damaged .*other bytes"):
+        unirank.analyze(loaded, store, calibration=settings)
+
+
+def test_two_runs_on_one_store_are_refused(
+    loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
+) -> None:
+    held = tmp_path / "store"
+    code = "import sys; from pathlib import Path; from unirank.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(unirank.InputError, match="Another run is at work in"):
+            unirank.analyze(loaded, held, calibration=settings)
+        other.kill()
+    unirank.analyze(loaded, held, calibration=settings)  # the lock went with its process
+    assert contents(held) == contents(undisturbed)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format": 99}', b"\xff\xfe", None])
 def test_damaged_manifest_is_named_and_overwrite_replaces_it(
     content: bytes | None, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, copy: Path

@@ -14,14 +14,14 @@ from unirank.calibrate import Streams, calibrate_layer, record
 from unirank.data import BUILTIN, Text, bos_of, calibration_windows, read_text, tokenize
 from unirank.decompose import decompose_layer
 from unirank.errors import InputError
-from unirank.files import sha256_tensors, sha256_text
+from unirank.files import check_output, locked, sha256_tensors, sha256_text
 from unirank.gradients import gradient_pass
 from unirank.models import tokenizer_hash, weights_hash
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
 from unirank.schemes import Scheme
 from unirank.schemes import scheme as scheme_of
-from unirank.store import AnalysisStore, create_or_resume, open_store
+from unirank.store import MANIFEST, AnalysisStore, create_or_resume, open_store
 from unirank.types import LoadedModel
 
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
@@ -90,16 +90,34 @@ def analyze(
     identity = _identity(loaded, text, windows, calibration, backward, scheme)
     if source is not None:
         source.check_shared(identity)
-    store = create_or_resume(Path(store_path), identity, loaded.linears, overwrite=overwrite)
-    if source is not None:
-        store.share_gradients(source)
+    place = Path(store_path)
+    if not place.is_dir():  # else create_or_resume looks into it
+        check_output(place, marker=MANIFEST, overwrite=True)
+    with locked(place):
+        store = create_or_resume(place, identity, loaded.linears, overwrite=overwrite)
+        if source is not None:
+            store.share_gradients(source)
+        _fill(store, loaded, windows, chosen, calibration.batch, backward, progress)
+    return store
+
+
+def _fill(
+    store: AnalysisStore,
+    loaded: LoadedModel,
+    windows: torch.Tensor,
+    chosen: Scheme,
+    batch: int,
+    backward: int,
+    progress: OnProgress,
+) -> None:
+    """Make what is missing in `store`; arguments as in `analyze`, `backward` windows of all `windows` run backward."""
     first, count = store.layers_done(), store.layer_count
     if backward:  # also with all layers done: one of its files may have been lost since
-        gradient_pass(loaded, windows[:backward], store, batch=calibration.batch, progress=progress)
+        gradient_pass(loaded, windows[:backward], store, batch=batch, progress=progress)
     progress("calibrate and decompose", first, count)
     if first == count:
-        return store
-    recording = record(loaded, windows, batch=calibration.batch)
+        return
+    recording = record(loaded, windows, batch=batch)
     device = recording.start.probe.device
     # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
     resumed = store.has_streams(first)
@@ -122,7 +140,6 @@ def analyze(
         if writing is not None:
             writing.result()
             progress("calibrate and decompose", count, count)
-    return store
 
 
 def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from unirank.errors import InputError, WriteError
 
@@ -63,17 +63,6 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write one safetensors file atomically.
-
-    The header goes into a single metadata entry, since safetensors writes several in random order and equal inputs
-    must give equal bytes.
-    """
-    metadata = {"unirank": json.dumps(header, sort_keys=True)}
-    flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
-
-
 def link_or_copy(source: Path, path: Path) -> None:
     """Give the file `source` a second name `path`, or copy it where the file system has no such links.
 
@@ -95,6 +84,32 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _explain(path, error) from error
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory, which is made where it is not there, against other runs that would write into it.
+
+    The lock is the system's and ends with the process, however that ends; it leaves no file. Network file systems that
+    know no locks are used without. Raises InputError when another run holds it, WriteError like `make_directory`.
+    """
+    made = not directory.is_dir()
+    make_directory(directory)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"Another run is at work in {directory}; wait for it, or choose another.") from None
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP):
+                raise
+        yield
+    finally:
+        os.close(handle)
+        if made:
+            with suppress(OSError):  # that it is not empty is how it should be
+                directory.rmdir()
 
 
 def check_output(out: Path, *, marker: str, overwrite: bool) -> None:

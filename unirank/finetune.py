@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, set_seed
 
 from unirank.adapters import (
@@ -28,11 +27,12 @@ from unirank.checkpoint import CompressedModel, open_compressed
 from unirank.corpus import Corpus, pack, read_corpus
 from unirank.errors import InputError, UnirankError
 from unirank.evaluate import total_nll
-from unirank.files import check_output, differences, make_directory, sha256_tensors, write_json, write_tensors
+from unirank.files import check_output, differences, locked, sha256_tensors, write_json
 from unirank.models import load_pretrained
 from unirank.modules import align_weights
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
+from unirank.tensorfile import read_tensors, write_tensors
 from unirank.training import Loop, run
 from unirank.truncate import count_target
 from unirank.types import DENSE
@@ -177,24 +177,26 @@ def finetune(
     train, held_out = split_windows(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
     guide = _teacher(compressed, teacher, settings)
     recipe = _identity(compressed, corpus, settings, train, held_out, guide)
-    _claim(work, recipe)
-    set_seed(settings.seed)
-    before = _loss(model, held_out)
-    peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
-    trainable = train_only(peft, names)
-    log: list[dict[str, float]] = []
-    for phase, (stage, chosen, steps) in enumerate(_phases(names, settings), start=1):
-        train_only(peft, chosen)
-        folder = work / f"{phase}-{stage}"
-        if not (folder / _ADAPTER).is_file():
-            loop = settings.loop(steps, model.device)
-            entries = run(
-                peft, train, held_out, folder, loop, teacher=guide, stage=f"fine-tune, {stage}", progress=progress
-            )
-            write_json(folder / _LOG, {"log": [{"phase": phase, **entry} for entry in entries]})
-            write_tensors(folder / _ADAPTER, get_state(peft), {"phase": stage})
-        log += json.loads((folder / _LOG).read_text())["log"]
-        set_state(peft, load_file(folder / _ADAPTER))
+    check_output(work, marker=_RECIPE, overwrite=True)
+    with locked(work):
+        _claim(work, recipe)
+        set_seed(settings.seed)
+        before = _loss(model, held_out)
+        peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
+        trainable = train_only(peft, names)
+        log: list[dict[str, float]] = []
+        for phase, (stage, chosen, steps) in enumerate(_phases(names, settings), start=1):
+            train_only(peft, chosen)
+            folder = work / f"{phase}-{stage}"
+            if not (folder / _ADAPTER).is_file():
+                loop = settings.loop(steps, model.device)
+                entries = run(
+                    peft, train, held_out, folder, loop, teacher=guide, stage=f"fine-tune, {stage}", progress=progress
+                )
+                write_json(folder / _LOG, {"log": [{"phase": phase, **entry} for entry in entries]})
+                write_tensors(folder / _ADAPTER, get_state(peft), {"phase": stage})
+            log += json.loads((folder / _LOG).read_text())["log"]
+            set_state(peft, read_tensors(folder / _ADAPTER))
     with torch.no_grad():
         probe = held_out[:1].to(model.device)
         logits = peft.eval()(input_ids=probe, use_cache=False).logits.float()
@@ -282,7 +284,6 @@ def _identity(
 
 def _claim(work: Path, recipe: Mapping[str, Any]) -> None:
     """Make `work` ours, or resume it. Raises InputError when it is not ours, or belongs to another run."""
-    check_output(work, marker=_RECIPE, overwrite=True)
     file = work / _RECIPE
     if file.is_file():
         try:
@@ -296,5 +297,4 @@ def _claim(work: Path, recipe: Mapping[str, Any]) -> None:
                 "Delete it, or choose another."
             )
         return
-    make_directory(work)
     write_json(file, recipe)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from unirank.calibrate import Streams
 from unirank.errors import StoreError
@@ -28,12 +27,12 @@ from unirank.files import (
     make_directory,
     sha256_text,
     write_json,
-    write_tensors,
 )
+from unirank.tensorfile import DAMAGE, TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.types import CosineStat, Factors, Gradient, LinearSpec
 
 MANIFEST = "analysis.json"
-_FORMAT = 1
+_FORMAT = 2
 _OPTIONAL = ("mean", "curvature", "slope")
 Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
@@ -242,27 +241,19 @@ class AnalysisStore:
 
     def input_mean(self, spec: LinearSpec) -> torch.Tensor | None:
         """`Factors.mean` `[N]`, or None where the scheme gives no bias."""
-        file = self.layer_file(spec.layer)
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                key = f"{spec.name}.mean"
-                return tensors.get_tensor(key) if key in tensors.keys() else None  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError) as error:
-            raise _damaged(file, error) from error
+        key = f"{spec.name}.mean"
+        with self._open(spec.layer) as file:
+            return file.get(key)
 
     def _vectors(self, key: str) -> dict[str, torch.Tensor]:
         if key in ("curvature", "slope"):
             self.require_gradients()
         vectors = {}
         for layer in range(self.layer_count):
-            file = self.layer_file(layer)
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for spec in self.linears:
-                        if spec.layer == layer:
-                            vectors[spec.name] = tensors.get_tensor(f"{spec.name}.{key}")
-            except (OSError, SafetensorError) as error:
-                raise _damaged(file, error) from error
+            with self._open(layer) as file:
+                for spec in self.linears:
+                    if spec.layer == layer:
+                        vectors[spec.name] = file[f"{spec.name}.{key}"]
         return vectors
 
     def require_gradients(self) -> None:
@@ -275,23 +266,27 @@ class AnalysisStore:
 
     def factors(self, spec: LinearSpec, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`left [M, R]` and `right [R, N]` of the first `rank` components. Raises StoreError beyond what is stored."""
-        file = self.layer_file(spec.layer)
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                left = tensors.get_tensor(f"{spec.name}.left")
-                right = tensors.get_tensor(f"{spec.name}.right")
-        except (OSError, SafetensorError) as error:
-            raise _damaged(file, error) from error
+        with self._open(spec.layer) as file:
+            left, right = file[f"{spec.name}.left"], file[f"{spec.name}.right"]
         if rank > left.shape[1]:
-            raise StoreError(f"{file} holds {left.shape[1]} components of {spec.name}, the plan asks for {rank}.")
+            raise StoreError(
+                f"{self.layer_file(spec.layer)} holds {left.shape[1]} components of {spec.name}, "
+                f"the plan asks for {rank}."
+            )
         return left[:, :rank].contiguous(), right[:rank].contiguous()
 
     def _header(self, layer: int) -> dict[str, Any]:
+        with self._open(layer) as file:
+            return file.header
+
+    @contextmanager
+    def _open(self, layer: int) -> Iterator[TensorFile]:
+        """The file of a layer; what is wrong with it raises StoreError."""
         file = self.layer_file(layer)
         try:
-            with safe_open(file, framework="pt") as tensors:
-                return json.loads(tensors.metadata()["unirank"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            with open_tensors(file) as tensors:
+                yield tensors
+        except DAMAGE as error:
             raise _damaged(file, error) from error
 
 
@@ -359,8 +354,8 @@ def _remove(folder: Path, pattern: str) -> None:
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
+        return read_tensors(file)
+    except DAMAGE as error:
         raise _damaged(file, error) from error
 
 
