@@ -12,7 +12,7 @@ import unirank
 ROOT = Path(unirank.__file__).parent
 # Modules of one group may not import each other.
 ORDER = (
-    ("errors", "progress", "provenance"),
+    ("errors", "progress", "provenance", "strictjson"),
     ("types",),
     ("reference",),
     ("ops",),

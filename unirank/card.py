@@ -68,6 +68,13 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """
 
 
+def check_training(training: Any) -> None:
+    """Raise ValueError, KeyError or TypeError unless a record of a fine-tuning can be shown."""
+    _training_line(training)
+    if not all(isinstance(entry, dict) for entry in training["log"]):
+        raise ValueError("the log of the training is not legal")
+
+
 def _training_line(training: Mapping[str, Any]) -> str:
     settings, data = training["settings"], training["data"]
     return (

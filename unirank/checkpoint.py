@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unirank.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, render_card
+from unirank.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, check_training, render_card
 from unirank.errors import InputError
 from unirank.evaluate import EvalReport
 from unirank.files import check_output, staged_directory, write_json, write_text
 from unirank.models import load_paged, load_pretrained
 from unirank.shards import save_shards
+from unirank.store import check_identity
+from unirank.strictjson import parse_object
 from unirank.truncate import TruncateReport
 from unirank.types import Paging, RankPlan
 
@@ -100,13 +101,21 @@ def read_record(path: Path) -> Record:
         raise InputError(
             f"{path} is not a compressed checkpoint: it has no {PLAN_FILE}; make one with: unirank compress."
         )
-    plan = RankPlan.from_json((path / PLAN_FILE).read_text(encoding="utf-8"))
     try:
-        record = json.loads((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        plan = RankPlan.from_json((path / PLAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path / PLAN_FILE} cannot be read: {error}.") from error
+    try:
+        record = parse_object((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
         report = TruncateReport.from_dict(record["report"])
+        check_identity(record["analysis"])
+        training = record.get("training")
+        if training is not None:
+            check_training(training)
+        source = str(record["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
-    return Record(plan, report, record["analysis"], str(record["source"]), record.get("training"), _evaluations(path))
+    return Record(plan, report, record["analysis"], source, training, _evaluations(path))
 
 
 def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -114,9 +123,15 @@ def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not file.is_file():
         return ()
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))["evaluations"]
-        return tuple({"report": asdict(EvalReport(**entry["report"])), "dense": entry["dense"]} for entry in entries)
-    except (ValueError, KeyError, TypeError) as error:
+        entries = parse_object(file.read_text(encoding="utf-8"))["evaluations"]
+        return tuple(
+            {
+                "report": asdict(EvalReport.from_dict(entry["report"])),
+                "dense": None if entry["dense"] is None else float(entry["dense"]),
+            }
+            for entry in entries
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged: {error}.") from error
 
 

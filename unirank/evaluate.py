@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -34,6 +34,16 @@ class EvalReport:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EvalReport:
+        """Read `as_dict`'s result. Raises TypeError or ValueError for anything else."""
+        report = cls(**record)
+        for field in fields(cls):
+            value = getattr(report, field.name)
+            if type(value).__name__ != field.type:
+                raise ValueError(f"{field.name} is {str(value)[:80]!r}")
+        return report
 
 
 def evaluate(

@@ -32,6 +32,7 @@ from unirank.models import load_pretrained
 from unirank.modules import align_weights
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
+from unirank.strictjson import parse_object
 from unirank.tensorfile import read_tensors, write_tensors
 from unirank.training import Loop, run
 from unirank.truncate import count_target
@@ -287,8 +288,8 @@ def _claim(work: Path, recipe: Mapping[str, Any]) -> None:
     file = work / _RECIPE
     if file.is_file():
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = parse_object(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise InputError(f"{file} is damaged ({error}); delete {work} to start again.") from error
         differs = differences(found, json.loads(json.dumps(recipe)), was="there")
         if differs:

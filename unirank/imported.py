@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unirank.errors import InputError
 from unirank.store import AnalysisStore
+from unirank.strictjson import parse_object
 from unirank.types import DENSE, LinearSpec, Rank, RankPlan, canonical
 
 
@@ -22,7 +22,7 @@ def import_plan(store: AnalysisStore, text: str) -> RankPlan:
     """
     ranks = read_ranks(store.linears, text)
     store.require_complete()
-    source = RankPlan.from_json(text) if _is_plan(json.loads(text)) else None
+    source = RankPlan.from_json(text) if _is_plan(parse_object(text)) else None
     if source is not None and source.analysis == store.digest and source.ranks == ranks:
         return source
     shapes = {spec.name: (spec.m, spec.n) for spec in store.linears}
@@ -52,17 +52,15 @@ def read_ranks(linears: Sequence[LinearSpec], text: str) -> dict[str, Rank]:
     is not legal.
     """
     try:
-        record = json.loads(text)
+        record = parse_object(text)
     except ValueError as error:
-        raise InputError(f"The ranks are not JSON: {error}.") from error
+        raise InputError(
+            f"The ranks are not legal: {error}; they are a rank plan of unirank, or a JSON object of linear names and "
+            'ranks, such as {"ranks": {"model.layers.0.mlp.up_proj": 64}}.'
+        ) from error
     found: Any = RankPlan.from_json(text).ranks if _is_plan(record) else record
     if isinstance(found, Mapping) and isinstance(found.get("ranks"), Mapping):
         found = found["ranks"]
-    if not isinstance(found, Mapping):
-        raise InputError(
-            "The ranks are not legal; they are a rank plan of unirank, or a JSON object of linear names and ranks, "
-            'such as {"ranks": {"model.layers.0.mlp.up_proj": 64}}.'
-        )
     names = {spec.name for spec in linears}
     for kind, wrong in (("unknown", found.keys() - names), ("missing", names - found.keys())):
         if wrong:

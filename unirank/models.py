@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from unirank import embedded
-from unirank.errors import InputError, NonFiniteError
+from unirank.errors import InputError, NonFiniteError, UnirankError
 from unirank.files import sha256_tensors, sha256_text
 from unirank.modules import LowRankLinear
 from unirank.pages import Pages, page_map, take_pages
 from unirank.provenance import default_device
+from unirank.strictjson import parse_object
 from unirank.types import SUBLAYERS, LinearSpec, LoadedModel, Paging
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,6 +107,7 @@ def _find(
         raise InputError(f"The model directory {path} does not exist.")
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise InputError(f"The model directory {path} holds no config.json, so it is not a Hugging Face checkpoint.")
+    _check_index(Path(path))
     try:
         config = AutoConfig.from_pretrained(path, **common)
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
@@ -115,8 +116,24 @@ def _find(
             f"Cannot load the model {name!r}: it is neither a local directory with a checkpoint nor reachable "
             f"on the hub ({_first_line(error)})."
         ) from error
+    except Exception as error:  # what transformers raises for a damaged config is anybody's guess
+        raise InputError(f"The config or tokenizer of {name!r} is damaged: {_first_line(error)}.") from error
     _refuse_experts(config)
     return _Source(name, path, config, tokenizer, _DTYPES[dtype], target, common)
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse a local checkpoint whose index names files outside its directory."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        places = set(parse_object(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} is damaged: {error}.") from error
+    for place in places:
+        if not isinstance(place, str) or Path(place).name != place:
+            raise InputError(f"{index} names {place!r}, which is no file of its directory.")
 
 
 def _read(source: _Source, **options: Any) -> PreTrainedModel:
@@ -131,7 +148,9 @@ def _read(source: _Source, **options: Any) -> PreTrainedModel:
             **source.common,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UnirankError:
+        raise
+    except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
         raise InputError(f"Cannot load the weights of {source.name!r}: {_first_line(error)}.") from error
     model, found = read
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
@@ -184,6 +203,8 @@ def describe(
     _refuse_experts(model.config)
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError(f"The model {source} is quantized; compress the unquantized one it came from.")
     layers, linears = find_linears(model)
     rows = embedding_rows(model)
     if len(tokenizer) > rows:

@@ -111,7 +111,7 @@ def _json_lines(path: Path) -> Iterable[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"Line {number} of {path} is not JSON: {error}.") from error
 
 

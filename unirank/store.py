@@ -28,6 +28,7 @@ from unirank.files import (
     sha256_text,
     write_json,
 )
+from unirank.strictjson import parse_object
 from unirank.tensorfile import DAMAGE, TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.types import CosineStat, Factors, Gradient, LinearSpec
 
@@ -192,7 +193,7 @@ class AnalysisStore:
                 write_json(file, {"settings": settings, "values": values})
             return values
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))["values"]
+            values = parse_object(file.read_text(encoding="utf-8"))["values"]
             if values.keys() != {spec.name for spec in self.linears}:
                 raise ValueError("its linears are not the store's")
             return {spec.name: float(values[spec.name]) for spec in self.linears}
@@ -337,13 +338,43 @@ def open_store(path: str | Path) -> AnalysisStore:
             f"{path} is not an analysis store: it has no {MANIFEST}; make one with: unirank analyze MODEL -o STORE."
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_object(file.read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
             raise ValueError(f"format {manifest['format']!r}, this version reads format {_FORMAT}")
-        linears = tuple(LinearSpec(**spec) for spec in manifest["linears"])
+        linears = tuple(LinearSpec.from_dict(spec) for spec in manifest["linears"])
+        layers = [spec.layer for spec in linears]
+        if layers != sorted(layers) or set(layers) != set(range(len(set(layers)))) or not layers:
+            raise ValueError("its linears are not those of layers 0, 1, 2 ...")
+        check_identity(manifest["identity"])
         return AnalysisStore(path, manifest["identity"], linears)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, error, "replace the store with: unirank analyze --overwrite") from error
+
+
+# What is read of an identity elsewhere, and its type.
+_IDENTITY = {
+    ("model", "class"): str,
+    ("model", "weights_sha256"): str,
+    ("model", "dtype"): str,
+    ("calibration", "text"): str,
+    ("calibration", "windows_sha256"): str,
+    ("calibration", "windows"): int,
+    ("calibration", "window"): int,
+    ("calibration", "seed"): int,
+    ("calibration", "batch"): int,
+    ("versions", "unirank"): str,
+    ("scheme",): str,
+}
+
+
+def check_identity(identity: Any) -> None:
+    """Raise ValueError unless a record says of an analysis what is asked of it."""
+    for path, kind in _IDENTITY.items():
+        value = identity
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if not isinstance(value, kind):
+            raise ValueError(f"its identity has no {'.'.join(path)}")
 
 
 def _remove(folder: Path, pattern: str) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from unirank.files import sha256_tensors, write_atomically
+from unirank.strictjson import parse_object
 
 _KEY = "unirank"
 _SUMS = "sha256"
@@ -37,7 +38,7 @@ class TensorFile:
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file, self._path = file, path
-        self.header: dict[str, Any] = json.loads(file.metadata()[_KEY])
+        self.header: dict[str, Any] = parse_object(file.metadata()[_KEY])
         self._sums: Mapping[str, str] = self.header.pop(_SUMS)
 
     def get(self, name: str) -> torch.Tensor | None:

@@ -54,8 +54,11 @@ class TruncateReport:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> TruncateReport:
-        """Read `as_dict`'s result. Raises KeyError or ValueError for anything else."""
-        return cls(**{field.name: int(record[field.name]) for field in fields(cls)})
+        """Read `as_dict`'s result. Raises KeyError, TypeError or ValueError for anything else."""
+        report = cls(**{field.name: int(record[field.name]) for field in fields(cls)})
+        if min(report.targets_before, report.model_before) < 1:
+            raise ValueError("it counts no parameters")
+        return report
 
 
 def count_parameters(model: nn.Module) -> int:

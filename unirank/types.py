@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from unirank.errors import InputError
+from unirank.strictjson import parse_object
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,17 @@ class LinearSpec:
     def max_rank(self) -> int:
         """`ceil(r*)`, `r* = M N / (M + N)`: from this rank on dense is cheaper, so no factor goes beyond it."""
         return -(-self.params // self.cost)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> LinearSpec:
+        """Read what `dataclasses.asdict` gave. Raises ValueError, KeyError or TypeError for anything else."""
+        spec = cls(**record)
+        whole = all(type(size) is int for size in (spec.layer, spec.m, spec.n))
+        if not (whole and spec.layer >= 0 and spec.m > 0 and spec.n > 0 and spec.sublayer in SUBLAYERS):
+            raise ValueError(f"the linear {str(spec.name)[:80]!r} is not legal")
+        if not (isinstance(spec.name, str) and isinstance(spec.kind, str)):
+            raise ValueError("a linear has no name")
+        return spec
 
     def rank_cost(self, rank: Rank) -> int:
         """Parameters that `rank` keeps of this matrix: `min(R (M + N), M N)`."""
@@ -214,10 +226,11 @@ class RankPlan:
     def from_json(cls, text: str) -> RankPlan:
         """Read `to_json`'s output. Raises InputError for anything else."""
         try:
-            record = json.loads(text)
+            record = parse_object(text)
             if record.pop("format") != 1:
                 raise ValueError("unknown format")
-            record["shapes"] = {name: (int(m), int(n)) for name, (m, n) in record["shapes"].items()}
+            cls._check(record)
+            record["shapes"] = {name: (m, n) for name, (m, n) in record["shapes"].items()}
             for name, rank in record["ranks"].items():
                 m, n = record["shapes"][name]
                 if rank != DENSE and not (type(rank) is int and 1 <= rank <= min(m, n)):
@@ -229,6 +242,30 @@ class RankPlan:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"This is not a unirank rank plan: {error}.") from error
+
+    @staticmethod
+    def _check(record: Mapping[str, Any]) -> None:
+        """Raise ValueError or KeyError unless every entry has a value that `to_json` could have written."""
+        remove, threshold = record["remove"], record["threshold"]
+        good = {
+            "ranks": isinstance(record["ranks"], dict),
+            "shapes": isinstance(record["shapes"], dict)
+            and all(
+                isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+                for shape in record["shapes"].values()
+            ),
+            "remove": type(remove) in (int, float) and 0 <= remove < 1,
+            "budget": type(record["budget"]) is int,
+            "used": type(record["used"]) is int,
+            "threshold": threshold is None or type(threshold) in (int, float),
+            "allocator": isinstance(record["allocator"], str),
+            "scheme": isinstance(record["scheme"], str),
+            "settings": isinstance(record.get("settings", {}), dict),
+            "analysis": isinstance(record.get("analysis", ""), str),
+        }
+        for key, fine in good.items():
+            if not fine:
+                raise ValueError(f"{key} is {str(record[key])[:80]!r}")
 
 
 def canonical(spec: LinearSpec, rank: Rank) -> Rank:

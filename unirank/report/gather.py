@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from unirank.checkpoint import Record, read_record
 from unirank.correlation import effective_rank
 from unirank.errors import InputError
 from unirank.store import AnalysisStore
+from unirank.strictjson import parse_object
 from unirank.types import DENSE, RankPlan
 
 _LAYER = re.compile(r"^(?P<path>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
@@ -127,7 +127,7 @@ def _rows(grid: Path | None) -> tuple[Mapping[str, Any], ...]:
     if grid is None:
         return ()
     try:
-        rows = json.loads(grid.read_text(encoding="utf-8"))["rows"]
+        rows = parse_object(grid.read_text(encoding="utf-8"))["rows"]
         return tuple(
             {
                 "label": row.get("preset") or f"{row['scheme']} + {row['allocator']}",
