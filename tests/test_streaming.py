@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import unirank
 from tests.test_architectures import ARCHITECTURES, NO_PLACE, build
-from unirank import shards
+from unirank import files, shards
 from unirank.densify import densify, save_dense
 from unirank.models import weights_hash
 from unirank.types import LoadedModel
@@ -150,3 +152,43 @@ def test_what_needs_the_whole_model_refuses(dense, calibration, text_file: Path,
     ):
         with pytest.raises(unirank.InputError, match="needs the whole model in memory; load it without streaming"):
             run()
+
+
+def test_hidden_states_in_mapped_files_change_no_byte(
+    make_model, calibration: unirank.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    copy = files.mapped_copy
+
+    def watched(folder: Path, tensor: torch.Tensor) -> torch.Tensor:
+        made.append(copy(folder, tensor))
+        assert not list(folder.glob(".hidden*"))  # nameless from the start
+        return made[-1]
+
+    monkeypatch.setattr(importlib.import_module("unirank.calibrate"), "mapped_copy", watched)
+    for limit, kind in ((2**40, "memory"), (0, "mapped")):
+        unirank.analyze(make_model(), tmp_path / kind, calibration=calibration, hidden_limit=limit)
+        assert len(made) == (0 if kind == "memory" else 3 * 4)  # three batches: the embeddings' and three layers'
+    assert contents(tmp_path / "mapped") == contents(tmp_path / "memory")
+
+
+def test_a_full_disk_is_found_before_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(unirank.WriteError, match="the disk is full"):
+        files.mapped_copy(tmp_path, torch.ones(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_with_mapped_files(make_model, calibration: unirank.Calibration, tmp_path: Path) -> None:
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unirank.analyze(make_model(), tmp_path / "a", calibration=calibration, hidden_limit=0, progress=stop)
+    unirank.analyze(make_model(), tmp_path / "a", calibration=calibration, hidden_limit=0)
+    unirank.analyze(make_model(), tmp_path / "b", calibration=calibration)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")

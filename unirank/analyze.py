@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from unirank.calibrate import Streams, calibrate_layer, record
@@ -59,6 +60,7 @@ def analyze(
     scheme: str = "whiten",
     calibration: Calibration | None = None,
     gradients_from: str | Path | None = None,
+    hidden_limit: int | None = None,
     overwrite: bool = False,
     progress: OnProgress = silent,
 ) -> AnalysisStore:
@@ -67,6 +69,8 @@ def analyze(
     Args:
         gradients_from: a store of the same model and calibration, with gradients: they are taken from there, so that
             several schemes share one backward pass. They are the same bytes as a pass of its own would give.
+        hidden_limit: hidden states of more bytes than these go into mapped files of the store's directory while it
+            runs; None is a quarter of the memory that is free. It changes no byte of the store.
 
     Raises:
         InputError: unknown scheme, unusable text, an output directory that is not a store.
@@ -97,7 +101,8 @@ def analyze(
         store = create_or_resume(place, identity, loaded.linears, overwrite=overwrite)
         if source is not None:
             store.share_gradients(source)
-        _fill(store, loaded, windows, chosen, calibration.batch, backward, progress)
+        scratch = place if _hidden_bytes(loaded, windows) > _limit(loaded, hidden_limit) else None
+        _fill(store, loaded, windows, chosen, calibration.batch, backward, scratch, progress)
     return store
 
 
@@ -108,20 +113,22 @@ def _fill(
     chosen: Scheme,
     batch: int,
     backward: int,
+    scratch: Path | None,
     progress: OnProgress,
 ) -> None:
-    """Make what is missing in `store`; arguments as in `analyze`, `backward` windows of all `windows` run backward."""
+    """Make what is missing in `store`; arguments as in `analyze`, `backward` windows of all `windows` run backward,
+    and hidden states are in mapped files of `scratch`, if any."""
     first, count = store.layers_done(), store.layer_count
     if backward:  # also with all layers done: one of its files may have been lost since
         gradient_pass(loaded, windows[:backward], store, batch=batch, progress=progress)
     progress("calibrate and decompose", first, count)
     if first == count:
         return
-    recording = record(loaded, windows, batch=batch)
+    recording = record(loaded, windows, batch=batch, folder=scratch)
     device = recording.start.probe.device
     # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
     resumed = store.has_streams(first)
-    streams = store.read_streams(first, device) if resumed else recording.start
+    streams = store.read_streams(first, device, scratch) if resumed else recording.start
     with ThreadPoolExecutor(max_workers=1) as disk:  # a layer is written while the next one is calibrated
         writing: Future[None] | None = None
         for layer in range(first if resumed else 0, count):
@@ -140,6 +147,22 @@ def _fill(
         if writing is not None:
             writing.result()
             progress("calibrate and decompose", count, count)
+
+
+def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:
+    """Of the hidden states between two layers, and of the copy that the writer holds."""
+    embedding = loaded.model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    width = loaded.model.config.get_text_config().hidden_size
+    return 2 * windows.numel() * width * embedding.element_size()
+
+
+def _limit(loaded: LoadedModel, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    device = next(loaded.model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free // 4
 
 
 def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:

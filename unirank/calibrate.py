@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from unirank import ops
 from unirank.errors import InputError, NonFiniteError
+from unirank.files import mapped_copy
 from unirank.trace import LayerTrace, trace_layer
 from unirank.types import CosineStat, LayerStats, LoadedModel, Moment
 
@@ -45,10 +47,19 @@ class LayerCall:
 
 @dataclass
 class Streams:
-    """Hidden states between two layers, one tensor `[B, T, D]` a batch, and those of the probe."""
+    """Hidden states between two layers, one tensor `[B, T, D]` a batch, and those of the probe.
+
+    With a `folder`, batches are in mapped files there, and in memory only while a layer runs on them.
+    """
 
     batches: list[torch.Tensor]
     probe: torch.Tensor
+    folder: Path | None = None
+
+    def put(self, position: int, hidden: torch.Tensor) -> None:
+        """`hidden` takes the place of the batch at `position`, or is added behind the last one."""
+        kept = hidden if self.folder is None else mapped_copy(self.folder, hidden)
+        self.batches[position : position + 1] = [kept]
 
 
 @dataclass(frozen=True)
@@ -67,15 +78,17 @@ def layers_of(loaded: LoadedModel) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int) -> Recording:
+def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int, folder: Path | None = None) -> Recording:
     """Run the decoder with pass-through layers. `windows` int64 `[W, T]`; `batch` windows go together.
+
+    With a `folder`, hidden states go into mapped files there.
 
     Raises NonFiniteError when the embeddings give a NaN or infinity.
     """
     layers = layers_of(loaded)
     device = next(loaded.model.parameters()).device
     calls: list[list[LayerCall]] = []
-    streams: list[torch.Tensor] = []
+    start = Streams([], torch.empty(0), folder)
     returns_tuple: bool | None = None
 
     with ExitStack() as stack:
@@ -89,7 +102,12 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int) -> Recordi
                     with loaded.resident(_index):
                         returns_tuple = isinstance(_original(*args, **kwargs), tuple)
                 if _index == 0:
-                    streams.append(hidden)
+                    if not hidden.isfinite().all():
+                        raise NonFiniteError("The embeddings give NaN or infinity on the calibration text.")
+                    if calls:
+                        start.put(len(start.batches), hidden)
+                    else:
+                        start.probe = hidden
                     calls.append([])
                 calls[-1].append(call)
                 return (hidden,) if returns_tuple else hidden
@@ -101,10 +119,7 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int) -> Recordi
             decoder(input_ids=ids.to(device), use_cache=False)
     if len(calls) != len(windows.split(batch)) + 1 or any(len(record) != len(layers) for record in calls):
         raise InputError(f"{type(loaded.model).__name__} does not call every decoder layer once, in order.")
-    for stream in streams:
-        if not stream.isfinite().all():
-            raise NonFiniteError("The embeddings give NaN or infinity on the calibration text.")
-    return Recording(calls[1:], bool(returns_tuple), calls[0], Streams(streams[1:], streams[0]))
+    return Recording(calls[1:], bool(returns_tuple), calls[0], start)
 
 
 @contextmanager
@@ -154,10 +169,11 @@ def calibrate_layer(
     grams = _Grams(layer, prefix, trace, enabled=moments, mean_abs=mean_abs)
     cosines = _Cosines(layer, prefix, trace, device=streams.probe.device)
     with grams.hooked(), cosines.hooked():
-        for position, hidden in enumerate(streams.batches):
+        for position, kept in enumerate(list(streams.batches)):
+            hidden = kept.to(streams.probe.device)
             output = recording.calls[position][index].run(layer, hidden)
             cosines.add(hidden, output)
-            streams.batches[position] = output
+            streams.put(position, output)
     return LayerStats(index, grams.finish(), trace.input_of, cosines.finish())
 
 

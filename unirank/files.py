@@ -63,6 +63,24 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
+def mapped_copy(folder: Path, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor` in a file of `folder` that is mapped into memory, so that the system can put it aside.
+
+    The file has no name any more when this returns; its space is free when the copy is. Raises WriteError when the
+    disk has no room.
+    """
+    path = folder / f".hidden.{os.getpid()}.tmp"
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # else a full disk would end the process later
+        flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    except OSError as error:
+        raise _explain(path, error) from error
+    finally:
+        path.unlink(missing_ok=True)
+    return flat.copy_(tensor.flatten()).view(tensor.shape)
+
+
 def link_or_copy(source: Path, path: Path) -> None:
     """Give the file `source` a second name `path`, or copy it where the file system has no such links.
 

@@ -40,7 +40,7 @@ _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
 _MEASURED = r"measured-[a-z0-9-]+\.json"
 _PASSING = r"(stream|forward|backward)-\d{4}\.safetensors"  # only there while a later step needs them
 # What a run that was killed while it wrote leaves behind (see `write_atomically`).
-_LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS}|{_MEASURED})\.\d+\.tmp"
+_LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS}|{_MEASURED}|hidden)\.\d+\.tmp"
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,16 @@ class AnalysisStore:
             if re.fullmatch(_LEFTOVER, file.name) or (re.fullmatch(_PASSING, file.name) and file not in needed):
                 file.unlink()
 
-    def read_streams(self, layer: int, device: torch.device) -> Streams:
-        """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing."""
+    def read_streams(self, layer: int, device: torch.device, scratch: Path | None = None) -> Streams:
+        """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing.
+
+        With a `scratch` directory, as in `Streams`.
+        """
         tensors = _load(self._stream_file(layer))
-        probe = tensors.pop("probe").to(device)
-        return Streams([tensors[key].to(device) for key in sorted(tensors)], probe)
+        streams = Streams([], tensors.pop("probe").to(device), scratch)
+        for position, key in enumerate(sorted(tensors)):
+            streams.put(position, tensors.pop(key) if scratch else tensors.pop(key).to(device))
+        return streams
 
     def layers_without_gradients(self) -> int:
         """Layers whose gradients are still to do; they are made from the last layer to the first."""
