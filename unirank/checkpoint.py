@@ -15,8 +15,8 @@ from unirank.errors import InputError
 from unirank.evaluate import EvalReport
 from unirank.files import check_output, staged_directory, write_json, write_text
 from unirank.models import load_paged, load_pretrained
+from unirank.provenance import check_identity
 from unirank.shards import save_shards
-from unirank.store import check_identity
 from unirank.strictjson import parse_object
 from unirank.truncate import TruncateReport
 from unirank.types import Paging, RankPlan

@@ -28,6 +28,7 @@ from unirank.files import (
     sha256_text,
     write_json,
 )
+from unirank.provenance import check_identity
 from unirank.strictjson import parse_object
 from unirank.tensorfile import DAMAGE, TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.types import CosineStat, Factors, Gradient, LinearSpec
@@ -354,32 +355,6 @@ def open_store(path: str | Path) -> AnalysisStore:
         return AnalysisStore(path, manifest["identity"], linears)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, error, "replace the store with: unirank analyze --overwrite") from error
-
-
-# What is read of an identity elsewhere, and its type.
-_IDENTITY = {
-    ("model", "class"): str,
-    ("model", "weights_sha256"): str,
-    ("model", "dtype"): str,
-    ("calibration", "text"): str,
-    ("calibration", "windows_sha256"): str,
-    ("calibration", "windows"): int,
-    ("calibration", "window"): int,
-    ("calibration", "seed"): int,
-    ("calibration", "batch"): int,
-    ("versions", "unirank"): str,
-    ("scheme",): str,
-}
-
-
-def check_identity(identity: Any) -> None:
-    """Raise ValueError unless a record says of an analysis what is asked of it."""
-    for path, kind in _IDENTITY.items():
-        value = identity
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if not isinstance(value, kind):
-            raise ValueError(f"its identity has no {'.'.join(path)}")
 
 
 def _remove(folder: Path, pattern: str) -> None:
