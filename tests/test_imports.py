@@ -13,7 +13,7 @@ ROOT = Path(unirank.__file__).parent
 # Modules of one group may not import each other.
 ORDER = (
     ("errors", "progress", "provenance", "strictjson"),
-    ("types",),
+    ("types", "distributed"),
     ("reference",),
     ("ops",),
     ("files",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from unirank.calibrate import Streams, calibrate_layer, record
 from unirank.data import BUILTIN, Text, bos_of, calibration_windows, read_text, tokenize
 from unirank.decompose import decompose_layer
+from unirank.distributed import barrier, from_zero, process_group, rank, share, size
 from unirank.errors import InputError
 from unirank.files import check_output, locked, sha256_tensors, sha256_text
 from unirank.gradients import gradient_pass
@@ -97,13 +99,30 @@ def analyze(
     place = Path(store_path)
     if not place.is_dir():  # else create_or_resume looks into it
         check_output(place, marker=MANIFEST, overwrite=True)
-    with locked(place):
-        store = create_or_resume(place, identity, loaded.linears, overwrite=overwrite)
-        if source is not None:
-            store.share_gradients(source)
-        scratch = place if _hidden_bytes(loaded, windows) > _limit(loaded, hidden_limit) else None
-        _fill(store, loaded, windows, chosen, calibration.batch, backward, scratch, progress)
+    with process_group():
+        if size() > 1:
+            identity |= {"processes": size()}
+            _check_processes(windows, calibration.batch)
+        with locked(place) if rank() == 0 else nullcontext():
+            store = AnalysisStore(place, identity, loaded.linears)
+            if rank() == 0:
+                store = create_or_resume(place, identity, loaded.linears, overwrite=overwrite)
+                if source is not None:
+                    store.share_gradients(source)
+            barrier()
+            scratch = place if _hidden_bytes(loaded, windows) > _limit(loaded, hidden_limit) else None
+            _fill(store, loaded, windows, chosen, calibration.batch, backward, scratch, progress)
+            barrier()
     return store
+
+
+def _check_processes(windows: torch.Tensor, batch: int) -> None:
+    batches = -(-len(windows) // batch)
+    if batches < size():
+        raise InputError(
+            f"{size()} processes need a batch of windows each, and there are {batches} of {batch}; "
+            "use fewer processes, more --windows or a smaller --batch."
+        )
 
 
 def _fill(
@@ -117,17 +136,26 @@ def _fill(
     progress: OnProgress,
 ) -> None:
     """Make what is missing in `store`; arguments as in `analyze`, `backward` windows of all `windows` run backward,
-    and hidden states are in mapped files of `scratch`, if any."""
-    first, count = store.layers_done(), store.layer_count
+    and hidden states are in mapped files of `scratch`, if any.
+
+    Of several processes each runs its own batches through every layer, and process 0 writes.
+    """
+    stage = "calibrate and decompose"
+    first, count = from_zero(store.layers_done()), store.layer_count
     if backward:  # also with all layers done: one of its files may have been lost since
+        if size() > 1 and from_zero(store.layers_without_gradients()):
+            raise InputError(
+                "Gradients are made by one process: run it without torchrun, and give its store with --gradients-from."
+            )
         gradient_pass(loaded, windows[:backward], store, batch=batch, progress=progress)
-    progress("calibrate and decompose", first, count)
+    progress(stage, first, count)
     if first == count:
         return
-    recording = record(loaded, windows, batch=batch, folder=scratch)
+    own = share(-(-len(windows) // batch))
+    recording = record(loaded, windows[own.start * batch : own.stop * batch], batch=batch, folder=scratch)
     device = recording.start.probe.device
     # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
-    resumed = store.has_streams(first)
+    resumed = size() == 1 and store.has_streams(first)
     streams = store.read_streams(first, device, scratch) if resumed else recording.start
     with ThreadPoolExecutor(max_workers=1) as disk:  # a layer is written while the next one is calibrated
         writing: Future[None] | None = None
@@ -141,12 +169,14 @@ def _fill(
                 factors = decompose_layer(loaded, stats, chosen, store.gradients(layer, device) if backward else None)
             if writing is not None:
                 writing.result()
-                progress("calibrate and decompose", layer, count)
-            entering = Streams(list(streams.batches), streams.probe)  # calibration goes on with the list
-            writing = disk.submit(store.write_layer, layer, factors, stats.cosines, entering)
+                progress(stage, layer, count)
+            if rank() == 0:
+                # Calibration goes on with the list.
+                entering = Streams(list(streams.batches), streams.probe) if size() == 1 else None
+                writing = disk.submit(store.write_layer, layer, factors, stats.cosines, entering)
         if writing is not None:
             writing.result()
-            progress("calibrate and decompose", count, count)
+            progress(stage, count, count)
 
 
 def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from unirank import ops
+from unirank.distributed import sum_in_order
 from unirank.errors import InputError, NonFiniteError
 from unirank.files import mapped_copy
 from unirank.trace import LayerTrace, trace_layer
@@ -212,10 +213,11 @@ class _Grams:
     def finish(self) -> dict[str, Moment]:
         moments = {}
         for name in self._owners:
-            gram, total, tokens = self._gram.pop(name), self._sum.pop(name), self._tokens[name]
+            gram, total = sum_in_order(self._gram.pop(name)), sum_in_order(self._sum.pop(name))
+            tokens = int(sum_in_order(torch.tensor([self._tokens[name]])))
             if not (gram.diagonal().isfinite().all() and total.isfinite().all()):
                 raise NonFiniteError(f"The input of {name} is NaN or infinity on the calibration text.")
-            mean_abs = self._abs.pop(name) / tokens if self._abs is not None else None
+            mean_abs = sum_in_order(self._abs.pop(name)) / tokens if self._abs is not None else None
             moments[name] = Moment(gram.div_(tokens), total.div_(tokens), tokens, mean_abs)
         return moments
 
@@ -278,7 +280,7 @@ class _Cosines:
     def finish(self) -> dict[str, CosineStat]:
         stats = {}
         for key, state in self._state.items():
-            total, squares, tokens = state.tolist()
+            total, squares, tokens = sum_in_order(state).tolist()
             if not math.isfinite(total):
                 raise NonFiniteError(f"The {key} output of {self._prefix} is NaN or infinity on the calibration text.")
             stats[key] = CosineStat(total, squares, int(tokens))

@@ -23,6 +23,7 @@ from unirank.cli_compressed import densify_command, finetune_command, report_com
 from unirank.cli_looking import diagnose_command, evaluate_command, info_command
 from unirank.data import BUILTIN
 from unirank.demo import demo as run_demo
+from unirank.distributed import is_distributed, rank
 from unirank.errors import InputError, UnirankError
 from unirank.estimate import Estimate, estimate
 from unirank.files import check_output, write_text
@@ -109,7 +110,7 @@ def analyze(
     as_json: flags.Json = False,
 ) -> None:
     """Calibrate and decompose every layer, once for all ratios. Expensive; an interrupted run resumes."""
-    with run_session(as_json) as session:
+    with run_session(as_json, parallel=True) as session:
         scheme_of(scheme)
         loaded = load(model, dtype=dtype, device=device, stream=stream or dry_run)
         calibration = Calibration(calib, windows, window, seed, batch, gradients, split, revision)
@@ -239,7 +240,7 @@ def compress(
     as_json: flags.Json = False,
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
-    with run_session(as_json) as session:
+    with run_session(as_json, parallel=True) as session:
         _check_source(ctx, remove, plan, "--plan")
         text = None if plan is None else read_rank_file(plan)
         if preset is not None:
@@ -291,6 +292,8 @@ def compress(
             overwrite=overwrite and store is None,  # a store that the user named is never replaced in passing
             progress=session.progress,
         )
+        if rank() > 0:
+            return  # the analysis is shared out; the rest is one process's
         workbench = None
         if recipe.needs_tokens:
             workbench = make_workbench(loaded, analysis, text=calib, progress=session.progress)
@@ -366,8 +369,15 @@ def main() -> None:
     try:
         app()
     except UnirankError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]error:[/] {_process()}{_escape(str(error))}"
+        )
         raise SystemExit(error.exit_code) from None
+
+
+def _process() -> str:
+    """Which of several processes this is."""
+    return f"process {rank()}: " if is_distributed() else ""
 
 
 def _escape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -23,8 +24,10 @@ def device_name(device: torch.device | str) -> str:
 
 
 def default_device() -> str:
-    """ "cuda" when a GPU is present, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """ "cuda" when a GPU is present, else "cpu"; of processes that torchrun started, each its own GPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def meta(device: torch.device | str, **more: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from unirank.distributed import is_distributed, rank
+from unirank.errors import InputError
 from unirank.progress import OnProgress, bars
 
 
@@ -44,18 +46,24 @@ class Session:
 
 
 @contextmanager
-def run_session(as_json: bool) -> Iterator[Session]:
-    """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130."""
+def run_session(as_json: bool, *, parallel: bool = False) -> Iterator[Session]:
+    """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130.
+
+    `parallel` commands may be run by torchrun; process 0 shows progress and result. Raises InputError for others.
+    """
+    if is_distributed() and not parallel:
+        raise InputError("torchrun is for `unirank analyze` and `unirank compress`; run this command by itself.")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
     errors = Console(stderr=True)
     try:
-        with bars(errors, enabled=not as_json and errors.is_terminal) as progress:
+        with bars(errors, enabled=rank() == 0 and not as_json and errors.is_terminal) as progress:
             session = Session(as_json, progress)
             yield session
-        session.print()
+        if rank() == 0:
+            session.print()
     except KeyboardInterrupt:
         errors.print("Interrupted. Nothing half-written is left; what was interrupted resumes with the same command.")
         raise typer.Exit(130) from None

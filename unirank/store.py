@@ -89,10 +89,13 @@ class AnalysisStore:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def write_layer(
-        self, layer: int, factors: Mapping[str, Factors], cosines: Mapping[str, CosineStat], streams: Streams
+        self, layer: int, factors: Mapping[str, Factors], cosines: Mapping[str, CosineStat], streams: Streams | None
     ) -> None:
-        """Add one finished layer; `streams`, what enters the next one, is on disk before the layer counts as done."""
-        if layer + 1 < self.layer_count:
+        """Add one finished layer; `streams`, what enters the next one, is on disk before the layer counts as done.
+
+        None, where no process has all of them, keeps none: a killed run then makes them again.
+        """
+        if streams is not None and layer + 1 < self.layer_count:
             tensors = {f"batch.{i:06d}": hidden for i, hidden in enumerate(streams.batches)}
             write_tensors(self._stream_file(layer + 1), tensors | {"probe": streams.probe}, {"layer": layer + 1})
         tensors = {}
