@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import unirank
 from tests.conftest import build
-from tests.tiny import WORDS
+from tests.tiny import WORDS, made_up_identity
 from unirank.errors import StoreError
 from unirank.gradients import gradient_pass
 from unirank.store import MANIFEST, AnalysisStore, create_or_resume, open_store
@@ -46,7 +46,7 @@ HARM = {f"killed-behind-{file}": ("renamed", position + 1) for position, file in
 
 def passed(loaded: LoadedModel, path: Path, windows: torch.Tensor = WINDOWS, **options: Any) -> AnalysisStore:
     """A store that the gradient pass, and nothing else, went through."""
-    store = create_or_resume(path, {"calibration": {"gradient_windows": len(windows)}}, loaded.linears)
+    store = create_or_resume(path, made_up_identity(gradient_windows=len(windows)), loaded.linears)
     gradient_pass(loaded, windows, store, batch=2, **options)
     return store
 

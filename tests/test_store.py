@@ -18,6 +18,7 @@ import torch
 
 import unirank
 from tests.conftest import build
+from tests.tiny import made_up_identity
 from unirank.calibrate import Streams
 from unirank.store import MANIFEST, create_or_resume, open_store
 from unirank.types import CosineStat, Factors, LinearSpec, LoadedModel
@@ -121,9 +122,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         for spec in specs
     }
     cosines = {"attention": CosineStat(0.1, 0.01, 7), "mlp": CosineStat(1 / 3, 0.2, 7), "block": CosineStat(-0.5, 1, 7)}
-    calibration = {"text": "t", "windows_sha256": "w", "windows": 1, "window": 7, "seed": 0, "batch": 1}
-    model = {"class": "M", "weights_sha256": "abc", "dtype": "float32"}
-    identity = {"model": model, "calibration": calibration, "versions": {"unirank": "0"}, "scheme": "svd"}
+    identity = made_up_identity()
     store = create_or_resume(tmp_path / "store", identity, specs)
     assert not store.complete
     store.write_layer(0, factors, cosines, Streams([], torch.zeros(1)))

@@ -58,3 +58,14 @@ CONFIGS = {
     "opt": _config(OPTConfig, ffn_dim=48, word_embed_proj_dim=32),
     "mixtral": _config(MixtralConfig, num_local_experts=4),
 }
+
+
+def made_up_identity(scheme: str = "svd", **calibration: Any) -> dict[str, Any]:
+    """The identity of an analysis that never was, with all that a store asks of one."""
+    plain = {"text": "t", "windows_sha256": "w", "windows": 1, "window": 7, "seed": 0, "batch": 1}
+    return {
+        "model": {"class": "M", "weights_sha256": "abc", "dtype": "float32"},
+        "calibration": plain | calibration,
+        "versions": {"unirank": "0"},
+        "scheme": scheme,
+    }

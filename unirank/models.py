@@ -285,7 +285,7 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 
 def weights_hash(loaded: LoadedModel) -> str:
     """SHA-256 over every tensor of the model, in name order: the identity of what was analysed."""
-    return sha256_tensors(loaded.state())
+    return sha256_tensors(loaded.state(by_name=True))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -102,9 +102,10 @@ class LoadedModel:
         """The weights of layer `index` are in memory inside; those of a model loaded as a whole always are."""
         return nullcontext() if self.pages is None else self.pages.resident(self.model, index)
 
-    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors of the model in name order, one at a time in memory where it is read layer by layer."""
-        for name, tensor in sorted(self.model.state_dict().items()):
+    def state(self, *, by_name: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors of the model in its order, or by name; one at a time in memory where it is streamed."""
+        state = self.model.state_dict()
+        for name, tensor in sorted(state.items()) if by_name else state.items():
             yield name, tensor if self.pages is None or not tensor.is_meta else self.pages.tensor(name)
 
     def require_whole(self, what: str) -> None:
