@@ -88,8 +88,6 @@ def analyze(
         if calibration.gradient_windows is None:
             count = source.identity["calibration"]["gradient_windows"]
             calibration = dataclasses.replace(calibration, gradient_windows=count)
-    if calibration.batch < 1:
-        raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
     backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
     windows = windows_of(loaded, text, calibration)
@@ -196,7 +194,9 @@ def _limit(loaded: LoadedModel, asked: int | None) -> int:
 
 
 def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
-    """How many windows run backward. Raises InputError for a number that is not legal or too small for `scheme`."""
+    """How many windows run backward. Raises InputError for numbers that are not legal or too small for `scheme`."""
+    if calibration.batch < 1:
+        raise InputError(f"batch = {calibration.batch} is not legal; at least 1 window is needed.")
     asked = calibration.gradient_windows
     count = min(GRADIENT_WINDOWS, calibration.windows) if asked is None and scheme.needs_gradient else asked or 0
     if not 0 <= count <= calibration.windows:

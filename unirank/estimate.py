@@ -103,7 +103,7 @@ def estimate(
     text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
     windows = windows_of(loaded, text, calibration)
     one = _work_on_first_layer(loaded, windows[: calibration.batch], chosen, backward > 0, _existing(place), progress)
-    batches = len(windows) / calibration.batch
+    batches = max(1.0, len(windows) / calibration.batch)
     share = backward / len(windows)
     params = sum(spec.params for spec in loaded.linears)
     first = [spec for spec in loaded.linears if spec.layer == 0]
