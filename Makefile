@@ -60,7 +60,7 @@ lint: $(VENV)/.lint
 
 # The site, in site/; a warning is an error.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

@@ -55,14 +55,19 @@ def compress(
         model: a path or hub name; or a model in memory, which is changed in place.
         remove: the fraction of the decoder linears' weight parameters to remove, in [0, 1).
         tokenizer: needed when `model` is a `PreTrainedModel`.
-        scheme, allocator: names from `unirank.schemes()` and `unirank.allocators()`.
-        settings, min_rank, multiple_of, options: see `unirank.plan`.
+        scheme: a name from `unirank.schemes()`.
+        allocator: a name from `unirank.allocators()`.
+        settings: see `unirank.plan`, as for the next three.
+        min_rank: the least rank.
+        multiple_of: what ranks are multiples of.
+        options: of the allocator.
         refine: a second pass over the calibration tokens (see `unirank.Refine`); None takes the factors as they are.
         preset: a name from `unirank.presets()`, in the place of `scheme`, `allocator`, `settings`, `options`, `refine`.
         calibration: which tokens calibrate; None takes a finished `store` as it is, else 64 windows of 512 tokens of
             Python's documentation.
         store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
-        dtype, device: how to load a path or name.
+        dtype: of a path or name that is loaded, see `unirank.load`.
+        device: where it is loaded to.
 
     Raises InputError, StoreError, NonFiniteError or WriteError as the stages do.
     """

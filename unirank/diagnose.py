@@ -152,7 +152,8 @@ def diagnose(
         text: the calibration text, for (c) and (d); None takes Python's documentation where the store was made from it.
         windows: how many of the store's calibration windows run for (c) and (d); None takes 8, or all of fewer.
             Their ranks are biased low unless these hold many more tokens than the stream is wide.
-        permutations, seed: of the permutation tests, see `spearman`.
+        permutations: of the permutation tests, see `spearman`.
+        seed: of the same.
 
     Raises:
         StoreError: the store is unfinished or damaged.
