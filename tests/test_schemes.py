@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import unirank
-from unirank import ops
-from unirank.decompose import decompose_layer
 from unirank.schemes import Problem, scheme, schemes
 from unirank.schemes.kfac import DAMPING
 from unirank.schemes.scaled import FLOOR
 from unirank.schemes.two_sided import Target, damped
 from unirank.schemes.two_sided import solve as solve_targets
 from unirank.truncate import lost_output
-from unirank.types import CosineStat, Factors, Gradient, LayerStats, LoadedModel, Moment
+from unirank.types import Factors, Gradient, Moment
 
 # (M, N, tokens): wide, tall, square; then moments of less than full rank, and a single row and column.
 SHAPES = [(6, 9, 40), (9, 6, 40), (8, 8, 40), (7, 10, 4), (10, 7, 4), (1, 5, 9), (5, 1, 9)]
@@ -355,169 +352,8 @@ def test_a_metric_that_is_not_positive_definite_is_an_error() -> None:
             solve_targets([target])
 
 
-# -- scaled schemes -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("outlier", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", [*COLUMNS, "fwsvd"])
-def test_scaled_schemes_are_the_svd_of_the_scaled_weight(name: str, shape: tuple[int, int, int], outlier: bool) -> None:
-    problem, x = synthetic(*shape, outlier=outlier)
-    factors = solve(name, problem)
-    weight = problem.weight.double()
-    rows = problem.gradient.rows.sqrt()[:, None] if name == "fwsvd" else torch.ones(1, dtype=torch.float64)
-    columns = COLUMNS[name](x) if name in COLUMNS else torch.ones(1, dtype=torch.float64)
-    scaled = rows * weight * columns
-    u, sigma, vh = torch.linalg.svd(scaled, full_matrices=False)
-    rounding = 1e-12 * float(sigma[0])
-    torch.testing.assert_close(factors.energy.sqrt(), sigma, rtol=0, atol=rounding)
-    errors = []
-    for r in range(len(sigma) + 1):
-        found = rows * (factors.left[:, :r] @ factors.right[:r]) * columns
-        torch.testing.assert_close(found, (u[:, :r] * sigma[:r]) @ vh[:r], rtol=0, atol=10 * rounding)
-        errors.append(float((scaled - found).square().sum()))
-    assert errors == pytest.approx(tails(factors.energy), abs=1e-11 * errors[0])
-    assert factors.damping == 0
-
-
-@pytest.mark.parametrize("name", [*COLUMNS, "fwsvd"])
-def test_dead_channels_are_recorded_as_damping_and_lose_nothing(name: str) -> None:
-    problem, x = synthetic(6, 9, 40, outlier=False)
-    x[:, 2] = 0
-    rows = problem.gradient.rows.clone()
-    rows[3] = 0
-    moment = Moment(x.T @ x / len(x), x.mean(0), len(x), x.abs().mean(0))
-    gradient = dataclasses.replace(problem.gradient, rows=rows)
-    factors = solve(name, dataclasses.replace(problem, moment=moment, gradient=gradient))
-    assert factors.damping == FLOOR
-    # The dead channel is scaled down by FLOOR, so on the way back its rounding comes up by 1 / FLOOR.
-    torch.testing.assert_close(factors.left @ factors.right, problem.weight.double(), rtol=0, atol=1e-14 / FLOOR)
-    alive = torch.ones(6, 9, dtype=torch.bool)
-    if name == "fwsvd":
-        alive[3] = False
-    else:
-        alive[:, 2] = False
-    torch.testing.assert_close(
-        (factors.left @ factors.right)[alive], problem.weight.double()[alive], rtol=0, atol=1e-13
-    )
-
-
-@pytest.mark.parametrize("name", [*COLUMNS, "fwsvd"])
-def test_scales_that_are_all_zero_give_the_plain_svd_and_are_recorded(name: str) -> None:
-    problem, _ = synthetic(6, 9, 40, outlier=False)
-    zeros = torch.zeros(9, 9, dtype=torch.float64)
-    moment = Moment(zeros, zeros[0], 40, zeros[0])
-    gradient = dataclasses.replace(problem.gradient, rows=torch.zeros(6, dtype=torch.float64))
-    factors, plain = solve(name, dataclasses.replace(problem, moment=moment, gradient=gradient)), solve("svd", problem)
-    assert factors.damping == FLOOR
-    assert torch.equal(factors.energy, plain.energy)
-    assert torch.equal(factors.left, plain.left)
-    assert torch.equal(factors.right, plain.right)
-
-
 def test_unknown_scheme_is_refused_with_the_legal_names() -> None:
     with pytest.raises(
         unirank.InputError, match=re.escape(f"'magic' does not exist; legal values: {', '.join(schemes())}")
     ):
         scheme("magic")
-
-
-# -- a whole layer ----------------------------------------------------------------------------------------------------
-
-
-def layer_stats(loaded: LoadedModel, layer: int) -> LayerStats:
-    """Statistics of white inputs."""
-    eye = {spec.name: torch.eye(spec.n, dtype=torch.float64) for spec in loaded.linears if spec.layer == layer}
-    white = {name: Moment(c, 0 * c[0], 9, c.sum(0)) for name, c in eye.items()}
-    return LayerStats(layer, white, {name: name for name in white}, {"block": CosineStat(0.5, 0.5, 1)})
-
-
-def layer_gradients(loaded: LoadedModel, layer: int) -> dict[str, Gradient]:
-    """White output gradients."""
-    specs = [spec for spec in loaded.linears if spec.layer == layer]
-    eye = {spec: torch.eye(spec.m, dtype=torch.float64) for spec in specs}
-    return {spec.name: Gradient(g, g.sum(0), g.new_ones(spec.m, spec.n)) for spec, g in eye.items()}
-
-
-def random_layer(loaded: LoadedModel, layer: int) -> tuple[LayerStats, dict[str, Gradient], dict, dict]:
-    """Statistics and gradients of random tokens, and the tokens `x [T, N]` and `g [T, M]` of each linear."""
-    generator = torch.Generator().manual_seed(0)
-    specs = [spec for spec in loaded.linears if spec.layer == layer]
-    xs = {spec.name: torch.randn(20, spec.n, generator=generator, dtype=torch.float64) for spec in specs}
-    gs = {spec.name: torch.randn(20, spec.m, generator=generator, dtype=torch.float64) for spec in specs}
-    moments = {name: Moment(x.T @ x / 20, x.mean(0), 20, x.abs().mean(0)) for name, x in xs.items()}
-    gradients = {
-        name: Gradient(g.T @ g / 20, (g.T @ xs[name]).square().sum(1), g.T @ xs[name] / 20) for name, g in gs.items()
-    }
-    return LayerStats(layer, moments, {name: name for name in xs}, {}), gradients, xs, gs
-
-
-@pytest.mark.parametrize("name", schemes())
-def test_curvature_and_slope_are_what_dropping_a_component_does_to_the_loss(name: str, make_model) -> None:
-    loaded = make_model("gpt2")
-    loaded.model.double()
-    stats, gradients, xs, gs = random_layer(loaded, 1)
-    for linear, factors in decompose_layer(loaded, stats, scheme(name), gradients).items():
-        assert factors.curvature.shape == factors.slope.shape == (factors.left.shape[1],)
-        x, g = xs[linear] @ factors.right.T, gs[linear] @ factors.left  # [T, R]: what a component takes and gives
-        pairs = (g[:, None] * x[None]).square().mean((0, 1))  # inputs and gradients of independent tokens
-        torch.testing.assert_close(factors.curvature, pairs, rtol=1e-9, atol=1e-12 * float(pairs.max()))
-        first_order = -(g * x).mean(0)
-        torch.testing.assert_close(factors.slope, first_order, rtol=1e-9, atol=1e-12 * float(x.abs().max()))
-
-
-def test_kfac_energies_are_the_curvatures_up_to_the_damping(make_model) -> None:
-    loaded = make_model("gpt2")
-    loaded.model.double()
-    stats, gradients, _, _ = random_layer(loaded, 1)
-    for linear, factors in decompose_layer(loaded, stats, scheme("kfac"), gradients).items():
-        energy = factors.energy[: factors.left.shape[1]]
-        share = DAMPING * gradients[linear].g.diagonal().mean() * factors.left.square().sum(0)
-        torch.testing.assert_close(factors.curvature, energy * (1 - share), rtol=1e-6, atol=1e-9 * float(energy[0]))
-        assert float(factors.curvature[0]) == pytest.approx(float(energy[0]), rel=0.01)
-
-
-def test_without_gradients_there_is_neither_curvature_nor_slope(make_model) -> None:
-    loaded = make_model("llama")
-    for factors in decompose_layer(loaded, layer_stats(loaded, 1), scheme("whiten")).values():
-        assert factors.curvature is None
-        assert factors.slope is None
-
-
-@pytest.mark.parametrize("name", schemes())
-def test_layer_gives_factors_of_each_of_its_linears_up_to_break_even(name: str, make_model) -> None:
-    loaded = make_model("gpt2")
-    results = decompose_layer(loaded, layer_stats(loaded, 1), scheme(name), layer_gradients(loaded, 1))
-    specs = [spec for spec in loaded.linears if spec.layer == 1]
-    assert list(results) == [spec.name for spec in specs]
-    for spec in specs:
-        assert results[spec.name].left.shape == (spec.m, spec.max_rank)
-        assert results[spec.name].right.shape == (spec.max_rank, spec.n)
-        assert results[spec.name].left.dtype == torch.float32
-        assert results[spec.name].energy.shape == (spec.k,)
-
-
-@pytest.mark.parametrize(("name", "solver"), [("whiten", "batched_eigh"), ("svd", "batched_svd")])
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
-def test_solver_failure_carries_the_layer_and_the_reason(
-    name: str, solver: str, error: type[Exception], make_model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = make_model("llama")
-
-    def fail(_: Sequence[torch.Tensor]) -> None:
-        raise error("matrix 2 did not converge")
-
-    monkeypatch.setattr(ops, solver, fail)
-    with pytest.raises(unirank.UnirankError, match=r"model\.layers\.1 failed: matrix 2 did not converge"):
-        decompose_layer(loaded, layer_stats(loaded, 1), scheme(name))
-
-
-@pytest.mark.parametrize("name", schemes())
-def test_factor_that_overflows_half_precision_is_an_error_that_names_the_linear(name: str, make_model) -> None:
-    loaded = make_model("llama")
-    loaded.model.half()
-    given = layer_stats(loaded, 0), scheme(name), layer_gradients(loaded, 0)
-    decompose_layer(loaded, *given)
-    loaded.model.model.layers[0].mlp.up_proj.weight.data.fill_(6e4)
-    with pytest.raises(unirank.NonFiniteError, match=r"model\.layers\.0\.mlp\.up_proj .*float16"):
-        decompose_layer(loaded, *given)
