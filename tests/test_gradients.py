@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +12,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import unirank
-from tests.conftest import build
 from tests.tiny import WORDS, made_up_identity
 from unirank.errors import StoreError
 from unirank.gradients import gradient_pass
-from unirank.store import MANIFEST, AnalysisStore, create_or_resume, open_store
+from unirank.store import MANIFEST, AnalysisStore, create_or_resume
 from unirank.types import Gradient, LoadedModel
 
 # 24 tokens are three of tiny-gemma3's sliding windows; with batches of 2 the last batch is a short one.
@@ -288,152 +282,3 @@ def test_an_illegal_number_of_gradient_windows_is_refused(
     with pytest.raises(unirank.InputError, match=message):
         unirank.analyze(make_model("llama"), tmp_path / "store", scheme=scheme, calibration=asked)
     assert not (tmp_path / "store").exists()
-
-
-# -- interruption -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build("llama", num_hidden_layers=LAYERS).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(model_path: Path) -> LoadedModel:
-    return unirank.load(str(model_path), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def settings(text_file: Path) -> unirank.Calibration:
-    return unirank.Calibration(text=str(text_file), windows=6, window=24, seed=0, batch=2)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(loaded: LoadedModel, settings: unirank.Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of the scheme `kfac` that tests only read."""
-    path = tmp_path_factory.mktemp("undisturbed") / "store"
-    unirank.analyze(loaded, path, scheme="kfac", calibration=settings)
-    return path
-
-
-@pytest.fixture(scope="module")
-def harmed(model_path: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stores that `HARM` left, by name in one folder."""
-    folder = tmp_path_factory.mktemp("harmed")
-    jobs = [(kind, count, str(folder / name)) for name, (kind, count) in HARM.items()]
-    command = [sys.executable, str(CHILD), str(model_path), str(text_file), json.dumps(jobs), "kfac"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(HARM, -9)
-    return folder
-
-
-def newest(name: str) -> str:
-    """File name of the last file that the harmed run `name` finished."""
-    kind, number = ORDER[HARM[name][1] - 1].split("-")
-    return f"{kind}-{int(number):04d}.safetensors"
-
-
-def test_finished_store_holds_layers_gradients_and_nothing_else(undisturbed: Path) -> None:
-    assert {file.name for file in undisturbed.iterdir()} == {
-        MANIFEST,
-        *(f"{kind}-{layer:04d}.safetensors" for kind in ("layer", "gradient") for layer in range(LAYERS)),
-    }
-
-
-@pytest.mark.parametrize("name", HARM)
-def test_killed_run_resumes_to_the_bytes_of_an_undisturbed_one(
-    name: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(harmed / name, tmp_path / "store"))
-    if name.startswith("killed-behind"):
-        assert (store / newest(name)).is_file()  # the run was killed where the test thinks
-    finished = {file: file.stat().st_mtime_ns for file in store.glob("gradient-*.safetensors")}
-    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
-    assert contents(store) == contents(undisturbed)
-    assert {file: file.stat().st_mtime_ns for file in finished} == finished
-
-
-@pytest.mark.parametrize("name", HARM)
-def test_opening_a_killed_run_deletes_what_no_step_reads_again(name: str, harmed: Path, undisturbed, tmp_path) -> None:
-    path = Path(shutil.copytree(harmed / name, tmp_path / "store"))
-    done = open_store(undisturbed)
-    store = create_or_resume(path, done.identity, done.linears)
-    remaining = store.layers_without_gradients()
-    assert not list(path.glob(".*"))
-    needed = [f"forward-{i:04d}.safetensors" for i in range(remaining)]
-    if remaining and store.has_scratch("backward", remaining):
-        assert passing(path) == sorted([*needed, f"backward-{remaining:04d}.safetensors"])
-    elif remaining:
-        written = [f"forward-{i:04d}.safetensors" for i in range(LAYERS + 1) if store.has_scratch("forward", i)]
-        assert passing(path) == written
-    else:
-        assert all(file.startswith("stream-") for file in passing(path))
-
-
-def test_a_run_that_is_interrupted_at_every_step_ends_at_the_same_bytes(
-    loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
-) -> None:
-    reached: list[int] = []
-
-    def interrupt_when_further(stage: str, done: int, _total: int) -> None:
-        if stage == "gradients" and done > max(reached, default=0):
-            reached.append(done)
-            raise KeyboardInterrupt
-
-    for _ in range(2 * LAYERS):
-        with pytest.raises(KeyboardInterrupt):
-            unirank.analyze(loaded, tmp_path, scheme="kfac", calibration=settings, progress=interrupt_when_further)
-    unirank.analyze(loaded, tmp_path, scheme="kfac", calibration=settings, progress=interrupt_when_further)
-    assert reached == list(range(1, 2 * LAYERS + 1))
-    assert contents(tmp_path) == contents(undisturbed)
-
-
-@pytest.mark.parametrize("lost", ["forward-0000", "forward-0001", "backward-0002"])
-def test_what_a_killed_run_needs_and_was_deleted_is_made_again(
-    lost: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(harmed / "killed-behind-gradient-2", tmp_path / "store"))
-    (store / f"{lost}.safetensors").unlink()
-    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
-    assert contents(store) == contents(undisturbed)
-
-
-@pytest.mark.parametrize("lost", ["forward-0000", "forward-0001"])
-def test_a_hole_in_the_forward_files_is_filled(
-    lost: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(harmed / "killed-behind-forward-3", tmp_path / "store"))
-    (store / f"{lost}.safetensors").unlink()
-    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
-    assert contents(store) == contents(undisturbed)
-
-
-@pytest.mark.parametrize("lost", ["gradient-0000", "gradient-0002"])
-def test_gradients_lost_from_a_finished_store_are_made_again(
-    lost: str, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(undisturbed, tmp_path / "store"))
-    (store / f"{lost}.safetensors").unlink()
-    with pytest.raises(unirank.StoreError, match=rf"{lost}\.safetensors is missing.*run the same analyze command"):
-        open_store(store).gradients(int(lost[-1]))
-    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
-    assert contents(store) == contents(undisturbed)
-
-
-@pytest.mark.parametrize("file", ["forward-0001", "backward-0002"])
-def test_a_damaged_file_is_named_and_deleting_it_helps(
-    file: str, harmed: Path, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(harmed / "killed-behind-gradient-2", tmp_path / "store"))
-    damaged = store / f"{file}.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    with pytest.raises(unirank.StoreError, match=rf"{file}\.safetensors is missing or damaged .*delete it"):
-        unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
-    damaged.unlink()
-    unirank.analyze(loaded, store, scheme="kfac", calibration=settings)
-    assert contents(store) == contents(undisturbed)
