@@ -22,20 +22,6 @@ from unirank.types import Gradient, LoadedModel
 WINDOWS = torch.randint(2, len(WORDS), (5, 24), generator=torch.Generator().manual_seed(2))
 NAMES = ["llama", "llama-bias", "gemma3", "gpt-neox", "gpt2", "opt"]
 LAYERS = 3
-ROOT = Path(__file__).parents[1]
-CHILD = Path(__file__).with_name("harm_analysis.py")
-
-# Files appear in this order (a stage may remove what it has used up in between), and a run is killed behind each one.
-ORDER = (
-    MANIFEST,
-    *(f"forward-{i}" for i in range(LAYERS + 1)),
-    f"backward-{LAYERS}",
-    *(f"{kind}-{i}" for i in reversed(range(1, LAYERS)) for kind in ("backward", "gradient")),
-    "gradient-0",
-)
-HARM = {f"killed-behind-{file}": ("renamed", position + 1) for position, file in enumerate(ORDER) if position} | {
-    f"killed-in-{file}": ("half-written", ORDER.index(file) + 1) for file in ("forward-2", "gradient-1")
-}
 
 
 def passed(loaded: LoadedModel, path: Path, windows: torch.Tensor = WINDOWS, **options: Any) -> AnalysisStore:

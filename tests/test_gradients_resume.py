@@ -13,11 +13,24 @@ import pytest
 
 import unirank
 from tests.conftest import build
-
-# 24 tokens are three of tiny-gemma3's sliding windows; with batches of 2 the last batch is a short one.
-from tests.test_gradients import CHILD, HARM, LAYERS, ORDER, ROOT, contents, passing
+from tests.test_gradients import LAYERS, contents, passing
 from unirank.store import MANIFEST, create_or_resume, open_store
 from unirank.types import LoadedModel
+
+ROOT = Path(__file__).parents[1]
+CHILD = Path(__file__).with_name("harm_analysis.py")
+
+# Files appear in this order (a stage may remove what it has used up in between), and a run is killed behind each one.
+ORDER = (
+    MANIFEST,
+    *(f"forward-{i}" for i in range(LAYERS + 1)),
+    f"backward-{LAYERS}",
+    *(f"{kind}-{i}" for i in reversed(range(1, LAYERS)) for kind in ("backward", "gradient")),
+    "gradient-0",
+)
+HARM = {f"killed-behind-{file}": ("renamed", position + 1) for position, file in enumerate(ORDER) if position} | {
+    f"killed-in-{file}": ("half-written", ORDER.index(file) + 1) for file in ("forward-2", "gradient-1")
+}
 
 
 @pytest.fixture(scope="module")
