@@ -42,6 +42,7 @@ ORDER = (
     ("presets", "card"),
     ("checkpoint",),
     ("api", "densify", "fuse"),
+    ("losses",),
     ("training",),
     ("finetune",),
     ("correlation", "spectra", "harness"),

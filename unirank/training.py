@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from unirank.errors import NonFiniteError
+from unirank.losses import NOTHING, token_loss
 from unirank.progress import OnProgress
 
 _STATE = "trainer_state.json"  # the last file of a Trainer checkpoint: without it, the write was cut off
-_NOTHING = -100  # a label that counts for nothing
 _LOGGED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
 
 
@@ -201,22 +201,15 @@ class _Trainer(Trainer):
         del num_items_in_batch
         ids = inputs["input_ids"]
         # Every position, the last with nothing to predict: cutting it off would copy logits as wide as the vocabulary.
-        logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, F.pad(ids[:, 1:], (0, 1), value=_NOTHING).flatten(), ignore_index=_NOTHING)
+        logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        labels = F.pad(ids[:, 1:], (0, 1), value=NOTHING).flatten()
+        options: dict[str, Any] = {}
         if model.training and self._teacher is not None:
-            loss = torch.lerp(loss, self._divergence(logits, ids), self._loop.distill)
+            with torch.no_grad():
+                teacher = self._teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            options = {"teacher": teacher, "distill": self._loop.distill, "temperature": self._loop.temperature}
+        loss = token_loss(logits, labels, **options)
         if not bool(loss.isfinite()):
             what = f"The loss is {float(loss.detach())}"
             raise _stopped(self.model, str(self.args.output_dir), what, self.state.global_step)
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _divergence(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """`T² KL(teacher || student)` at temperature T, mean over the tokens that are predicted."""
-        assert self._teacher is not None
-        temperature = self._loop.temperature
-        with torch.no_grad():
-            target = self._teacher(input_ids=ids, use_cache=False).logits.float()
-            log_p = (target / temperature).log_softmax(-1)
-        log_q = (logits.view_as(log_p) / temperature).log_softmax(-1)
-        total = F.kl_div(log_q[:, :-1], log_p[:, :-1], reduction="sum", log_target=True)
-        return total / ids[:, 1:].numel() * temperature**2
