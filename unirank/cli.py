@@ -26,7 +26,7 @@ from unirank.demo import demo as run_demo
 from unirank.distributed import is_distributed, rank
 from unirank.errors import InputError, UnirankError
 from unirank.estimate import Estimate, estimate
-from unirank.files import check_output, write_text
+from unirank.files import beside, check_output, write_text
 from unirank.imported import import_plan, read_rank_file, read_ranks
 from unirank.models import load
 from unirank.presets import Preset
@@ -271,7 +271,7 @@ def compress(
         given |= {"gradient_windows": gradients, "split": split, "revision": revision}
         given = {key: value for key, value in given.items() if value is not None}
         calibration = Calibration(**given) if given else None
-        where = store or out.with_name(out.name + "-analysis")
+        where = store or beside(out, "-analysis")
         if dry_run:
             found = estimate(
                 loaded,

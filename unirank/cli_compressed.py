@@ -12,7 +12,7 @@ from unirank import flags, tables
 from unirank.checkpoint import PLAN_FILE, PROVENANCE_FILE, open_compressed
 from unirank.densify import densify, save_dense
 from unirank.errors import InputError
-from unirank.files import check_output
+from unirank.files import beside, check_output
 from unirank.finetune import Finetune, finetune
 from unirank.report import PROMPTS, check_plots, save_plots, write_report
 from unirank.session import run_session
@@ -97,7 +97,7 @@ def finetune_command(
         if out.resolve() == Path(model).resolve():
             raise InputError(f"The output {out} is the checkpoint that is fine-tuned; choose another.")
         compressed = open_compressed(model, dtype=dtype, device=device)
-        folder = work or out.with_name(out.name + "-training")
+        folder = work or beside(out, "-training")
         tuned = finetune(
             compressed, data, settings, work=folder, teacher=teacher, split=split, progress=session.progress
         )
@@ -161,9 +161,9 @@ def report_command(
             raise InputError("--prompt needs --dense: the texts stand side by side.")
         if plots is not None:
             check_plots(plots, overwrite=overwrite)
-        beside = model.with_name(model.name + "-analysis")
-        where = store or (beside if (beside / MANIFEST).is_file() else None)
-        page = out or model.with_name(model.name + ".html")
+        default = beside(model, "-analysis")
+        where = store or (default if (default / MANIFEST).is_file() else None)
+        page = out or beside(model, ".html")
         analysis = open_store(where) if where is not None else None
         data = write_report(
             model, page, store=analysis, grid=grid, dense=dense, prompts=prompts or PROMPTS, device=device

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,20 +39,54 @@ def _sync(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the whole new one.
 
-    Raises WriteError (disk full, no permission); the temporary file is gone then.
+    What earlier writers of `path` left when they were killed is deleted. Raises WriteError (disk full, no permission);
+    the temporary file is gone then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        temporary.chmod(_file_mode())
-        _sync(temporary)
-        os.replace(temporary, path)
+        _sweep(path)
+        with _held(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600)):
+            write(temporary)
+            temporary.chmod(_file_mode())
+            _sync(temporary)
+            os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise _explain(path, error) from error
     finally:
         with suppress(OSError):  # also when the parent is no directory; the first error is the one to tell
             temporary.unlink()
+
+
+@contextmanager
+def _held(handle: int) -> Iterator[None]:
+    """Hold the open file or directory against `_sweep`; the lock ends with the process, however that ends."""
+    try:
+        with suppress(OSError):  # a file system without locks, where nothing is swept either
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(path: Path) -> None:
+    """Delete what writers of `path` left beside it when they were killed: what nobody holds."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+|unirank-\w+)\.(tmp|old)")
+    for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        try:
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # its writer has finished, or it is no file of ours
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        except OSError:  # another run is writing it, or may not be disturbed; a leftover is no failure
+            continue
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,6 +166,14 @@ def locked(directory: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """`path` with `suffix` behind its name, also where it is written as `.` or `..`. Raises InputError for the root."""
+    named = path if path.name not in ("", "..") else Path(os.path.abspath(path))
+    if not named.name:
+        raise InputError(f"The directory {path} has no name that {suffix} could follow; choose another.")
+    return named.with_name(named.name + suffix)
+
+
 def check_output(out: Path, *, marker: str, overwrite: bool) -> None:
     """Refuse an output directory that exists and is not ours, or is ours and not to be overwritten.
 
@@ -161,23 +205,23 @@ def staged_directory(out: Path) -> Iterator[Path]:
     Raises WriteError when the file system refuses.
     """
     staging: Path | None = None
+    out = Path(os.path.realpath(out))  # a link stays, and what it points to is replaced
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        staging.chmod(_file_mode() | 0o111 & ~_umask())
-        yield staging
-        for file in staging.iterdir():
-            if file.is_file():
-                file.chmod(_file_mode())
-                _sync(file)
-        if out.exists():
-            old = staging.with_suffix(".old")
-            os.replace(out, old)
-            os.replace(staging, out)
-            shutil.rmtree(old, ignore_errors=True)  # the new directory is in place; a leftover is no failure
-        else:
-            os.replace(staging, out)
-        _sync(out.parent)
+        _sweep(out)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.unirank-", suffix=".tmp", dir=out.parent))
+        with _held(os.open(staging, os.O_RDONLY)):
+            staging.chmod(_file_mode() | 0o111 & ~_umask())
+            yield staging
+            for file in staging.iterdir():
+                if file.is_file():
+                    file.chmod(_file_mode())
+                    _sync(file)
+            if out.exists():
+                _exchange(staging, out)  # what was there goes where the new one came from, and from there away
+            else:
+                os.replace(staging, out)
+            _sync(out.parent)
     except Exception as error:
         # tokenizers raises a bare Exception when the system refuses; only its text tells.
         if isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "(os error " in str(error)):
@@ -186,6 +230,18 @@ def staged_directory(out: Path) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step, so that `other` exists at every moment; in two steps where the system cannot."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux; Python has no name for it
+    current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap is not None and swap(current, os.fsencode(one), current, os.fsencode(other), exchange) == 0:
+        return
+    old = one.with_suffix(".old")
+    os.replace(other, old)
+    os.replace(one, other)
+    os.replace(old, one)
 
 
 def _file_mode() -> int:

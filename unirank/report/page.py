@@ -174,11 +174,18 @@ def _samples(data: ReportData) -> str:
     for prompt, dense, compressed in data.samples:
         parts.append(f"<h3>{_text(prompt)}</h3>")
         pair = "".join(
-            f"<div><strong>{label}</strong><pre>{_text(text)}</pre></div>"
+            f"<div><strong>{label}</strong><pre>{_text(_without_tail(text))}</pre></div>"
             for label, text in (("dense", dense), ("compressed", compressed))
         )
         parts.append(f'<div class="pair">{pair}</div>')
     return "".join(parts)
+
+
+def _without_tail(text: str) -> str:
+    """Empty lines at the end, which damaged models like to write, as a count of them."""
+    kept = text.rstrip()
+    empty = text[len(kept) :].count("\n")
+    return f"{kept}\n[{empty} empty lines]" if empty > 1 else kept
 
 
 def _training(data: ReportData) -> str:
