@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unirank.errors import InputError
+from unirank.errors import InputError, WriteError
 from unirank.files import beside, staged_directory, write_text
 
 
@@ -49,14 +49,14 @@ def test_an_error_leaves_the_old_directory(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
-    """Only names that we give, for this very output, and not what a living run holds."""
-    for name in (".out.unirank-abc_1234.tmp", ".out.unirank-abc_1234.old"):
+    """Only directories with names that we give, for this very output, and not what a living run holds."""
+    for name in (".out.unirank-abc_1234.tmp", ".plan.json.unirank-abc_1234.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text("half")
-    (tmp_path / ".out.4711.tmp").write_text("half")
-    (tmp_path / "precious").write_text("theirs")
-    (tmp_path / ".out.4713.tmp").symlink_to(tmp_path / "precious")
-    theirs = {".out.notes.tmp", ".other.4711.tmp", ".out.4711.tmp.bak", "out.4711.tmp"}
+    (tmp_path / "precious").mkdir()
+    (tmp_path / ".out.unirank-link0000.tmp").symlink_to(tmp_path / "precious")
+    theirs = {".out.notes.tmp", ".other.unirank-abc.tmp", ".out.unirank-abc.tmp.bak", "out.unirank-abc.tmp"}
+    theirs |= {".out.unirank-file0000.tmp"}
     for name in theirs:
         (tmp_path / name).write_text("theirs")
     held = tmp_path / ".out.unirank-living00.tmp"
@@ -64,14 +64,28 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
     handle = os.open(held, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     filled(tmp_path / "out", "whole")
-    kept = theirs | {"out", "precious", held.name, ".out.4713.tmp"}
-    assert set(os.listdir(tmp_path)) == kept
+    kept = theirs | {"out", "precious", held.name, ".out.unirank-link0000.tmp"}
+    assert set(os.listdir(tmp_path)) == kept | {".plan.json.unirank-abc_1234.tmp"}
     os.close(handle)
-    (tmp_path / ".plan.json.99.tmp").write_text("half")
     write_text(tmp_path / "plan.json", "whole")
     filled(tmp_path / "out", "whole")
     assert set(os.listdir(tmp_path)) == kept - {held.name} | {"plan.json"}
-    assert (tmp_path / "precious").read_text() == "theirs"
+
+
+def test_a_replacement_that_was_cut_in_two_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an exchange in one step, a kill between two renames leaves the old directory under another name."""
+    filled(tmp_path / ".out.unirank-abc_1234.old", "old")
+    with pytest.raises(TypeError):
+        filled(tmp_path / "out", None)  # pyright: ignore[reportArgumentType]
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "one").read_text() == "old"
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if ".tmp" not in str(a) else os.rename("/-", b))
+    with pytest.raises(WriteError):
+        filled(tmp_path / "out", "new")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "one").read_text() == "old"
 
 
 def test_names_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,7 @@ def test_the_result_is_saved_with_its_recipe_and_can_be_tuned_again(
     assert training_record["settings"]["rank"] == 3
     assert "12 steps of 4 x 24 tokens of `counting.txt`" in (out / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.config.use_cache  # the Trainer trains without; a saved model that says so would generate slowly
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, after.model.state_dict()[name])
     again = tuned(out, counting, tmp_path / "again", dataclasses.replace(QUICK, seed=1))

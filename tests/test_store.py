@@ -103,7 +103,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # -- what is written is what is read ------------------------------------------------------------------------------

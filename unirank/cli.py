@@ -373,6 +373,8 @@ def main() -> None:
             f"[bold red]error:[/] {_process()}{_escape(str(error))}"
         )
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:  # before a session began, or after it
+        raise SystemExit(130) from None
 
 
 def _process() -> str:

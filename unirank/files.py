@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,10 +23,22 @@ from safetensors import SafetensorError
 from unirank.errors import InputError, WriteError
 
 
-def _explain(path: Path, error: Exception) -> WriteError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-    return WriteError(f"Could not write {path}: {reason}. Nothing half-written was left behind.")
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system says against writing `path` into a WriteError (disk full, no permission)."""
+    try:
+        yield
+    except Exception as error:
+        # tokenizers raises a bare Exception when the system refuses, and torch.save a RuntimeError.
+        text = str(error)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        told = type(error) is Exception and "(os error " in text
+        told = told or (type(error) is RuntimeError and frame.f_globals["__name__"] == "torch.serialization")
+        if not (told or isinstance(error, OSError | SafetensorError)):
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or text
+        raise WriteError(f"Could not write {path}: {reason}. Nothing half-written was left behind.") from error
 
 
 def _sync(path: Path) -> None:
@@ -40,53 +53,62 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the whole new one.
 
     What earlier writers of `path` left when they were killed is deleted. Raises WriteError (disk full, no permission);
-    the temporary file is gone then.
+    nothing of the file is left then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _sweep(path)
-        with _held(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600)):
-            write(temporary)
-            temporary.chmod(_file_mode())
-            _sync(temporary)
-            os.replace(temporary, path)
+    # In a directory of its own, for safetensors writes under a name of its own choice and then renames.
+    with explained(path), _scratch(path) as folder:
+        temporary = folder / path.name
+        write(temporary)
+        temporary.chmod(_file_mode())
+        _sync(temporary)
+        os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise _explain(path, error) from error
-    finally:
-        with suppress(OSError):  # also when the parent is no directory; the first error is the one to tell
-            temporary.unlink()
 
 
 @contextmanager
-def _held(handle: int) -> Iterator[None]:
-    """Hold the open file or directory against `_sweep`; the lock ends with the process, however that ends."""
+def _scratch(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path`, gone at the end; what killed runs left of theirs goes first.
+
+    A lock, which ends with the process however that ends, tells `_sweep` of other runs that it is in use.
+    """
+    for left in [file for file in path.parent.iterdir() if re.fullmatch(leftover(re.escape(path.name)), file.name)]:
+        _sweep(left)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.unirank-", suffix=".tmp", dir=path.parent))
     try:
-        with suppress(OSError):  # a file system without locks, where nothing is swept either
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _sweep(path: Path) -> None:
-    """Delete what writers of `path` left beside it when they were killed: what nobody holds."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+|unirank-\w+)\.(tmp|old)")
-    for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]:
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:  # its writer has finished, or it is no file of ours
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
-        except OSError:  # another run is writing it, or may not be disturbed; a leftover is no failure
-            continue
+            with suppress(OSError):  # a file system without locks, where nothing is swept either
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder
         finally:
             os.close(handle)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def leftover(name: str) -> str:
+    """Pattern of what a killed writer leaves beside the file or directory whose name has the pattern `name`."""
+    return rf"\.({name})\.unirank-\w+\.(tmp|old)"
+
+
+def _sweep(left: Path) -> None:
+    """Delete a directory that a killed writer left, unless another run holds it."""
+    try:
+        handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    except OSError:  # its writer has finished, or it is none of ours
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if left.suffix == ".old":  # killed between the two steps of `_exchange`
+            path = left.with_name(left.name[1:].partition(".unirank-")[0])
+            if not path.exists():
+                os.replace(left, path)
+                return
+        shutil.rmtree(left)
+    except OSError:  # another run holds it, or we may not; a leftover is no failure
+        return
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,11 +129,10 @@ def mapped_copy(folder: Path, tensor: torch.Tensor) -> torch.Tensor:
     """
     path = folder / f".hidden.{os.getpid()}.tmp"
     try:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # else a full disk would end the process later
-        flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    except OSError as error:
-        raise _explain(path, error) from error
+        with explained(path):
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # else a full disk would end us later
+            flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
     finally:
         path.unlink(missing_ok=True)
     return flat.copy_(tensor.flatten()).view(tensor.shape)
@@ -134,10 +155,8 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 def make_directory(path: Path) -> None:
     """Create `path` and its parents. Raises WriteError when the file system refuses."""
-    try:
+    with explained(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _explain(path, error) from error
 
 
 @contextmanager
@@ -204,32 +223,21 @@ def staged_directory(out: Path) -> Iterator[Path]:
 
     Raises WriteError when the file system refuses.
     """
-    staging: Path | None = None
     out = Path(os.path.realpath(out))  # a link stays, and what it points to is replaced
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.unirank-", suffix=".tmp", dir=out.parent))
-        with _held(os.open(staging, os.O_RDONLY)):
-            staging.chmod(_file_mode() | 0o111 & ~_umask())
-            yield staging
-            for file in staging.iterdir():
-                if file.is_file():
-                    file.chmod(_file_mode())
-                    _sync(file)
-            if out.exists():
-                _exchange(staging, out)  # what was there goes where the new one came from, and from there away
-            else:
-                os.replace(staging, out)
-            _sync(out.parent)
-    except Exception as error:
-        # tokenizers raises a bare Exception when the system refuses; only its text tells.
-        if isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "(os error " in str(error)):
-            raise _explain(out, error) from error
-        raise
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+    make_directory(out.parent)
+    with explained(out), _scratch(out) as scratch:
+        staging = scratch / out.name
+        staging.mkdir()
+        yield staging
+        for file in staging.iterdir():
+            if file.is_file():
+                file.chmod(_file_mode())
+                _sync(file)
+        if out.exists():
+            _exchange(staging, out)  # what was there goes where the new one came from, and from there away
+        else:
+            os.replace(staging, out)
+        _sync(out.parent)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -238,9 +246,13 @@ def _exchange(one: Path, other: Path) -> None:
     current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if swap is not None and swap(current, os.fsencode(one), current, os.fsencode(other), exchange) == 0:
         return
-    old = one.with_suffix(".old")
+    old = one.parent.with_suffix(".old")  # beside `other`; if this ends here, the next run puts it back
     os.replace(other, old)
-    os.replace(one, other)
+    try:
+        os.replace(one, other)
+    except OSError:
+        os.replace(old, other)
+        raise
     os.replace(old, one)
 
 

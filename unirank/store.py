@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from unirank.errors import StoreError
 from unirank.files import (
     check_output,
     differences,
+    leftover,
     link_or_copy,
     make_directory,
     sha256_text,
@@ -40,8 +42,8 @@ Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
 _MEASURED = r"measured-[a-z0-9-]+\.json"
 _PASSING = r"(stream|forward|backward)-\d{4}\.safetensors"  # only there while a later step needs them
-# What a run that was killed while it wrote leaves behind (see `write_atomically`).
-_LEFTOVER = rf"\.({re.escape(MANIFEST)}|{_TENSORS}|{_MEASURED}|hidden)\.\d+\.tmp"
+# What a run that was killed while it wrote leaves behind (see `write_atomically` and `mapped_copy`).
+_LEFTOVER = rf"{leftover(f'{re.escape(MANIFEST)}|{_TENSORS}|{_MEASURED}')}|\.hidden\.\d+\.tmp"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class AnalysisStore:
             needed |= {self._file("forward", i) for i in range(self.layer_count + 1)}
         for file in list(self.path.iterdir()):
             if re.fullmatch(_LEFTOVER, file.name) or (re.fullmatch(_PASSING, file.name) and file not in needed):
-                file.unlink()
+                _delete(file)
 
     def read_streams(self, layer: int, device: torch.device, scratch: Path | None = None) -> Streams:
         """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing.
@@ -363,7 +365,14 @@ def open_store(path: str | Path) -> AnalysisStore:
 def _remove(folder: Path, pattern: str) -> None:
     for file in list(folder.iterdir()):
         if re.fullmatch(pattern, file.name):
-            file.unlink()
+            _delete(file)
+
+
+def _delete(file: Path) -> None:
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink()
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

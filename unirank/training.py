@@ -22,7 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from unirank.errors import NonFiniteError
+from unirank.errors import NonFiniteError, WriteError
+from unirank.files import explained
 from unirank.losses import NOTHING, token_loss
 from unirank.progress import OnProgress
 
@@ -70,7 +71,7 @@ def run(
     Returns the log: `step` with `loss` (mean since the last entry), or with `eval_loss` (held out), nats a token.
 
     Raises NonFiniteError when a loss or gradient is NaN or infinity; names the step. The adapters as they were before
-    that step are then in `folder`/last-good.
+    that step are then in `folder`/last-good. Raises WriteError when the disk refuses a checkpoint.
     """
     device = next(model.parameters()).device
     arguments = TrainingArguments(
@@ -105,6 +106,7 @@ def run(
     )
     # Beside several GPUs the Trainer would split every batch over all of them; the model is on one.
     setattr(arguments, "_n_gpu", min(arguments.n_gpu, 1))  # noqa: B010 - no public name sets it
+    cached = model.config.use_cache  # the Trainer switches it off, and the model would be saved that way
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -117,7 +119,14 @@ def run(
     trainer.prepare(loop, teacher)
     if loop.patience:
         trainer.add_callback(EarlyStoppingCallback(loop.patience))
-    trainer.train(resume_from_checkpoint=_newest(folder))
+    try:
+        with explained(folder):
+            trainer.train(resume_from_checkpoint=_newest(folder, loop.steps))
+    except WriteError:
+        _newest(folder, loop.steps)  # deletes the checkpoint that was cut off
+        raise
+    finally:
+        model.config.use_cache = cached
     # With bf16, accelerate puts its autocast around the model's forward; what follows is measured without.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     progress(stage, loop.steps, loop.steps)  # also when it ended early
@@ -132,14 +141,24 @@ def _checkpointing() -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _newest(folder: Path) -> str | None:
-    """The newest whole checkpoint; what a killed run left of others is deleted."""
+def _newest(folder: Path, steps: int) -> str | None:
+    """The newest whole checkpoint from which steps are to be made; those that a killed run left otherwise are deleted.
+
+    One at the end of a run is not resumed: the Trainer would make a step more. From the one before it, the last steps
+    are made again, to the same bits.
+    """
     found = []
     for path in folder.glob("checkpoint-*"):
         try:
-            found.append((int(json.loads((path / _STATE).read_text())["global_step"]), str(path)))
+            state = json.loads((path / _STATE).read_text())
+            control = state["stateful_callbacks"]["TrainerControl"]["args"]
+            step, ended = int(state["global_step"]), bool(control["should_training_stop"])
         except (OSError, ValueError, KeyError):
+            step, ended = 0, True
+        if ended or step >= steps:
             shutil.rmtree(path)
+        else:
+            found.append((step, str(path)))
     return max(found)[1] if found else None
 
 
