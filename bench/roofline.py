@@ -1,6 +1,7 @@
 """A MODEL, not a measurement: bytes, flops and the two floors of each op on a GPU, and of the whole job.
 
     python bench/roofline.py --json out.json
+    python bench/roofline.py --models llama-3-70b --gpus 8
 
 The memory floor is bytes over the peak bandwidth, the compute floor flops over the dense peak of the units that run
 them; the larger one is the least time. Eigensolvers stay far above it, because their tridiagonalisation is half
@@ -24,7 +25,7 @@ from shapes import MODELS, Model
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates per second: bytes of memory, and flops of bf16 tensor cores, fp32 and fp64 units.
+    """Peak rates per second: bytes of memory, flops of bf16 tensor cores, fp32 and fp64 units, bytes of the link.
 
     `driver_name` is what the driver calls it: other variants (PCIe, 40 GB) have other peaks.
     """
@@ -34,12 +35,13 @@ class Device:
     bf16: float
     fp32: float
     fp64: float
+    link: float  # to another GPU of the machine, one direction: NVLink, or PCIe 4.0 where there is none
 
 
 DEVICES = {
-    "H100": Device("NVIDIA H100 80GB HBM3", 3.35e12, 989e12, 67e12, 67e12),
-    "A100": Device("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12, 19.5e12, 19.5e12),
-    "4090": Device("NVIDIA GeForce RTX 4090", 1.01e12, 165e12, 82.6e12, 1.29e12),
+    "H100": Device("NVIDIA H100 80GB HBM3", 3.35e12, 989e12, 67e12, 67e12, 450e9),
+    "A100": Device("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12, 19.5e12, 19.5e12, 300e9),
+    "4090": Device("NVIDIA GeForce RTX 4090", 1.01e12, 165e12, 82.6e12, 1.29e12, 32e9),
 }
 WINDOWS, WINDOW = 256, 2048
 
@@ -54,9 +56,11 @@ class Work:
     units: str
 
     def floors(self, device: Device) -> tuple[float, float]:
+        if self.units == "link":
+            return self.bytes / device.link, 0.0
         return self.bytes / device.memory, self.flops / getattr(device, self.units)
 
-    def times(self, calls: int) -> Work:
+    def times(self, calls: float) -> Work:
         return replace(self, bytes=calls * self.bytes, flops=calls * self.flops)
 
 
@@ -92,45 +96,64 @@ def gpu_floor(work: Work, device: torch.device) -> float | None:
     return next((max(work.floors(d)) for d in DEVICES.values() if d.driver_name == name), None)
 
 
-def works(model: Model) -> list[Work]:
-    """The whole job on `WINDOWS` windows: bf16 weights and streams, fp32 Grams, fp64 decomposition."""
+def works(model: Model, gpus: int = 1) -> list[Work]:
+    """What one of `gpus` does of the whole job on `WINDOWS` windows: bf16 weights and streams, fp32 Grams, fp64
+    decomposition. All have the weights of the layer that is at work; windows and matrices are shared out.
+    """
     T, D, L = WINDOWS * WINDOW, model.hidden, model.layers
     weights = sum(m * n for m, n in model.linears)
     traffic = sum(m + n for m, n in model.linears)
     attention = 4 * T * WINDOW * model.query / 2  # causal
     components = sum(min(m, n) for m, n in model.all_linears())
     grams = [gram_work(T, n) for n in model.inputs]
+    share = 1 / gpus
     # W C Wᵀ through the square part, factors, and for a tall weight its Cholesky QR.
-    products = sum(2 * min(m, n) * n * n + 4 * min(m, n) ** 2 * max(m, n) for m, n in model.linears)
-    eigh = sum(9 * min(m, n) ** 3 for m, n in model.linears)
-    matrix_bytes = sum(8 * (3 * m * n + 4 * min(m, n) ** 2) for m, n in model.linears)
-    return [
-        Work("forward", L * (2 * weights + 2 * T * traffic), L * (2 * T * weights + attention), "bf16"),
-        cosine_work(T, D).times(3 * L),
-        Work("gram_accumulate_", L * sum(g.bytes for g in grams), L * sum(g.flops for g in grams), "bf16"),
+    products = spread([2 * min(m, n) * n * n + 4 * min(m, n) ** 2 * max(m, n) for m, n in model.linears], gpus)
+    eigh = spread([9 * min(m, n) ** 3 for m, n in model.linears], gpus)
+    matrix_bytes = spread([8 * (3 * m * n + 4 * min(m, n) ** 2) for m, n in model.linears], gpus)
+    found = [
+        Work("forward", L * (2 * weights + 2 * T * traffic * share), L * (2 * T * weights + attention) * share, "bf16"),
+        cosine_work(T, D).times(3 * L * share),
+        Work("gram_accumulate_", L * sum(g.bytes for g in grams), L * sum(g.flops for g in grams), "bf16").times(share),
         Work("products", L * matrix_bytes, L * products, "fp64"),
         Work("batched_eigh", L * matrix_bytes, L * eigh, "fp64"),
         topk_work(components),
     ]
+    if gpus > 1:
+        # Sums go down the row of GPUs in parts and come back: each link carries them twice. Factors go to the first.
+        moments = L * sum(4 * n * n for n in model.inputs)
+        factors = sum(2 * min(m, n) * (m + n) for m, n in model.all_linears())
+        found += [Work("reduce", 2 * moments, 0, "link"), Work("gather", factors * (1 - share), 0, "link")]
+    return found
+
+
+def spread(costs: Sequence[float], gpus: int) -> float:
+    """What the GPU with the most to do gets, when the dearest go first, each to whoever has least."""
+    load = [0.0] * gpus
+    for cost in sorted(costs, reverse=True):
+        load[load.index(min(load))] += cost
+    return max(load)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="accepted like everywhere; the model is always quick")
     parser.add_argument("--models", nargs="*", default=["llama-2-7b", "llama-3-70b"])
+    parser.add_argument("--gpus", type=int, default=1, help="that share the work, in one machine")
     parser.add_argument("--json", type=Path, help="write rows and meta to this file")
     arguments = parser.parse_args(argv)
     console = Console(width=150)
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         for device_name, device in DEVICES.items():
-            title = f"MODEL, not a measurement: {name} on {device_name}, {WINDOWS} x {WINDOW} tokens"
+            many = f"{arguments.gpus} x " if arguments.gpus > 1 else ""
+            title = f"MODEL, not a measurement: {name} on {many}{device_name}, {WINDOWS} x {WINDOW} tokens"
             table = Table("op", "GB", "TFLOP", "memory floor s", "compute floor s", "bound by", title=title)
             total = 0.0
-            for work in works(MODELS[name]):
+            for work in works(MODELS[name], arguments.gpus):
                 memory, compute = work.floors(device)
                 total += max(memory, compute)
-                bound = "memory" if memory >= compute else "compute"
+                bound = "link" if work.units == "link" else "memory" if memory >= compute else "compute"
                 cells = (f"{work.bytes / 1e9:.1f}", f"{work.flops / 1e12:.1f}", f"{memory:.4f}", f"{compute:.4f}")
                 table.add_row(work.op, *cells, bound)
                 rows.append(_row(work.op, name, device_name, work.units, max(memory, compute), work, bound))
@@ -138,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(_row("whole job", name, device_name, "mixed", total, everything, "sum of the floors"))
             table.add_row("whole job", "", "", "", f"{total:.2f}", "sum of the larger floors")
             console.print(table)
-    write_result(arguments.json, rows, kind="model", windows=WINDOWS, window=WINDOW)
+    write_result(arguments.json, rows, kind="model", windows=WINDOWS, window=WINDOW, gpus=arguments.gpus)
     return 0
 
 

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from unirank.errors import UnirankError
 
+_PART = 1 << 23  # entries that go to the next process at once, 32 MiB in float32 (**choice**)
 PATIENCE = timedelta(minutes=30)  # the longest that one process may keep the others waiting (**choice**)
 
 
@@ -77,14 +78,18 @@ def owners(costs: Sequence[float]) -> list[int]:
 
 
 def sum_in_order(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, in place: to 0's is added 1's, and so on, so that every run rounds alike."""
+    """The sum over all processes, in place: to 0's is added 1's, and so on, so that every run rounds alike.
+
+    It goes down the processes in parts, so that all of them are at work, and none holds a second whole tensor.
+    """
     if size() > 1:
-        if rank() > 0:
-            before = torch.empty_like(tensor)
-            dist.recv(before, rank() - 1)
-            tensor.copy_(before.add_(tensor))
-        if rank() < size() - 1:
-            dist.send(tensor, rank() + 1)
+        for part in tensor.view(-1).split(_PART):
+            if rank() > 0:
+                before = torch.empty_like(part)
+                dist.recv(before, rank() - 1)
+                part.copy_(before.add_(part))
+            if rank() < size() - 1:
+                dist.send(part, rank() + 1)
         dist.broadcast(tensor, size() - 1)
     return tensor
 
