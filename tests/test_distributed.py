@@ -60,8 +60,8 @@ def arguments(folder: Path, out: str, text_file: Path) -> list[object]:
     return ["analyze", folder / "model", "-o", folder / out, "--scheme", "afm", *common]
 
 
-def analyze(folder: Path, processes: int, out: str, text_file: Path) -> subprocess.CompletedProcess[str]:
-    return torchrun(processes, "-m", "unirank.cli", *arguments(folder, out, text_file))
+def analyze(folder: Path, processes: int, out: str, text: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return torchrun(processes, "-m", "unirank.cli", *arguments(folder, out, text), *more)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,6 +89,13 @@ def test_the_same_number_of_processes_gives_the_same_bytes(place: Path, text_fil
     done = analyze(place, 2, "again", text_file)
     assert json.loads(done.stdout)["layers"] == 3  # one process prints
     assert contents(place / "again") == contents(place / "store-2")
+
+
+def test_streamed_layers_give_the_same_bytes_too(place: Path, text_file: Path) -> None:
+    """How a model that is larger than each process's memory is shared."""
+    done = analyze(place, 2, "streamed", text_file, "--stream")
+    assert done.returncode == 0, done.stderr
+    assert contents(place / "streamed") == contents(place / "store-2")
 
 
 @pytest.mark.parametrize("victim", [0, 1])

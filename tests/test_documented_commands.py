@@ -17,7 +17,7 @@ from tests.tiny import WORDS
 from unirank.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/serving.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/serving.md", "docs/large-models.md")
 
 
 def steps(page: str) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import unirank
 from tests.conftest import build
@@ -168,3 +169,23 @@ def test_a_model_in_memory_needs_its_tokenizer() -> None:
 def test_the_good_twin_of_the_table_would_calibrate(place: Path, model_dir: Path, text_file: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="calibration began"):
         compress(model_dir, text_file, place / "store")
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu", "python"])
+def test_out_of_memory_says_what_to_lower(
+    where: str, model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        if where == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.") if where == "gpu" else MemoryError("no room.")
+
+    monkeypatch.setattr(sys.modules["unirank.analyze"], "calibrate_layer", greedy)
+    arguments = ["analyze", str(model_dir), "-o", str(tmp_path / "store"), "--calib", str(text_file), "--windows", "4"]
+    monkeypatch.setattr(sys, "argv", ["unirank", *arguments, "--window", "16", "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert re.match("error: Out of memory: .* A smaller --batch or --window needs less, --stream", said)
+    assert said.count("\n") == 1

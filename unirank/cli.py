@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from unirank import flags, tables
 from unirank.allocate import check_request
@@ -23,8 +22,8 @@ from unirank.cli_compressed import densify_command, finetune_command, report_com
 from unirank.cli_looking import diagnose_command, evaluate_command, info_command
 from unirank.data import BUILTIN
 from unirank.demo import demo as run_demo
-from unirank.distributed import is_distributed, rank
-from unirank.errors import InputError, UnirankError
+from unirank.distributed import rank
+from unirank.errors import InputError
 from unirank.estimate import Estimate, estimate
 from unirank.files import beside, check_output, write_text
 from unirank.imported import import_plan, read_rank_file, read_ranks
@@ -35,7 +34,7 @@ from unirank.provenance import versions
 from unirank.refine import Refine
 from unirank.schemes import scheme as scheme_of
 from unirank.score import ScoreSettings
-from unirank.session import Session, run_session
+from unirank.session import Session, exit_codes, run_session
 from unirank.store import open_store
 from unirank.workbench import make_workbench
 
@@ -366,26 +365,8 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad input or usage, 3 store, 4 non-finite numbers, 5 writing, 130 interrupted.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
+    with exit_codes():
         app()
-    except UnirankError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error:[/] {_process()}{_escape(str(error))}"
-        )
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:  # before a session began, or after it
-        raise SystemExit(130) from None
-
-
-def _process() -> str:
-    """Which of several processes this is."""
-    return f"process {rank()}: " if is_distributed() else ""
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every command shares: where its output goes, progress bars, and Ctrl-C."""
+"""What every command shares: where its output goes, progress bars, Ctrl-C, and how errors end it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from unirank.distributed import is_distributed, rank
-from unirank.errors import InputError
+from unirank.errors import InputError, UnirankError
 from unirank.progress import OnProgress, bars
 
 
@@ -67,3 +68,35 @@ def run_session(as_json: bool, *, parallel: bool = False) -> Iterator[Session]:
     except KeyboardInterrupt:
         errors.print("Interrupted. Nothing half-written is left; what was interrupted resumes with the same command.")
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with a sentence and a code for every error that is ours to tell; others keep their traceback."""
+    try:
+        yield
+    except UnirankError as error:
+        sentence, code = str(error), error.exit_code
+    except KeyboardInterrupt:  # before a session began, or after it
+        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        sentence, code = f"Out of memory: {(str(error).splitlines() or ['no room.'])[0]} {_LESS}", 1
+    else:
+        return
+    process = f"process {rank()}: " if is_distributed() else ""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {process}{escape(sentence)}")
+    raise SystemExit(code)
+
+
+_LESS = (
+    "A smaller --batch or --window needs less, --stream keeps one layer at a time (analyze, compress), --micro-batch "
+    "and --gradient-checkpointing help finetune; what was finished is kept."
+)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, a GPU's (torch has a class for it), or a CPU's (a RuntimeError, known by its text)."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
