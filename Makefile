@@ -93,8 +93,9 @@ sbom: wheel
 	build/user/bin/python -m pip install --quiet "$$(ls dist/*.whl)[demo,plot,data,finetune]"
 	$(RELEASE)/bin/cyclonedx-py environment build/user/bin/python --pyproject pyproject.toml --output-reproducible \
 		-o dist/sbom.cdx.json
-	$(RELEASE)/bin/pip-licenses --python build/user/bin/python --from mixed --format markdown --with-urls \
-		--ignore-packages pip unirank --output-file docs/licences.md
+	{ printf '# Licences\n\nOf the packages that an installation with every extra for users brings. Made by `make sbom`, do not edit.\n\n'; \
+		$(RELEASE)/bin/pip-licenses --python build/user/bin/python --from mixed --format markdown \
+		--ignore-packages pip unirank; } > docs/licences.md
 
 # Known vulnerabilities of the locked packages; asks pypi.org.
 audit: $(RELEASE)/.tools

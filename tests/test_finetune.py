@@ -77,6 +77,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
         {"dense": True},
         {"gradient_checkpointing": True, "micro_batch": 2},
         {"precision": "bfloat16"},
+        {"precision": "bfloat16", "distill": 0.3},
     ],
     ids=lambda changes: ",".join(changes) or "joint",
 )

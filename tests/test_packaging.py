@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import email
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,19 +15,17 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.wheel import ROOT, away_from_source, build_wheel
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
-# `-S` keeps the editable installation of the tests away; what the wheel needs comes from the same environment.
 USED = """
-import sys
-sys.path[:0] = [{installed!r}, {libraries!r}]
-sys.argv = ["unirank", *{arguments!r}]
-import unirank
+import sys, unirank
 assert unirank.__file__.startswith({installed!r}), unirank.__file__
+sys.argv = ["unirank", *{arguments!r}]
 from unirank.cli import main
 main()
 """
@@ -36,22 +33,7 @@ main()
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as `make wheel` does it, from a copy of what git would deliver."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    for name in filter(None, tracked.decode().split("\0")):
-        if name.startswith(("unirank/", "csrc/", "cmake/")) or "/" not in name:
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
-    environment = os.environ | {"UNIRANK_CUDA": "OFF", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [*command, "-w", str(folder / "dist"), str(source)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    (path,) = (folder / "dist").glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_is_one_for_every_python_and_names_no_folder_of_its_builder(wheel: Path) -> None:
@@ -73,12 +55,11 @@ def test_the_wheel_is_one_for_every_python_and_names_no_folder_of_its_builder(wh
 
 def test_the_wheel_compresses_a_model(wheel: Path, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(installed)
+    command = away_from_source(wheel, installed)
 
     def unirank(*arguments: str) -> str:
-        code = USED.format(installed=str(installed), libraries=sysconfig.get_path("purelib"), arguments=arguments)
-        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        code = USED.format(installed=str(installed), arguments=arguments)
+        done = subprocess.run([*command, code], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

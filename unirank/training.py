@@ -224,7 +224,8 @@ class _Trainer(Trainer):
         labels = F.pad(ids[:, 1:], (0, 1), value=NOTHING).flatten()
         options: dict[str, Any] = {}
         if model.training and self._teacher is not None:
-            with torch.no_grad():
+            # The Trainer's autocast is around the student alone.
+            with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self._loop.bf16):
                 teacher = self._teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
             options = {"teacher": teacher, "distill": self._loop.distill, "temperature": self._loop.temperature}
         loss = token_loss(logits, labels, **options)
