@@ -29,10 +29,14 @@ def llama(*, hidden: int, layers: int, heads: int = 4) -> LoadedModel:
         eos_token_id=1,
         pad_token_id=1,
     )
+    return unirank.describe(LlamaForCausalLM(config).eval(), tokenizer(), source=f"random Llama {hidden} x {layers}")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Of `WORDS`, split at spaces."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
-    return unirank.describe(LlamaForCausalLM(config).eval(), tokenizer, source=f"random Llama {hidden} x {layers}")
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
 def text(folder: Path, words: int = 20000) -> Path:
