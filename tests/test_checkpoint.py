@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import unirank
 from tests.conftest import build
+from tests.stores import contents, flip
 from unirank import CompressedModel, InputError, LowRankLinear, RankPlan
 from unirank.modules import align_weights
 
@@ -75,10 +76,6 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 
 def low_rank(model: torch.nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +311,23 @@ def test_an_own_directory_is_replaced_whole_and_only_when_asked(saved, tmp_path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+@pytest.mark.parametrize("harm", ["one bit", "cut", "gone"])
+def test_damaged_weights_are_named(harm: str, saved, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(saved[0] / "llama", tmp_path / "out"))
+    assert unirank.open_compressed(out, device="cpu").report == saved[1]["llama"].report
+    file = out / "model.safetensors"
+    if harm == "one bit":
+        flip(file, 1000)
+        AutoModelForCausalLM.from_pretrained(out)  # nothing else finds it
+    elif harm == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    words = "is missing" if harm == "gone" else "has other bytes than were written"
+    with pytest.raises(unirank.InputError, match=rf"out/model\.safetensors {words}"):
+        unirank.open_compressed(out, device="cpu")
+
+
 def test_a_full_disk_leaves_nothing_new_and_the_old_checkpoint(saved, model_dir, text_file, tmp_path: Path) -> None:
     vocabulary = {f"{i}-{'long' * 500}": i for i in range(96)} | {"<unk>": 96}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -16,6 +16,7 @@ from tests.conftest import build
 from unirank import Calibration, RankPlan, UnirankError, presets
 from unirank.cli import app, main
 from unirank.demo import demo
+from unirank.errors import InputError
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
 REMOVE = "Fraction of the decoder linears' weight parameters to remove"
@@ -278,11 +279,26 @@ def test_wrong_usage_exits_2_and_shows_it_on_stderr(arguments: list[str], uniran
     assert re.match(r"Usage: .*unirank", err)  # typer writes how it was started in front
 
 
-def test_ctrl_c_exits_130_and_says_that_work_is_kept(unirank: Run, model_dir: Path, tmp_path, monkeypatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["unirank.cli"], "run_analyze", interrupted)
+
+def interrupted_while_loading(*_: object, **__: object) -> None:
+    """As when Ctrl-C comes inside `__enter__` of a torch mode: `__exit__` then fails, and loading reports that."""
+    try:
+        try:
+            interrupted()
+        finally:
+            raise IndexError("trying to pop from empty mode stack")
+    except IndexError as error:
+        raise InputError(f"Cannot load the weights of 'model': {error}.") from error
+
+
+@pytest.mark.parametrize("how", [interrupted, interrupted_while_loading])
+def test_ctrl_c_exits_130_and_says_that_work_is_kept(
+    how: Callable[..., None], unirank: Run, model_dir: Path, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys.modules["unirank.cli"], "run_analyze", how)
     code, out, err = unirank("analyze", model_dir, "-o", tmp_path / "store", "--device", "cpu")
     assert (code, out) == (130, "")
     assert "resumes" in err

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import unirank
+from tests.stores import contents
 from unirank import distributed
 from unirank.store import AnalysisStore, open_store
 
@@ -62,10 +63,6 @@ def arguments(folder: Path, out: str, text_file: Path) -> list[object]:
 
 def analyze(folder: Path, processes: int, out: str, text: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return torchrun(processes, "-m", "unirank.cli", *arguments(folder, out, text), *more)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("processes", [2, 4])

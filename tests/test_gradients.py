@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import unirank
+from tests.stores import contents
 from tests.tiny import WORDS, made_up_identity
 from unirank.errors import StoreError
 from unirank.gradients import gradient_pass
@@ -61,10 +62,6 @@ def expected(loaded: LoadedModel) -> dict[str, Gradient]:
         handle.remove()
     loaded.model.zero_grad()
     return {name: Gradient(*parts) for name, parts in total.items()}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def passing(folder: Path) -> list[str]:

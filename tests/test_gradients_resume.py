@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import unirank
-from tests.conftest import build
-from tests.test_gradients import LAYERS, contents, passing
+from tests.stores import contents
+from tests.test_gradients import LAYERS, passing
 from unirank.store import MANIFEST, create_or_resume, open_store
 from unirank.types import LoadedModel
 
 ROOT = Path(__file__).parents[1]
+SCHEME = "kfac"
 CHILD = Path(__file__).with_name("harm_analysis.py")
 
 # Files appear in this order (a stage may remove what it has used up in between), and a run is killed behind each one.
@@ -31,32 +32,6 @@ ORDER = (
 HARM = {f"killed-behind-{file}": ("renamed", position + 1) for position, file in enumerate(ORDER) if position} | {
     f"killed-in-{file}": ("half-written", ORDER.index(file) + 1) for file in ("forward-2", "gradient-1")
 }
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build("llama", num_hidden_layers=LAYERS).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(model_path: Path) -> LoadedModel:
-    return unirank.load(str(model_path), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def settings(text_file: Path) -> unirank.Calibration:
-    return unirank.Calibration(text=str(text_file), windows=6, window=24, seed=0, batch=2)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(loaded: LoadedModel, settings: unirank.Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of the scheme `kfac` that tests only read."""
-    path = tmp_path_factory.mktemp("undisturbed") / "store"
-    unirank.analyze(loaded, path, scheme="kfac", calibration=settings)
-    return path
 
 
 @pytest.fixture(scope="module")

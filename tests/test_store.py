@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
-import os
-import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,92 +13,13 @@ import torch
 
 import unirank
 from tests.conftest import build
+from tests.stores import contents, flip
 from tests.tiny import made_up_identity
 from unirank.calibrate import Streams
 from unirank.store import MANIFEST, create_or_resume, open_store
 from unirank.types import CosineStat, Factors, LinearSpec, LoadedModel
 
 LAYERS = 5
-ROOT = Path(__file__).parents[1]
-CHILD = Path(__file__).with_name("harm_analysis.py")
-
-_pick = random.Random(0)
-KILLED_AFTER = _pick.randint(1, LAYERS - 1)
-# Files appear in the order manifest, stream 1, layer 0, stream 2, layer 1, ..., layer 4.
-HALF_WRITTEN_LAYER, RENAMED_LAYER = (2 * _pick.randint(1, LAYERS - 1) + 1 for _ in range(2))
-HARM = {
-    "killed-after-a-layer": ("layer", KILLED_AFTER),
-    "killed-in-the-manifest": ("half-written", 1),
-    "killed-in-a-stream": ("half-written", 2 * _pick.randint(1, LAYERS - 1)),
-    "killed-in-a-layer": ("half-written", HALF_WRITTEN_LAYER),
-    "killed-behind-a-layer": ("renamed", RENAMED_LAYER),
-    "killed-behind-the-last-layer": ("renamed", 2 * LAYERS),
-    "full-disk": ("full", 2),
-}
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build("llama", num_hidden_layers=LAYERS).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(model_path: Path) -> LoadedModel:
-    return unirank.load(str(model_path), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def settings(text_file: Path) -> unirank.Calibration:
-    return unirank.Calibration(text=str(text_file), windows=6, window=24, seed=0, batch=2)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(loaded: LoadedModel, settings: unirank.Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store that tests only read."""
-    path = tmp_path_factory.mktemp("undisturbed") / "store"
-    unirank.analyze(loaded, path, calibration=settings)
-    return path
-
-
-@pytest.fixture(scope="module")
-def harmed(model_path: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The stores that `HARM` left, by name in one folder, and what the process printed."""
-    folder = tmp_path_factory.mktemp("harmed")
-    jobs = [(kind, count, str(folder / name)) for name, (kind, count) in HARM.items()]
-    command = [sys.executable, str(CHILD), str(model_path), str(text_file), json.dumps(jobs)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {name: 5 if name == "full-disk" else -9 for name in HARM}
-    return folder, done.stdout
-
-
-@pytest.fixture
-def copy(undisturbed: Path, tmp_path: Path) -> Path:
-    """A finished store to damage."""
-    return Path(shutil.copytree(undisturbed, tmp_path / "store"))
-
-
-@pytest.fixture
-def calibrated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Indices of the layers that `analyze` calibrates from here on."""
-    module = importlib.import_module("unirank.analyze")
-    original: Callable = module.calibrate_layer
-    seen: list[int] = []
-
-    def counted(model: LoadedModel, index: int, *args: object, **kwargs: object) -> object:
-        seen.append(index)
-        return original(model, index, *args, **kwargs)
-
-    monkeypatch.setattr(module, "calibrate_layer", counted)
-    return seen
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # -- what is written is what is read ------------------------------------------------------------------------------
@@ -171,73 +87,6 @@ def test_number_of_threads_does_not_change_a_byte(
     assert contents(tmp_path / "1") == contents(tmp_path / "4") == contents(undisturbed)
 
 
-# -- interruption ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", HARM)
-def test_interrupted_run_resumes_to_the_bytes_of_an_undisturbed_one(
-    name: str,
-    harmed: tuple[Path, str],
-    loaded: LoadedModel,
-    settings: unirank.Calibration,
-    undisturbed: Path,
-    calibrated: list[int],
-    tmp_path: Path,
-) -> None:
-    store = Path(shutil.copytree(harmed[0] / name, tmp_path / "store"))
-    finished = sorted(store.glob("layer-*.safetensors"))
-    times = [file.stat().st_mtime_ns for file in finished]
-    unirank.analyze(loaded, store, calibration=settings)
-    assert contents(store) == contents(undisturbed)
-    assert [file.stat().st_mtime_ns for file in finished] == times
-    assert calibrated == list(range(len(finished), LAYERS))
-
-
-def test_killed_run_leaves_the_layers_it_finished(harmed: tuple[Path, str], undisturbed: Path) -> None:
-    whole = contents(undisturbed)
-    counts = {}
-    for name in HARM:
-        layers = {file: data for file, data in contents(harmed[0] / name).items() if file.startswith("layer-")}
-        assert layers.items() <= whole.items()
-        counts[name] = len(layers)
-    assert counts["killed-after-a-layer"] == KILLED_AFTER
-    assert counts["killed-in-a-layer"] == HALF_WRITTEN_LAYER // 2 - 1
-    assert counts["killed-behind-a-layer"] == RENAMED_LAYER // 2
-    assert counts["killed-in-the-manifest"] == 0
-    assert counts["full-disk"] == 2
-
-
-def test_full_disk_is_reported_and_leaves_nothing_half_written(harmed: tuple[Path, str], undisturbed: Path) -> None:
-    folder, printed = harmed
-    store = folder / "full-disk"
-    assert f"Could not write {store / 'stream-0003.safetensors'}" in printed
-    assert set(contents(store)) == {
-        MANIFEST,
-        "layer-0000.safetensors",
-        "layer-0001.safetensors",
-        "stream-0002.safetensors",
-    }
-    with pytest.raises(unirank.StoreError, match="2 of 5 layers"):
-        unirank.plan(open_store(store), 0.2)
-
-
-def test_finished_store_is_reused_without_calibrating(
-    loaded: LoadedModel, settings: unirank.Calibration, copy: Path, calibrated: list[int]
-) -> None:
-    before = {file: file.stat().st_mtime_ns for file in copy.iterdir()}
-    unirank.analyze(loaded, copy, calibration=settings)
-    assert calibrated == []
-    assert {file: file.stat().st_mtime_ns for file in copy.iterdir()} == before
-
-
-def test_lost_layer_is_computed_again_though_its_stream_is_gone(
-    loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, copy: Path
-) -> None:
-    (copy / "layer-0002.safetensors").unlink()
-    unirank.analyze(loaded, copy, calibration=settings)
-    assert contents(copy) == contents(undisturbed)
-
-
 # -- other inputs -----------------------------------------------------------------------------------------------------
 
 
@@ -269,37 +118,37 @@ def _changed(**changes: int):
     ],
 )
 def test_store_of_another_analysis_is_refused_and_says_what_differs(
-    change: Callable, named: list[str], loaded: LoadedModel, settings: unirank.Calibration, copy: Path, tmp_path: Path
+    change: Callable, named: list[str], loaded: LoadedModel, settings: unirank.Calibration, copied: Path, tmp_path: Path
 ) -> None:
     model, calibration, scheme = change(loaded, settings, tmp_path)
-    before = contents(copy)
+    before = contents(copied)
     with pytest.raises(unirank.StoreError, match="belongs to another analysis") as caught:
-        unirank.analyze(model, copy, scheme=scheme, calibration=calibration)
+        unirank.analyze(model, copied, scheme=scheme, calibration=calibration)
     assert all(name in str(caught.value) for name in named)
-    assert contents(copy) == before
+    assert contents(copied) == before
 
 
 def test_overwrite_replaces_a_store_of_another_analysis(
-    loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, copy: Path
+    loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, copied: Path
 ) -> None:
-    (copy / "notes.txt").write_text("mine", encoding="utf-8")
+    (copied / "notes.txt").write_text("mine", encoding="utf-8")
     other = dataclasses.replace(settings, seed=1)
-    store = unirank.analyze(loaded, copy, calibration=other, overwrite=True)
+    store = unirank.analyze(loaded, copied, calibration=other, overwrite=True)
     assert store.identity["calibration"]["seed"] == 1
-    assert (copy / "notes.txt").read_text(encoding="utf-8") == "mine"
-    assert contents(copy).keys() - {"notes.txt"} == contents(undisturbed).keys()
-    assert contents(copy)["layer-0000.safetensors"] != contents(undisturbed)["layer-0000.safetensors"]
-    empty = create_or_resume(copy, {"scheme": "other"}, loaded.linears, overwrite=True)
+    assert (copied / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert contents(copied).keys() - {"notes.txt"} == contents(undisturbed).keys()
+    assert contents(copied)["layer-0000.safetensors"] != contents(undisturbed)["layer-0000.safetensors"]
+    empty = create_or_resume(copied, {"scheme": "other"}, loaded.linears, overwrite=True)
     assert empty.layers_done() == 0
 
 
-def test_overwrite_keeps_a_store_of_the_same_analysis(loaded: LoadedModel, undisturbed: Path, copy: Path) -> None:
-    create_or_resume(copy, open_store(copy).identity, loaded.linears, overwrite=True)
-    assert contents(copy) == contents(undisturbed)
+def test_overwrite_keeps_a_store_of_the_same_analysis(loaded: LoadedModel, undisturbed: Path, copied: Path) -> None:
+    create_or_resume(copied, open_store(copied).identity, loaded.linears, overwrite=True)
+    assert contents(copied) == contents(undisturbed)
 
 
 def test_overwrite_that_is_interrupted_leaves_a_store(
-    loaded: LoadedModel, copy: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -307,45 +156,38 @@ def test_overwrite_that_is_interrupted_leaves_a_store(
     with monkeypatch.context() as patch:
         patch.setattr("unirank.store.write_json", interrupted)  # after the old layers went
         with pytest.raises(KeyboardInterrupt):
-            create_or_resume(copy, {"scheme": "other"}, loaded.linears, overwrite=True)
-    assert (copy / MANIFEST).is_file()
-    assert create_or_resume(copy, {"scheme": "other"}, loaded.linears, overwrite=True).layers_done() == 0
+            create_or_resume(copied, {"scheme": "other"}, loaded.linears, overwrite=True)
+    assert (copied / MANIFEST).is_file()
+    assert create_or_resume(copied, {"scheme": "other"}, loaded.linears, overwrite=True).layers_done() == 0
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
-def test_unfinished_store_is_refused_by_plan(copy: Path) -> None:
-    (copy / f"layer-{LAYERS - 1:04d}.safetensors").unlink()
+def test_unfinished_store_is_refused_by_plan(copied: Path) -> None:
+    (copied / f"layer-{LAYERS - 1:04d}.safetensors").unlink()
     with pytest.raises(unirank.StoreError, match=rf"not finished: {LAYERS - 1} of {LAYERS} layers"):
-        unirank.plan(open_store(copy), 0.2)
+        unirank.plan(open_store(copied), 0.2)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_layer_file_is_named(keep: float, copy: Path) -> None:
-    file = copy / "layer-0003.safetensors"
+def test_truncated_layer_file_is_named(keep: float, copied: Path) -> None:
+    file = copied / "layer-0003.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(unirank.StoreError, match=r"layer-0003\.safetensors is missing or damaged"):
-        unirank.plan(open_store(copy), 0.2)
-    store = open_store(copy)
+        unirank.plan(open_store(copied), 0.2)
+    store = open_store(copied)
     spec = next(spec for spec in store.linears if spec.layer == 3)
     with pytest.raises(unirank.StoreError, match=r"layer-0003\.safetensors is missing or damaged"):
         store.factors(spec, 1)
 
 
-def flip(file: Path, position: int) -> None:
-    """Change one bit of the byte at `position`, counted from the end."""
-    data = bytearray(file.read_bytes())
-    data[-position] ^= 4
-    file.write_bytes(data)
-
-
 @pytest.mark.parametrize("position", [1, 100, 5000])
-def test_flipped_bit_is_found_and_its_tensor_named(position: int, copy: Path) -> None:
-    file = copy / "layer-0002.safetensors"
+def test_flipped_bit_is_found_and_its_tensor_named(position: int, copied: Path) -> None:
+    file = copied / "layer-0002.safetensors"
     flip(file, position)
-    store = open_store(copy)
+    store = open_store(copied)
     seen = []
     for spec in store.linears:
         try:
@@ -356,15 +198,6 @@ def test_flipped_bit_is_found_and_its_tensor_named(position: int, copy: Path) ->
     assert seen
     assert all("layer-0002.safetensors is missing or damaged (model.layers.2." in text for text in seen)
     assert all("has other bytes than were written" in text for text in seen)
-
-
-def test_flipped_bit_in_a_stream_stops_the_run_that_would_go_on(
-    harmed: tuple[Path, str], loaded: LoadedModel, settings: unirank.Calibration, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(harmed[0] / "full-disk", tmp_path / "store"))
-    flip(store / "stream-0002.safetensors", 50)
-    with pytest.raises(unirank.StoreError, match=r"stream-0002\.safetensors is missing or damaged .*other bytes"):
-        unirank.analyze(loaded, store, calibration=settings)
 
 
 def test_two_runs_on_one_store_are_refused(
@@ -385,30 +218,17 @@ def test_two_runs_on_one_store_are_refused(
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format": 99}', b"\xff\xfe", None])
 def test_damaged_manifest_is_named_and_overwrite_replaces_it(
-    content: bytes | None, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, copy: Path
+    content: bytes | None, loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, copied: Path
 ) -> None:
-    file = copy / MANIFEST
+    file = copied / MANIFEST
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] if content is None else content)
     with pytest.raises(unirank.StoreError, match=r"analysis\.json is missing or damaged"):
-        open_store(copy)
+        open_store(copied)
     with pytest.raises(unirank.StoreError, match=r"analysis\.json is missing or damaged"):
-        unirank.analyze(loaded, copy, calibration=settings)
-    unirank.analyze(loaded, copy, calibration=settings, overwrite=True)
-    assert contents(copy) == contents(undisturbed)
-
-
-def test_truncated_stream_is_named_and_deleting_it_helps(
-    harmed: tuple[Path, str], loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(harmed[0] / "full-disk", tmp_path / "store"))
-    file = store / "stream-0002.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(unirank.StoreError, match=r"stream-0002\.safetensors is missing or damaged .*delete it"):
-        unirank.analyze(loaded, store, calibration=settings)
-    file.unlink()
-    unirank.analyze(loaded, store, calibration=settings)
-    assert contents(store) == contents(undisturbed)
+        unirank.analyze(loaded, copied, calibration=settings)
+    unirank.analyze(loaded, copied, calibration=settings, overwrite=True)
+    assert contents(copied) == contents(undisturbed)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

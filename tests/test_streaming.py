@@ -15,15 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import unirank
+from tests.stores import contents
 from tests.test_architectures import ARCHITECTURES, NO_PLACE, build
 from unirank import files, shards
 from unirank.densify import densify, save_dense
 from unirank.models import weights_hash
 from unirank.types import LoadedModel
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 def in_memory(loaded: LoadedModel) -> list[str]:

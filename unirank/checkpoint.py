@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unirank.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, check_training, render_card
 from unirank.errors import InputError
 from unirank.evaluate import EvalReport
-from unirank.files import check_output, staged_directory, write_json, write_text
+from unirank.files import check_output, sha256_files, staged_directory, write_json, write_text
 from unirank.models import load_paged, load_pretrained
 from unirank.provenance import check_identity
 from unirank.shards import save_shards
@@ -52,7 +52,7 @@ class CompressedModel:
                 save_shards(self.model, self.pages, folder)
             self.tokenizer.save_pretrained(folder)
             write_text(folder / PLAN_FILE, self.plan.to_json())
-            write_json(folder / PROVENANCE_FILE, self.provenance())
+            write_json(folder / PROVENANCE_FILE, self.provenance() | {"files": sha256_files(folder)})
             if self.evaluations:
                 write_json(folder / EVALUATIONS_FILE, {"evaluations": list(self.evaluations)})
             write_text(folder / "README.md", _card(self))
@@ -87,6 +87,7 @@ class Record:
     source: str
     training: Mapping[str, Any] | None
     evaluations: tuple[Mapping[str, Any], ...]
+    files: Mapping[str, str]  # SHA-256 of the weights' files, by name
 
 
 def _card(of: CompressedModel | Record) -> str:
@@ -113,9 +114,23 @@ def read_record(path: Path) -> Record:
         if training is not None:
             check_training(training)
         source = str(record["source"])
+        files = {str(name): str(digest) for name, digest in dict(record["files"]).items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
-    return Record(plan, report, record["analysis"], source, training, _evaluations(path))
+    return Record(plan, report, record["analysis"], source, training, _evaluations(path), files)
+
+
+def check_weights(path: Path, record: Record) -> None:
+    """Raise InputError, naming the file, unless the weights in `path` have the bytes that unirank wrote."""
+    found = sha256_files(path)
+    for name, digest in record.files.items():
+        if name not in found:
+            raise InputError(f"{path / name} is missing, which {PROVENANCE_FILE} names.")
+        if found[name] != digest:
+            raise InputError(
+                f"{path / name} has other bytes than were written (sha256 {found[name][:12]}, {PROVENANCE_FILE} says "
+                f"{digest[:12]}): it is damaged, or was changed since."
+            )
 
 
 def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -160,9 +175,10 @@ def open_compressed(
 ) -> CompressedModel:
     """Read what `CompressedModel.save` wrote, to go on working with it. Arguments as in `unirank.load`.
 
-    Raises InputError when `path` is no such checkpoint or is damaged.
+    Raises InputError when `path` is no such checkpoint, or a file of it has other bytes than were written.
     """
     record = read_record(Path(path))
+    check_weights(Path(path), record)
     pages = None
     if stream:
         model, tokenizer, pages = load_paged(path, dtype=dtype, device=device)

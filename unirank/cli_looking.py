@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from unirank import flags, pictures, tables
-from unirank.checkpoint import add_evaluation, read_record
+from unirank.checkpoint import add_evaluation, check_weights, read_record
 from unirank.data import BUILTIN, BUILTIN_HELD_OUT
 from unirank.diagnose import diagnose as run_diagnose
 from unirank.errors import InputError
@@ -123,7 +123,7 @@ def evaluate_command(
     with run_session(as_json) as session:
         names = [model] if against is None else [against, model]
         if card:
-            read_record(Path(model))
+            check_weights(Path(model), read_record(Path(model)))
         if tasks is not None:
             _refuse(
                 {"--text": text, "--split": split, "--window": window, "--prompt": prompt, "--card": card or None},

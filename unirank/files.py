@@ -276,6 +276,19 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def sha256_files(directory: Path, pattern: str = "*.safetensors") -> dict[str, str]:
+    """SHA-256 of the files in `directory` that match `pattern`, by name."""
+    return {file.name: _sha256_file(file) for file in sorted(directory.glob(pattern))}
+
+
+def _sha256_file(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and raw bytes, in the order given."""
     digest = hashlib.sha256()

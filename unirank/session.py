@@ -65,7 +65,9 @@ def run_session(as_json: bool, *, parallel: bool = False) -> Iterator[Session]:
             yield session
         if rank() == 0:
             session.print()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not _was_interrupted(error):
+            raise
         errors.print("Interrupted. Nothing half-written is left; what was interrupted resumes with the same command.")
         raise typer.Exit(130) from None
 
@@ -75,16 +77,16 @@ def exit_codes() -> Iterator[None]:
     """End the process with a sentence and a code for every error that is ours to tell; others keep their traceback."""
     try:
         yield
-    except UnirankError as error:
-        sentence, code = str(error), error.exit_code
-    except KeyboardInterrupt:  # before a session began, or after it
-        raise SystemExit(130) from None
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        sentence, code = f"Out of memory: {(str(error).splitlines() or ['no room.'])[0]} {_LESS}", 1
-    else:
         return
+    except (KeyboardInterrupt, Exception) as error:
+        if _was_interrupted(error):  # before a session began, or after it
+            raise SystemExit(130) from None
+        if isinstance(error, UnirankError):
+            sentence, code = str(error), error.exit_code
+        elif _is_out_of_memory(error):
+            sentence, code = f"Out of memory: {(str(error).splitlines() or ['no room.'])[0]} {_LESS}", 1
+        else:
+            raise
     process = f"process {rank()}: " if is_distributed() else ""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {process}{escape(sentence)}")
     raise SystemExit(code)
@@ -94,6 +96,13 @@ _LESS = (
     "A smaller --batch or --window needs less, --stream keeps one layer at a time (analyze, compress), --micro-batch "
     "and --gradient-checkpointing help finetune; what was finished is kept."
 )
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """By Ctrl-C, also where leaving somebody's half-entered context manager replaced it by another error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
