@@ -18,7 +18,7 @@ CUDA_VENV ?= .venv-cuda
 RELEASE ?= .venv-release
 
 .PHONY: demo install test test-eval lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
-.PHONY: lock wheel sbom audit
+.PHONY: lock wheel sbom audit fuzz
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
@@ -30,6 +30,11 @@ test: $(VENV)/.dev
 # Tasks of lm-eval, which brings 40 packages (620 MB), so apart from the other tests.
 test-eval: $(VENV)/.eval
 	UNIRANK_REQUIRE_LM_EVAL=1 $(BIN)/python -m pytest tests/test_harness.py
+
+# Every parser for SECONDS, guided by coverage; what it found stays in build/fuzz. For Pythons that atheris has a wheel for.
+SECONDS ?= 60
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python tools/fuzz.py $(SECONDS)
 
 # The CUDA sources on a CPU: emulated kernels, planted faults, sanitizers, the cuSOLVER driver against a mock. Needs g++;
 # the first run fetches NVIDIA's headers (600 MB of wheels, 1.3 MB kept). docs/verification.md says what it proves.
@@ -123,6 +128,10 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)/.eval: $(VENV)/.dev
 	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[eval]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) install --only-binary atheris 'atheris>=2.3' coverage
 	@touch $@
 
 $(CUDA_VENV)/.linked: $(SOURCES)
