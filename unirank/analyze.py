@@ -172,6 +172,7 @@ def _fill(
                 # Calibration goes on with the list.
                 entering = Streams(list(streams.batches), streams.probe) if size() == 1 else None
                 writing = disk.submit(store.write_layer, layer, factors, stats.cosines, entering)
+            del stats, factors  # a layer's are as much as the next layer's work needs
         if writing is not None:
             writing.result()
             progress(stage, count, count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -12,6 +12,9 @@ from unirank.models import weight_of
 from unirank.schemes import Problem, Scheme
 from unirank.schemes.base import WORK_DTYPE
 from unirank.types import Factors, Gradient, LayerStats, LinearSpec, LoadedModel
+
+# Bytes of float64 work that a CPU does at once. (choice: a few small layers' worth, and one matrix of a large one)
+_ROOM = 1 << 30
 
 
 @torch.no_grad()
@@ -36,27 +39,53 @@ def decompose_layer(
             moment = stats.moments[stats.input_of[spec.name]] if stats.moments else None
             gradient = gradients[spec.name] if gradients else None
             problems.append(Problem(spec.name, weight, moment, spec.max_rank, gradient))
-    try:
-        solved = scheme.decompose(problems) if problems else []
-    except (RuntimeError, ValueError) as error:
-        raise UnirankError(f"The decomposition of {loaded.layers}.{stats.layer} failed: {error}") from error
     results = {}
-    for problem, factors in zip(problems, solved, strict=True):
-        dtype = problem.weight.dtype
-        curvature, slope = _losses(problem, factors)
-        result = results[problem.name] = Factors(
-            factors.left.to(dtype),
-            factors.right.to(dtype),
-            factors.energy.to(torch.float64),
-            factors.damping,
-            factors.mean,
-            curvature,
-            slope,
-        )
-        for tensor in (result.left, result.right, result.energy, curvature, slope):
-            if tensor is not None and not tensor.isfinite().all():
-                raise NonFiniteError(f"The decomposition of {problem.name} gave NaN or infinity in {dtype}.")
+    for part in _parts(problems):
+        try:
+            solved = scheme.decompose(part)
+        except (RuntimeError, ValueError) as error:
+            raise UnirankError(f"The decomposition of {loaded.layers}.{stats.layer} failed: {error}") from error
+        results |= {problem.name: _rounded(problem, found) for problem, found in zip(part, solved, strict=True)}
     return _gathered(results, members, owner_of, weight_of(loaded.model.get_submodule(members[0].name)))
+
+
+def _parts(problems: Sequence[Problem]) -> Iterator[list[Problem]]:
+    """What is solved at once: on a GPU everything; else what fits `_ROOM`, but as many matrices as there are threads.
+
+    Each matrix is solved by itself on one thread, so the parts change no bit.
+    """
+    threads = torch.get_num_threads()
+    part: list[Problem] = []
+    used = 0
+    for problem in problems:
+        (m, n), k = problem.weight.shape, min(problem.weight.shape)
+        size = 8 * (2 * m * n + 4 * k * k)  # the matrix and its factors; the square problem and its eigensolver's
+        if problem.weight.device.type == "cpu" and len(part) >= threads and used + size > _ROOM:
+            yield part
+            part, used = [], 0
+        part.append(problem)
+        used += size
+    if part:
+        yield part
+
+
+def _rounded(problem: Problem, factors: Factors) -> Factors:
+    """The factors in the dtype of the model's weights, with what dropping them costs where that was asked for."""
+    dtype = problem.weight.dtype
+    curvature, slope = _losses(problem, factors)
+    result = Factors(
+        factors.left.to(dtype),
+        factors.right.to(dtype),
+        factors.energy.to(torch.float64),
+        factors.damping,
+        factors.mean,
+        curvature,
+        slope,
+    )
+    for tensor in (result.left, result.right, result.energy, curvature, slope):
+        if tensor is not None and not tensor.isfinite().all():
+            raise NonFiniteError(f"The decomposition of {problem.name} gave NaN or infinity in {dtype}.")
+    return result
 
 
 def _gathered(

@@ -128,7 +128,7 @@ def estimate(
         out = ((1 - remove) * params + others) * element
         disk += out
         seconds += 2 * out * one.write / (one.layer_bytes + one.stream_bytes)  # read once more and written
-        streamed = max(streamed, one.peak + 2 * min(SHARD_BYTES, out))
+        streamed = max(streamed, one.resting + 2 * min(SHARD_BYTES, out))
     return Estimate(
         seconds=seconds,
         memory=int(streamed if stream else whole),
@@ -150,6 +150,7 @@ class _Work:
     stream_bytes: int = 0
     call_bytes: int = 0
     layer_bytes: int = 0
+    resting: int = 0  # in use before the work on the layer
     peak: int = 0
     record: float = 0.0
     read: float = 0.0  # the layer's weights
@@ -172,6 +173,7 @@ def _work_on_first_layer(
     recording = record(loaded, windows, batch=len(windows))
     work.record = clock.lap()
     streams = recording.start
+    work.resting = _in_use(clock.device)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unirank-", dir=place)))
         clock.lap()
@@ -246,6 +248,13 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _in_use(device: torch.device) -> int:
+    """Bytes in use now, as `_peak` counts them."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def _available(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,15 @@ class Pages:
         finally:
             for tensors, leaf, tensor in absent:
                 tensors[leaf] = tensor
+            absent.clear()
+            _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: what a layer leaves in holes would add up over the layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def page_map(model: nn.Module, layers: str, device: torch.device) -> dict[str, str]:

@@ -37,19 +37,22 @@ class Scheme:
     needs_gradient: bool = False
 
 
-def eigh_descending(matrices: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def eigh_descending(matrices: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Eigenvalues `[K]` (descending, clamped at 0) and eigenvectors `[K, K]` (columns) of symmetric PSD matrices.
 
-    Matrices of one size are solved in one batch. Raises like `ops.batched_eigh`.
+    Matrices of one size are solved in one batch. The list is emptied, so that none is in memory twice meanwhile.
+    Raises like `ops.batched_eigh`.
     """
-    results: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(matrices)
-    for size in sorted({matrix.shape[0] for matrix in matrices}):
-        members = [i for i, matrix in enumerate(matrices) if matrix.shape[0] == size]
-        values, vectors = ops.batched_eigh(torch.stack([matrices[i] for i in members]))
+    waiting = dict(enumerate(matrices))
+    matrices.clear()
+    results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for size in sorted({matrix.shape[0] for matrix in waiting.values()}):
+        members = [i for i, matrix in waiting.items() if matrix.shape[0] == size]
+        values, vectors = ops.batched_eigh(torch.stack([waiting.pop(i) for i in members]))
         for position, i in enumerate(members):
             # Rounding makes the tail of a semidefinite matrix negative; energy is not.
             results[i] = (values[position].flip(0).clamp_min(0.0), vectors[position].flip(1))
-    return [result for result in results if result is not None]
+    return [results[i] for i in sorted(results)]
 
 
 def svd(matrices: Sequence[torch.Tensor], max_ranks: Sequence[int]) -> list[Factors]:

@@ -68,15 +68,16 @@ def solve(targets: Sequence[Target]) -> list[Factors]:
 
 
 def _solve(squares: Sequence[_Square]) -> list[Factors]:
-    outputs = []
-    for square in squares:
-        output = square.r @ square.target.c @ square.r.T
-        outputs.append((output + output.T) / 2)  # the two products round differently
     factors = []
-    for square, (energy, u) in zip(squares, eigh_descending(outputs), strict=True):
+    for square, (energy, u) in zip(squares, eigh_descending([_output(square) for square in squares]), strict=True):
         u = u[:, : square.target.max_rank]
         factors.append(Factors(square.lift(u), u.T @ square.r, energy, damping=0.0))
     return factors
+
+
+def _output(square: _Square) -> torch.Tensor:
+    output = square.r @ square.target.c @ square.r.T
+    return (output + output.T) / 2  # the two products round differently
 
 
 def _square(target: Target) -> _Square:
