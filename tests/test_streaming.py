@@ -68,7 +68,10 @@ def test_store_checkpoint_and_densified_checkpoint_are_the_same(
     assert streamed.keys() == whole.keys()
     for file in whole:
         if file.endswith(".json"):
-            assert json.loads(streamed[file]) == json.loads(whole[file]), file
+            records = [json.loads(folder[file]) for folder in (streamed, whole)]
+            if file == "provenance.json":  # transformers may write the same tensors in another order
+                assert all(len(record.pop("files")) == 1 for record in records)
+            assert records[0] == records[1], file
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():
         logits = [AutoModelForCausalLM.from_pretrained(tmp_path / kind)(ids).logits for kind in ("whole", "streamed")]

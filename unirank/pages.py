@@ -55,11 +55,11 @@ class Pages:
             for tensors, leaf, tensor in absent:
                 tensors[leaf] = tensor
             absent.clear()
-            _trim()
+            trim()
 
 
-def _trim() -> None:
-    """Give freed memory back to the system: what a layer leaves in holes would add up over the layers."""
+def trim() -> None:
+    """Give freed memory back to the system: what layers and shards leave in holes would add up over them."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

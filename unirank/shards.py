@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from unirank.pages import trim
 from unirank.types import Paging
 
 SHARD_BYTES = 2**30
@@ -51,8 +52,11 @@ def write_shards(
     if len(groups) == 1:
         names = ["model.safetensors"]
     for name, group in zip(names, groups, strict=True):
-        shard = {key: read(key).detach().to("cpu").contiguous() for key in group}
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        # No name for the shard: it would keep it in memory while the next one is read.
+        save_file(
+            {key: read(key).detach().to("cpu").contiguous() for key in group}, folder / name, metadata={"format": "pt"}
+        )
+        trim()
     if len(groups) > 1:
         places = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
