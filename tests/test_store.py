@@ -17,9 +17,18 @@ from tests.stores import contents, flip
 from tests.tiny import made_up_identity
 from unirank.calibrate import Streams
 from unirank.store import MANIFEST, create_or_resume, open_store
+from unirank.tensorfile import read_tensors, write_tensors
 from unirank.types import CosineStat, Factors, LinearSpec, LoadedModel
 
 LAYERS = 5
+BAD_STATS = (
+    {},
+    {"tokens": 0},
+    {"tokens": "1"},
+    {"tokens": 2.5},
+    {"tokens": 1, "total": "1"},
+    {"tokens": 1, "other": 1},
+)
 
 
 # -- what is written is what is read ------------------------------------------------------------------------------
@@ -181,6 +190,34 @@ def test_truncated_layer_file_is_named(keep: float, copied: Path) -> None:
     spec = next(spec for spec in store.linears if spec.layer == 3)
     with pytest.raises(unirank.StoreError, match=r"layer-0003\.safetensors is missing or damaged"):
         store.factors(spec, 1)
+
+
+def test_a_changed_number_in_the_header_is_found(copied: Path) -> None:
+    file = copied / "layer-0001.safetensors"
+    data = file.read_bytes()
+    place = data.index(b"total_of_squares") + data[data.index(b"total_of_squares") :].index(b".") + 1
+    file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])  # one digit of a cosine's sum
+    with pytest.raises(unirank.StoreError, match=r"layer-0001\.safetensors .*its header has other values"):
+        unirank.plan(open_store(copied), 0.2)
+
+
+@pytest.mark.parametrize(
+    "cosines",
+    [
+        None,
+        [],
+        {"mlp": 1},
+        {"mlp": {}},
+        *({"mlp": {"total": 1.0, "total_of_squares": 1.0} | more} for more in BAD_STATS),
+    ],
+)
+def test_a_header_that_no_analysis_writes_is_refused(cosines: object, copied: Path) -> None:
+    """Also where its checksum is right."""
+    file = copied / "layer-0001.safetensors"
+    write_tensors(file, read_tensors(file), {"cosines": cosines, "damping": cosines})
+    store = open_store(copied)
+    with pytest.raises(unirank.StoreError, match=r"layer-0001\.safetensors is missing or damaged"):
+        unirank.plan(store, 0.2)
 
 
 @pytest.mark.parametrize("position", [1, 100, 5000])

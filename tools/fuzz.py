@@ -9,35 +9,40 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["unirank"]):
+with atheris.instrument_imports(include=["unirank"], enable_loader_override=False):
     import unirank
     from unirank.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE
     from unirank.checkpoint import read_record
     from unirank.data import read_text
+    from unirank.evaluate import EvalReport
     from unirank.hf import UniRankConfig
     from unirank.imported import read_ranks
     from unirank.store import MANIFEST, open_store
     from unirank.strictjson import parse_object
+    from unirank.tensorfile import read_tensors, write_tensors
     from unirank.types import RankPlan
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "fuzz"
+LAYER = "layer-0000.safetensors"
 # Where the lines are that read what comes from outside: a module, and the functions in it (all of it without).
 PARSERS = {
     "unirank/strictjson.py": (),
     "unirank/tensorfile.py": ("TensorFile", "open_tensors", "_sum"),
     "unirank/imported.py": ("read_ranks",),
     "unirank/types.py": ("from_json", "_check", "from_dict"),
-    "unirank/store.py": ("open_store", "_header", "_open", "cosines", "energies"),
+    "unirank/store.py": ("open_store", "_open", "cosines", "damping", "energies"),
     "unirank/checkpoint.py": ("read_record", "_evaluations"),
     "unirank/provenance.py": ("check_identity",),
     "unirank/card.py": ("check_training",),
@@ -65,12 +70,17 @@ def make_parsers(folder: Path) -> dict[str, tuple[Parser, list[bytes]]]:
     store, out = folder / "STORE", folder / "OUT"
     linears = open_store(store).linears
     plan, provenance = (out / PLAN_FILE).read_bytes(), (out / PROVENANCE_FILE).read_bytes()
-    report = {"perplexity": 2.0, "text": "a", "text_sha256": "b", "window": 2, "windows": 1, "dtype": "float32"}
-    evaluations = json.dumps({"evaluations": [{"report": report, "dense": 1.5}]}).encode()
-    trained = json.dumps(json.loads(provenance) | {"training": {"steps": 1}}).encode()
+    report = EvalReport(2.0, 0.7, "a", "b", window=4, windows=2, predicted_tokens=6, bos=False, dtype="x", parameters=9)
+    evaluations = json.dumps({"evaluations": [{"report": report.as_dict(), "dense": 1.5}]}).encode()
+    keys = ("steps", "batch", "window", "rank", "schedule", "distill", "seed")
+    training = {"settings": dict.fromkeys(keys, 1), "data": {"text": "a"}, "log": [{"step": 1}]}
+    trained = json.dumps(json.loads(provenance) | {"training": training}).encode()
     ranks = json.dumps({"ranks": dict(RankPlan.from_json(plan.decode()).ranks)}).encode()
     config = json.dumps(json.loads((out / "config.json").read_text())["quantization_config"]).encode()
-    layer = store / "layer-0000.safetensors"
+
+    def own(source: Path, parser: str) -> Path:
+        """A copy for one parser to spoil."""
+        return Path(shutil.copytree(source, folder / parser))
 
     def in_file(file: Path, read: Callable[[], object]) -> Parser:
         def run(content: bytes) -> object:
@@ -79,12 +89,18 @@ def make_parsers(folder: Path) -> dict[str, tuple[Parser, list[bytes]]]:
 
         return run
 
-    def manifest() -> object:
-        return open_store(store).layers_done()
+    def read_all(place: Path) -> object:
+        found = open_store(place)
+        return found.cosines(), found.damping(), found.energies(), [found.factors(spec, 1) for spec in linears]
 
-    def tensors() -> object:
-        found = open_store(store)
-        return found.cosines(), found.energies(), [found.factors(spec, 1) for spec in linears]
+    def header(content: bytes) -> object:
+        try:
+            record = parse_object(decoded(content))
+        except ValueError:
+            return None
+        # With the right checksum, which no mutation of the file would find.
+        write_tensors(headed / LAYER, weights, record)
+        return read_all(headed)
 
     def quantization(content: bytes) -> object:
         try:
@@ -93,13 +109,22 @@ def make_parsers(folder: Path) -> dict[str, tuple[Parser, list[bytes]]]:
             return None
 
     lines = folder / "text.jsonl"
+    listed, cut, headed = (own(store, parser) for parser in ("manifest", "tensors", "header"))
+    made, measured = (own(out, parser) for parser in ("provenance", "evaluations"))
+    weights = read_tensors(store / LAYER)
+    cosines = {key: asdict(stat) for key, stat in open_store(store).cosines()[0].items()}
+    head = json.dumps({"cosines": cosines, "damping": open_store(store).damping()}).encode()
     return {
         "plan": (lambda content: RankPlan.from_json(decoded(content)), [plan]),
         "ranks": (lambda content: read_ranks(linears, decoded(content)), [plan, ranks]),
-        "manifest": (in_file(store / MANIFEST, manifest), [(store / MANIFEST).read_bytes()]),
-        "tensors": (in_file(layer, tensors), [layer.read_bytes()]),
-        "provenance": (in_file(out / PROVENANCE_FILE, lambda: read_record(out)), [provenance, trained]),
-        "evaluations": (in_file(out / EVALUATIONS_FILE, lambda: read_record(out)), [evaluations]),
+        "manifest": (
+            in_file(listed / MANIFEST, lambda: open_store(listed).layers_done()),
+            [(store / MANIFEST).read_bytes()],
+        ),
+        "tensors": (in_file(cut / LAYER, lambda: read_all(cut)), [(store / LAYER).read_bytes()]),
+        "header": (header, [head]),
+        "provenance": (in_file(made / PROVENANCE_FILE, lambda: read_record(made)), [provenance, trained]),
+        "evaluations": (in_file(measured / EVALUATIONS_FILE, lambda: read_record(measured)), [evaluations]),
         "quantization": (quantization, [config]),
         "text": (in_file(lines, lambda: read_text(str(lines))), [b'{"text": "a b"}\n{"text": "c"}\n']),
     }

@@ -36,7 +36,7 @@ from unirank.tensorfile import DAMAGE, TensorFile, open_tensors, read_tensors, w
 from unirank.types import CosineStat, Factors, Gradient, LinearSpec
 
 MANIFEST = "analysis.json"
-_FORMAT = 2
+_FORMAT = 3
 _OPTIONAL = ("mean", "curvature", "slope")
 Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
@@ -215,10 +215,11 @@ class AnalysisStore:
 
     def cosines(self) -> list[dict[str, CosineStat]]:
         """Per layer: the cosine statistics of "attention", "mlp" and "block"."""
-        return [
-            {key: CosineStat(**stat) for key, stat in self._header(layer)["cosines"].items()}
-            for layer in range(self.layer_count)
-        ]
+        found = []
+        for layer in range(self.layer_count):
+            with self._open(layer) as file:
+                found.append({key: CosineStat.from_dict(stat) for key, stat in file.header["cosines"].items()})
+        return found
 
     def energies(self) -> dict[str, torch.Tensor]:
         """Energy spectrum `[K]` (float64, descending) of every linear, in the order of `linears`."""
@@ -239,7 +240,11 @@ class AnalysisStore:
 
     def damping(self) -> dict[str, float]:
         """`Factors.damping` of every linear."""
-        return {name: eps for layer in range(self.layer_count) for name, eps in self._header(layer)["damping"].items()}
+        found = {}
+        for layer in range(self.layer_count):
+            with self._open(layer) as file:
+                found |= {str(name): float(eps) for name, eps in file.header["damping"].items()}
+        return found
 
     def gradients(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Gradient]:
         """The gradients of one layer, float64, on `device`. Raises StoreError in a store without gradients."""
@@ -286,10 +291,6 @@ class AnalysisStore:
                 f"the plan asks for {rank}."
             )
         return left[:, :rank].contiguous(), right[:rank].contiguous()
-
-    def _header(self, layer: int) -> dict[str, Any]:
-        with self._open(layer) as file:
-            return file.header
 
     @contextmanager
     def _open(self, layer: int) -> Iterator[TensorFile]:

@@ -1,4 +1,4 @@
-"""Our safetensors files: written whole or not at all, with a checksum of every tensor that each reading checks."""
+"""Our safetensors files: written whole or not at all, with checksums of header and tensors that each reading checks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from unirank.files import sha256_tensors, write_atomically
+from unirank.files import sha256_tensors, sha256_text, write_atomically
 from unirank.strictjson import parse_object
 
 _KEY = "unirank"
 _SUMS = "sha256"
+_HEADER_SUM = "header_sha256"
 # What reading raises for a file that is missing, cut off or changed.
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
@@ -29,7 +30,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     """
     flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     sums = {name: _sum(name, tensor) for name, tensor in flat.items()}
-    metadata = {_KEY: json.dumps({**header, _SUMS: sums}, sort_keys=True)}
+    record = {**header, _SUMS: sums}
+    metadata = {_KEY: _dumped({**record, _HEADER_SUM: sha256_text(_dumped(record))})}
     write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
 
 
@@ -39,6 +41,8 @@ class TensorFile:
     def __init__(self, file: Any, path: Path) -> None:
         self._file, self._path = file, path
         self.header: dict[str, Any] = parse_object(file.metadata()[_KEY])
+        if self.header.pop(_HEADER_SUM) != sha256_text(_dumped(self.header)):
+            raise ValueError("its header has other values than were written")
         self._sums: Mapping[str, str] = self.header.pop(_SUMS)
 
     def get(self, name: str) -> torch.Tensor | None:
@@ -67,6 +71,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file by name. Raises like `open_tensors`."""
     with open_tensors(path) as file:
         return {name: file[name] for name in file.names()}
+
+
+def _dumped(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True)
 
 
 def _sum(name: str, tensor: torch.Tensor) -> str:

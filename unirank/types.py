@@ -151,6 +151,16 @@ class CosineStat:
     total_of_squares: float
     tokens: int
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> CosineStat:
+        """Read what `dataclasses.asdict` gave. Raises ValueError, KeyError or TypeError for anything else."""
+        stat = cls(**record)
+        if not (type(stat.tokens) is int and stat.tokens > 0):
+            raise ValueError(f"cosines over {str(stat.tokens)[:80]} tokens")
+        if not all(type(sum_) in (int, float) and math.isfinite(sum_) for sum_ in (stat.total, stat.total_of_squares)):
+            raise ValueError("a sum of cosines is no number")
+        return stat
+
     @property
     def mean(self) -> float:
         return self.total / self.tokens
