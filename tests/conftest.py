@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 # Tests must never wait for a hub that may not be there; read before transformers is imported.
@@ -20,6 +21,21 @@ from unirank import embedded
 from unirank.allocators import Workbench
 from unirank.store import AnalysisStore
 from unirank.types import LoadedModel
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each directory costs."""
+    seconds: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = str(Path(report.nodeid.partition("::")[0]).parent)
+                seconds[folder] += report.duration
+                counts[folder] += report.when == "call"
+    terminalreporter.section("seconds by directory")
+    for folder, cost in sorted(seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{cost:8.1f} s  {counts[folder]:5d} tests  {folder}")
 
 
 @pytest.fixture(scope="session")
