@@ -210,11 +210,13 @@ def test_factors_stop_at_the_asked_rank_and_keep_the_whole_spectrum(name: str) -
     problem, _ = synthetic(9, 6, 40, outlier=False)
     whole = solve(name, problem)
     cut = solve(name, dataclasses.replace(problem, max_rank=4))
-    if name == "kfac":  # a triangular solve may round differently for another number of right-hand sides
-        torch.testing.assert_close(cut.left, whole.left[:, :4], rtol=0, atol=1e-13 * float(whole.left.abs().max()))
-    else:
+    # A product or a triangular solve may round differently for another number of rows: MKL does on AVX-512.
+    near = {"rtol": 0, "atol": 1e-13}
+    torch.testing.assert_close(cut.left / whole.left.abs().max(), whole.left[:, :4] / whole.left.abs().max(), **near)
+    torch.testing.assert_close(cut.right / whole.right.abs().max(), whole.right[:4] / whole.right.abs().max(), **near)
+    if name not in ("whiten", "afm", "kfac"):  # nothing is multiplied after the SVD
         assert torch.equal(cut.left, whole.left[:, :4])
-    assert torch.equal(cut.right, whole.right[:4])
+        assert torch.equal(cut.right, whole.right[:4])
     assert torch.equal(cut.energy, whole.energy)
 
 
