@@ -37,7 +37,7 @@ test-fast: $(VENV)/.dev
 
 # Tasks of lm-eval, which brings 40 packages (620 MB), so apart from the other tests.
 test-eval: $(VENV)/.eval
-	UNIRANK_REQUIRE_LM_EVAL=1 $(BIN)/python -m pytest tests/test_harness.py
+	UNIRANK_REQUIRE_LM_EVAL=1 $(BIN)/python -m pytest tests/evaluation/test_tasks.py
 
 # Every parser for SECONDS, guided by coverage; what it found stays in build/fuzz. For Pythons that atheris has a wheel for.
 SECONDS ?= 60
@@ -64,10 +64,10 @@ test-gpu:
 
 # The ops' benchmarks there; bench/README.md says how to read them.
 bench-gpu:
-	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_cosine.py --device cuda
-	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_gram.py --device cuda
-	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_eigh.py --device cuda
-	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) bench/bench_topk.py --device cuda
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_cosine --device cuda
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_gram --device cuda
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_eigh --device cuda
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_topk --device cuda
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -7,19 +7,22 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
+from tests.support.command_line import command_line as command_line
+from tests.support.tiny import build
+
 # Tests must never wait for a hub that may not be there; read before transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import unirank
-from tests.tiny import CONFIGS, WORDS
-from unirank import embedded
-from unirank.allocators import Workbench
-from unirank.store import AnalysisStore
+from tests.support.tiny import WORDS
+from unirank.analysis.store import AnalysisStore
+from unirank.models import embedded
+from unirank.planning.allocator import Workbench
 from unirank.types import LoadedModel
 
 
@@ -54,17 +57,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(WORDS[i] for i in order.tolist()))
     return path
-
-
-def build(name: str, **changes: object) -> PreTrainedModel:
-    """A tiny random float32 model of the architecture `name` (a key of `tests.tiny.CONFIGS`)."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](**changes))
-    for parameter in model.parameters():
-        # Wider than the usual 0.02, so that sublayers move the stream and no cosine is trivially 1.
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
 
 
 @pytest.fixture

@@ -22,38 +22,39 @@ import atheris
 
 with atheris.instrument_imports(include=["unirank"], enable_loader_override=False):
     import unirank
-    from unirank.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE
-    from unirank.checkpoint import read_record
-    from unirank.data import read_text
-    from unirank.evaluate import EvalReport
-    from unirank.hf import UniRankConfig
-    from unirank.imported import read_ranks
-    from unirank.store import MANIFEST, open_store
-    from unirank.strictjson import parse_object
-    from unirank.tensorfile import read_tensors, write_tensors
-    from unirank.types import RankPlan
+    from unirank.analysis.store import MANIFEST, open_store
+    from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE
+    from unirank.compression.checkpoint import read_record
+    from unirank.disk.strictjson import parse_object
+    from unirank.disk.tensorfile import read_tensors, write_tensors
+    from unirank.evaluation.perplexity import EvalReport
+    from unirank.models.quantizer import UniRankConfig
+    from unirank.planning.imported_ranks import read_ranks
+    from unirank.rank_plan import RankPlan
+    from unirank.text.windows import read_text
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "fuzz"
 LAYER = "layer-0000.safetensors"
 # Where the lines are that read what comes from outside: a module, and the functions in it (all of it without).
 PARSERS = {
-    "unirank/strictjson.py": (),
-    "unirank/tensorfile.py": ("TensorFile", "open_tensors", "_sum"),
-    "unirank/imported.py": ("read_ranks",),
-    "unirank/types.py": ("from_json", "_check", "from_dict"),
-    "unirank/store.py": ("open_store", "_open", "cosines", "damping", "energies"),
-    "unirank/checkpoint.py": ("read_record", "_evaluations"),
-    "unirank/provenance.py": ("check_identity",),
-    "unirank/card.py": ("check_training",),
+    "unirank/disk/strictjson.py": (),
+    "unirank/disk/tensorfile.py": ("TensorFile", "open_tensors", "_sum"),
+    "unirank/planning/imported_ranks.py": ("read_ranks",),
+    "unirank/types.py": ("from_dict",),
+    "unirank/rank_plan.py": ("from_json", "_check"),
+    "unirank/analysis/store.py": ("open_store", "_open", "cosines", "damping", "energies"),
+    "unirank/compression/checkpoint.py": ("read_record", "_evaluations"),
+    "unirank/analysis/identity.py": ("check_identity",),
+    "unirank/compression/card.py": ("check_training",),
 }
 Parser = Callable[[bytes], object]
 
 
 def make_inputs(folder: Path) -> None:
     """A store and a checkpoint of a tiny model, in OUT and STORE."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    import synthetic
+    sys.path.insert(0, str(ROOT))
+    from bench.support import synthetic
 
     tiny = synthetic.llama(hidden=16, layers=1)
     calibration = unirank.Calibration(text=str(synthetic.text(folder, 1000)), windows=2, window=16, batch=2)

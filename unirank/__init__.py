@@ -7,32 +7,34 @@ is removed.
 
 from importlib.metadata import version as _version
 
-from unirank import hf as _hf  # registers the checkpoint format with transformers
 from unirank import ops, reference
-from unirank.allocate import plan
-from unirank.allocators import allocators
-from unirank.analyze import Calibration, analyze
+from unirank.analysis.calibration import Calibration
+from unirank.analysis.fill_store import analyze
+from unirank.analysis.scheme import schemes
+from unirank.analysis.store import AnalysisStore, open_store
 from unirank.api import apply, compress
-from unirank.checkpoint import CompressedModel, open_compressed
-from unirank.correlation import effective_rank, spearman
-from unirank.densify import densify
-from unirank.diagnose import Diagnosis, diagnose
+from unirank.compression.checkpoint import CompressedModel, open_compressed
+from unirank.compression.densified import densify
+from unirank.compression.refine import Refine
+from unirank.compression.truncation import TruncateReport, truncate
+from unirank.diagnosis.claim import Diagnosis, diagnose
+from unirank.diagnosis.correlation import spearman
 from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
-from unirank.evaluate import EvalReport, evaluate, generate
-from unirank.finetune import Finetune, finetune
-from unirank.fuse import fuse
-from unirank.harness import TaskReport, Tasks, run_tasks
-from unirank.imported import import_plan
-from unirank.models import describe, load
-from unirank.modules import LowRankLinear
-from unirank.presets import presets
-from unirank.refine import Refine
-from unirank.schemes import schemes
-from unirank.score import ScoreSettings
-from unirank.store import AnalysisStore, open_store
-from unirank.truncate import TruncateReport, truncate
-from unirank.types import Factors, LinearSpec, LoadedModel, RankPlan
-from unirank.workbench import make_workbench
+from unirank.evaluation.perplexity import EvalReport, evaluate, generate
+from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
+from unirank.finetuning.tuning import Finetune, finetune
+from unirank.models import quantizer as _hf  # registers the checkpoint format with transformers
+from unirank.models.fused import fuse
+from unirank.models.loading import describe, load
+from unirank.models.low_rank import LowRankLinear
+from unirank.planning.allocator import allocators
+from unirank.planning.imported_ranks import import_plan
+from unirank.planning.measuring import make_workbench
+from unirank.planning.ranks import plan
+from unirank.planning.score import ScoreSettings
+from unirank.rank_plan import RankPlan
+from unirank.recipes import presets
+from unirank.types import Factors, LinearSpec, LoadedModel, effective_rank
 
 __version__ = _version("unirank")
 UniRankConfig = _hf.UniRankConfig

@@ -11,23 +11,25 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unirank.allocate import check_request
-from unirank.allocate import plan as make_plan
-from unirank.analyze import GRADIENT_WINDOWS, Calibration, analyze
-from unirank.checkpoint import CompressedModel
+from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
+from unirank.analysis.fill_store import analyze
+from unirank.analysis.scheme import scheme as scheme_of
+from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
+from unirank.compression.checkpoint import CompressedModel
+from unirank.compression.refine import Refine
+from unirank.compression.refine import refine as run_refine
+from unirank.compression.truncation import truncate
 from unirank.errors import InputError
-from unirank.models import describe, load
-from unirank.presets import Preset
-from unirank.presets import preset as preset_of
+from unirank.models.loading import describe, load
+from unirank.planning.measuring import make_workbench
+from unirank.planning.ranks import check_request
+from unirank.planning.ranks import plan as make_plan
+from unirank.planning.score import ScoreSettings
 from unirank.progress import OnProgress, silent
-from unirank.refine import Refine
-from unirank.refine import refine as run_refine
-from unirank.schemes import scheme as scheme_of
-from unirank.score import ScoreSettings
-from unirank.store import MANIFEST, AnalysisStore, open_store
-from unirank.truncate import truncate
-from unirank.types import LoadedModel, RankPlan
-from unirank.workbench import make_workbench
+from unirank.rank_plan import RankPlan
+from unirank.recipes import Preset
+from unirank.recipes import preset as preset_of
+from unirank.types import LoadedModel
 
 
 def compress(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -38,29 +37,3 @@ def meta(device: torch.device | str, **more: Any) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     } | more
-
-
-# What is read of an identity elsewhere, and its type.
-_IDENTITY = {
-    ("model", "class"): str,
-    ("model", "weights_sha256"): str,
-    ("model", "dtype"): str,
-    ("calibration", "text"): str,
-    ("calibration", "windows_sha256"): str,
-    ("calibration", "windows"): int,
-    ("calibration", "window"): int,
-    ("calibration", "seed"): int,
-    ("calibration", "batch"): int,
-    ("versions", "unirank"): str,
-    ("scheme",): str,
-}
-
-
-def check_identity(identity: Any) -> None:
-    """Raise ValueError unless a record says of an analysis what is asked of it."""
-    for path, kind in _IDENTITY.items():
-        value: Any = identity
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if not isinstance(value, kind):
-            raise ValueError(f"its identity has no {'.'.join(path)}")

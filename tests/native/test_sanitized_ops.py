@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.wheel import ROOT, away_from_source, build_wheel
+from tests.support.wheel import ROOT, away_from_source, build_wheel
 
 TESTS = ("test_hostile", "test_cosine", "test_gram", "test_linalg", "test_topk")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"

@@ -1,57 +1,10 @@
-"""`unirank report`: what was done to a model, as one self-contained HTML page."""
+"""report: people look at it.
 
-from __future__ import annotations
+In: a compressed checkpoint; its store, a grid of perplexities and the dense model, where they are given.
+Out: one self-contained HTML page (write, page), its charts as PNG and SVG (plots).
 
-from collections.abc import Sequence
-from pathlib import Path
+Here one may read and draw. What is shown is gathered first (gather), then drawn (svg, curves, page), so
+that a chart never looks into a store by itself. No script, no font and no picture from elsewhere.
 
-from unirank.evaluate import generate
-from unirank.files import write_text
-from unirank.models import load_pretrained
-from unirank.report.gather import ReportData, gather
-from unirank.report.page import page
-from unirank.report.plots import check_plots, save_plots
-from unirank.store import AnalysisStore
-
-PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
-
-__all__ = ["PROMPTS", "ReportData", "check_plots", "gather", "page", "samples", "save_plots", "write_report"]
-
-
-def samples(
-    checkpoint: Path, dense: str, *, prompts: Sequence[str] = PROMPTS, device: str | None = None
-) -> tuple[tuple[str, str, str], ...]:
-    """Greedy continuations of `prompts` by the dense and the compressed model. Raises like `unirank.load`."""
-    texts = []
-    for name in (dense, str(checkpoint)):
-        model, tokenizer = load_pretrained(name, device=device)
-        texts.append([generate(model, tokenizer, prompt) for prompt in prompts])
-    return tuple(zip(prompts, *texts, strict=True))
-
-
-def write_report(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    store: AnalysisStore | None = None,
-    grid: str | Path | None = None,
-    dense: str | None = None,
-    prompts: Sequence[str] = PROMPTS,
-    device: str | None = None,
-) -> ReportData:
-    """Write the page `out` about a compressed checkpoint.
-
-    Args:
-        store: the analysis it was made from; adds cosines, spectra and effective ranks.
-        grid: a JSON result of `bench_quality.py`, or `demo.json`; adds perplexities.
-        dense: the dense model; adds continuations of `prompts` side by side.
-
-    Raises InputError when one of them is not what it should be, WriteError when the disk refuses.
-    """
-    checkpoint = Path(checkpoint)
-    data = gather(checkpoint, store, Path(grid) if grid is not None else None)
-    if dense is not None:
-        found = samples(checkpoint, dense, prompts=prompts, device=device)
-        data = gather(checkpoint, store, Path(grid) if grid is not None else None, found)
-    write_text(Path(out), page(data))
-    return data
+Changed most often: a section of the page (`page`), a number that it needs (`gather`).
+"""

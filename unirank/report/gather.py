@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unirank.checkpoint import Record, read_record
-from unirank.correlation import effective_rank
+from unirank.analysis.store import AnalysisStore
+from unirank.compression.checkpoint import Record, read_record
+from unirank.disk.strictjson import parse_object
 from unirank.errors import InputError
-from unirank.store import AnalysisStore
-from unirank.strictjson import parse_object
-from unirank.types import DENSE, RankPlan
+from unirank.rank_plan import RankPlan
+from unirank.types import DENSE, effective_rank
 
 _LAYER = re.compile(r"^(?P<path>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 POINTS = 60  # a spectrum is drawn through so many of its components

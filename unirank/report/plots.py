@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unirank.files import check_output, staged_directory, write_json
-from unirank.pictures import require_matplotlib
+from unirank.diagnosis.plots import require_matplotlib
+from unirank.disk.files import check_output, staged_directory, write_json
 from unirank.report import curves
 from unirank.report.gather import ReportData
 

@@ -1,0 +1,108 @@
+"""`global_topk` on the components of a whole model against its twin (a stable torch sort) and pure Python.
+
+    python -m bench.ops.bench_topk --json out.json
+
+4.6 million components are those of 560 linears of a 70B model. Pure Python walks a sorted list, component by component.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bench.support.record import write_result
+from bench.support.roofline import gpu_floor, topk_work
+from bench.support.shapes import MODELS
+from bench.support.timing import compare, device_of, op_parser, row, show
+from unirank import ops, reference
+
+Problem = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def problem(linears: Sequence[tuple[int, int]], K: int | None, kind: str, device: torch.device) -> Problem:
+    """Scores of every linear, sorted: "random", "ties" (64 values), or "equal leading bits" (neighbours of 1)."""
+    generator = torch.Generator().manual_seed(0)
+    values, sizes = [], []
+    for M, N in linears:
+        size = K or min(M, N)
+        score = torch.rand(size, generator=generator, dtype=torch.float64)
+        if kind == "ties":
+            score = (score * 64).floor()
+        elif kind == "equal leading bits":
+            score = 1 + score * 2.0**-40
+        values.append(score.sort(descending=True).values)
+        sizes.append(size)
+    shapes = torch.tensor(linears)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    return torch.cat(values).to(device), shapes.sum(1).to(device), shapes.prod(1).to(device), offsets.to(device)
+
+
+def in_python(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int) -> list[int]:
+    """The rule with min_rank = 0 and multiple_of = 1, written with lists."""
+    costs, dense, bounds, scores = cost.tolist(), dense_cost.tolist(), offsets.tolist(), value.tolist()
+    walk = sorted(
+        (-scores[i], seg, i - bounds[seg]) for seg in range(len(costs)) for i in range(bounds[seg], bounds[seg + 1])
+    )
+    ranks, left = [0] * len(costs), budget
+    for _, seg, component in walk:
+        step = min((component + 1) * costs[seg], dense[seg]) - min(component * costs[seg], dense[seg])
+        if step > left:
+            break
+        left -= step
+        ranks[seg] = component + 1
+    full = [bounds[seg + 1] - bounds[seg] for seg in range(len(costs))]
+    return [k if r * c >= d else r for r, c, d, k in zip(ranks, costs, dense, full, strict=True)]
+
+
+def refuses_infinity(p: Problem, budget: int) -> None:
+    value = p[0].clone()
+    value[0] = float("inf")
+    try:
+        ops.global_topk(value, *p[1:], budget, 0, 1)
+    except ValueError:
+        return
+    raise AssertionError("an infinite score was not refused")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = op_parser(__doc__).parse_args(argv)
+    device = device_of(arguments)
+    cases = [("llama-3-70b", 8214)] if not (arguments.quick or arguments.models) else []
+    cases += [(name, None) for name in arguments.models or ["smollm2-135m"]]
+    rows = []
+    for name, K in cases:
+        linears = list(MODELS[name].all_linears())[: 14 if arguments.quick else None]
+        for kind in ("random", "ties", "equal leading bits"):
+            p = problem(linears, K, kind, device)
+            budget = int(0.8 * int(p[2].sum()))
+            ranks, threshold = ops.global_topk(*p, budget, 0, 1)
+            twin_ranks, twin_threshold = reference.global_topk(*p, budget, 0, 1)
+            assert torch.equal(ranks, twin_ranks)
+            assert threshold == twin_threshold
+            refuses_infinity(p, budget)
+            shape = f"{name}: {len(p[0])} components, {kind}"
+            times = compare(
+                lambda p=p, budget=budget: ops.global_topk(*p, budget, 0, 1),
+                lambda p=p, budget=budget: reference.global_topk(*p, budget, 0, 1),
+                arguments.repeats if kind == "random" else 3,
+                device,
+            )
+            size, floor = 8 * len(p[0]), gpu_floor(topk_work(len(p[0])), device)
+            rows.append(row("topk", shape, "float64", "twin (stable sort)", *times, read_bytes=size, floor=floor))
+            if kind != "random":
+                continue
+            start = time.perf_counter()
+            assert in_python(*p, budget) == ranks.tolist()
+            python = time.perf_counter() - start
+            best = min(times[0])
+            rows.append(row("topk", shape, "float64", "pure Python", [best], [python], read_bytes=size, floor=floor))
+    show(rows, device)
+    write_result(arguments.json, rows, device=device, seed=0)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,129 @@
+"""The second pass against its own definition: every fit is optimal for what really enters the linear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import unirank
+from unirank.compression.refine import Refine, refit
+from unirank.models.low_rank import LowRankLinear
+from unirank.models.structure import weight_of
+from unirank.text.windows import calibration_windows, read_text, tokenize
+from unirank.types import DENSE, Gradient, LoadedModel, Rank
+
+NAMES = ("llama", "llama-bias", "gemma3", "gpt-neox")
+
+
+def windows_of(loaded: LoadedModel, calibration: unirank.Calibration) -> torch.Tensor:
+    tokens = tokenize(loaded.tokenizer, read_text(calibration.text), loaded.model)
+    return calibration_windows(tokens, windows=12, window=24, seed=0)
+
+
+def half_ranks(loaded: LoadedModel) -> dict[str, Rank]:
+    """Half of break-even, and the first linear of each layer's MLP dense."""
+    ranks: dict[str, Rank] = {spec.name: max(1, spec.max_rank // 2) for spec in loaded.linears}
+    for layer in range(loaded.layer_count):
+        ranks[next(s.name for s in loaded.linears if s.layer == layer and s.sublayer == "mlp")] = DENSE
+    return ranks
+
+
+def inputs(loaded: LoadedModel, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What enters each linear when the whole model runs, `[T, N]`."""
+    seen: dict[str, list[torch.Tensor]] = {spec.name: [] for spec in loaded.linears}
+
+    def hook(name: str):
+        return lambda _module, args: seen[name].append(args[0].reshape(-1, args[0].shape[-1]).double())
+
+    modules = [(spec.name, loaded.model.get_submodule(spec.name)) for spec in loaded.linears]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules]
+    with torch.no_grad():
+        loaded.model(input_ids=windows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_fit_is_the_best_of_its_rank_for_what_enters_it(name, mix, make_model, calibration) -> None:
+    dense, own = make_model(name), make_model(name)
+    windows, ranks = windows_of(dense, calibration), half_ranks(dense)
+    eps = 1e-3
+    refit(own, ranks, windows, Refine(mix=mix, damping=eps), batch=5)
+    x_dense, x_own = inputs(dense, windows), inputs(own, windows)
+    for spec in own.linears:
+        module = own.model.get_submodule(spec.name)
+        weight = weight_of(dense.model.get_submodule(spec.name)).double()
+        if ranks[spec.name] == DENSE:
+            assert torch.equal(weight_of(module).double(), weight)
+            continue
+        assert isinstance(module, LowRankLinear)
+        x, y = x_dense[spec.name], x_own[spec.name]
+        ridge = eps * (y.T @ y / len(y)).diagonal().mean()
+        # Ridge regression as rows of data: the weight itself is the answer that the ridge pulls to.
+        root = torch.eye(spec.n, dtype=torch.float64) * (ridge * len(y)).sqrt()
+        stacked = torch.cat([y, root])
+        wanted = torch.cat([(mix * x + (1 - mix) * y) @ weight.T, root @ weight.T])
+        best = torch.linalg.lstsq(stacked, wanted).solution.T
+        u = torch.linalg.svd(best @ stacked.T, full_matrices=False).U[:, : module.rank]
+        torch.testing.assert_close(module.dense_weight().double(), u @ u.T @ best, rtol=1e-3, atol=1e-3)
+
+
+def test_centred_fits_keep_the_mean_output(make_model, calibration) -> None:
+    dense, own = make_model("llama"), make_model("llama")
+    windows, ranks = windows_of(dense, calibration), half_ranks(dense)
+    refit(own, ranks, windows, Refine(mix=1.0, centred=True))
+    x_dense, x_own = inputs(dense, windows), inputs(own, windows)
+    for spec in own.linears:
+        module = own.model.get_submodule(spec.name)
+        if isinstance(module, LowRankLinear):
+            weight = weight_of(dense.model.get_submodule(spec.name))
+            wanted = weight.double() @ x_dense[spec.name].mean(0)
+            got = module(x_own[spec.name].float()).double().mean(0)
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_in_an_output_metric_the_weighted_error_is_less(make_model, calibration) -> None:
+    plain, metric, dense = make_model("llama"), make_model("llama"), make_model("llama")
+    windows, ranks = windows_of(dense, calibration), half_ranks(dense)
+    generator = torch.Generator().manual_seed(3)
+    gradients = {}
+    for spec in dense.linears:
+        g = torch.randn(spec.m, 2 * spec.m, generator=generator, dtype=torch.float64)
+        g *= torch.logspace(0, -2, spec.m, dtype=torch.float64)[:, None]
+        gradients[spec.name] = Gradient(g @ g.T / g.shape[1], g[:, 0], g)
+    refit(plain, ranks, windows, Refine(mix=0.0))
+    refit(metric, ranks, windows, Refine(mix=0.0), gradients=lambda _layer: gradients)
+    x = inputs(dense, windows)
+    first = dense.linears[0]  # the only one that sees the same inputs in both
+
+    def error(loaded: LoadedModel) -> float:
+        lost = weight_of(dense.model.get_submodule(first.name)) - loaded.model.get_submodule(first.name).dense_weight()
+        out = x[first.name] @ lost.double().T
+        return float((out @ gradients[first.name].g * out).detach().sum())
+
+    assert error(metric) < error(plain)
+
+
+def test_nothing_to_compress_changes_no_bit(make_model, calibration) -> None:
+    own, dense = make_model("llama"), make_model("llama")
+    refit(own, {spec.name: DENSE for spec in own.linears}, windows_of(dense, calibration), Refine())
+    for a, b in zip(own.model.state_dict().values(), dense.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_one_and_the_same_token_everywhere_still_has_a_fit(centred: bool, make_model) -> None:
+    own, dense = make_model("llama"), make_model("llama")
+    windows = torch.full((3, 24), 7)  # each input is one vector, so its centred moment is rounding
+    refit(own, half_ranks(dense), windows, Refine(centred=centred))
+    with torch.no_grad():
+        found, wanted = own.model(windows[:1]).logits, dense.model(windows[:1]).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("key", "value"), [("mix", 1.5), ("mix", float("nan")), ("damping", 0.0)])
+def test_settings_are_refused_with_what_is_legal(key: str, value: float) -> None:
+    with pytest.raises(unirank.InputError, match=key):
+        Refine(**{key: value})

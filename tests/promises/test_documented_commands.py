@@ -1,0 +1,75 @@
+"""Every `unirank` command and Python block of the README and the pages for users, run in order on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import unirank as library
+from tests.support.command_line import Run
+from tests.support.tiny import WORDS, build
+from unirank.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/serving.md", "docs/large-models.md")
+
+
+def steps(page: str) -> list[tuple[str, str]]:
+    """("command" or "python", what stands there), in the order of the page."""
+    found = []
+    for block in re.finditer(r"^```python\n(.*?)^```|^    (unirank [^\n]*)", (ROOT / page).read_text(), re.M | re.S):
+        python, command = block.groups()
+        found.append(("python", python) if python else ("command", command.split(" #")[0].strip()))
+    return found
+
+
+@pytest.fixture
+def workplace(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with what the pages take for granted: MODEL, texts, ranks, and for fine-tuning OUT."""
+    build("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "MODEL")
+    tokenizer.save_pretrained(tmp_path / "MODEL")
+    words = " ".join(WORDS[2 + 7 * i % 94] for i in range(5000))
+    for name in ("my-text.txt", "other-text.txt"):
+        (tmp_path / name).write_text(words)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def test_the_pages_show_every_command() -> None:
+    shown = {shlex.split(step)[1] for page in PAGES for kind, step in steps(page) if kind == "command"}
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert names - shown == {"demo"}  # `make demo`
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("page", PAGES)
+def test_it_runs_as_written(page: str, workplace: Path, run_unirank: Run) -> None:
+    ran, names = 0, {}  # a block may go on from the one before it
+    if page in ("docs/finetuning.md", "docs/serving.md"):
+        calibration = library.Calibration(text="my-text.txt", windows=6, window=24, batch=2)
+        library.compress("MODEL", 0.3, calibration=calibration).save("OUT")
+    for kind, step in steps(page):
+        if kind == "python":
+            for made in ("OUT", "TUNED"):
+                if f'save("{made}")' in step:
+                    shutil.rmtree(workplace / made, ignore_errors=True)
+            exec(compile(step.replace("path/to/model", "MODEL").replace("steps=200", "steps=4"), page, "exec"), names)
+        else:
+            arguments = shlex.split(step)[1:]
+            if "-o" in arguments and (out := workplace / arguments[arguments.index("-o") + 1]).is_dir():
+                shutil.rmtree(out)  # a page that makes OUT twice means two tries
+            if "ranks.json" in arguments:
+                plan = library.plan(library.open_store("STORE"), 0.3)
+                (workplace / "ranks.json").write_text(json.dumps(dict(plan.ranks)))
+            # 200 steps are the default and teach this test nothing that 4 do not.
+            short = ["--steps", "4", "--window", "64"] if arguments[0] == "finetune" else []
+            code, _, err = run_unirank(*arguments, *short)
+            assert (code, err) == (0, ""), step
+        ran += 1
+    assert ran >= 3

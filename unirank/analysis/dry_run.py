@@ -1,0 +1,272 @@
+"""What an analysis will need, from the work on one layer: memory, disk, time."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from unirank.analysis.calibration import Calibration, gradient_windows, windows_of
+from unirank.analysis.decompose import decompose_layer
+from unirank.analysis.scheme import Scheme
+from unirank.analysis.scheme import scheme as scheme_of
+from unirank.analysis.store import create_or_resume
+from unirank.errors import InputError
+from unirank.layerwise.backward import backward_layer, frozen, head_gradient
+from unirank.layerwise.recording import Recording, Streams, record
+from unirank.layerwise.statistics import calibrate_layer
+from unirank.models.shards import SHARD_BYTES
+from unirank.progress import OnProgress, silent
+from unirank.text.windows import read_text
+from unirank.types import LoadedModel
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run needs. Bytes and seconds; memory and disk are peaks of the run, `available_*` what is there now.
+
+    Attributes:
+        memory: of the process; on a GPU, of the GPU.
+        whole_memory, stream_memory: the same when the model is loaded as a whole, and when it is streamed.
+        disk: of store and, where `remove` was given, checkpoint, with what is deleted again.
+    """
+
+    seconds: float
+    memory: int
+    whole_memory: int
+    stream_memory: int
+    disk: int
+    available_memory: int
+    available_disk: int
+    layers: int
+    device: str
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.available_memory and self.disk <= self.available_disk
+
+    def require_fit(self) -> None:
+        """Raise InputError, with what would fit, where memory or disk is short."""
+        if self.memory > self.available_memory:
+            advice = "a shorter --window, a smaller --batch, fewer --windows or a machine with more"
+            if self.stream_memory <= self.available_memory:
+                advice = f"--stream needs {_gib(self.stream_memory)}"
+            raise InputError(
+                f"It needs {_gib(self.memory)} of memory, and {_gib(self.available_memory)} are free; {advice}."
+            )
+        if self.disk > self.available_disk:
+            raise InputError(
+                f"It needs {_gib(self.disk)} on the disk, and {_gib(self.available_disk)} are free; "
+                "fewer --windows need less, or choose another place."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"fits": self.fits}
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def estimate(
+    loaded: LoadedModel,
+    place: Path,
+    *,
+    scheme: str = "whiten",
+    calibration: Calibration | None = None,
+    stream: bool = False,
+    remove: float | None = None,
+    progress: OnProgress = silent,
+) -> Estimate:
+    """Do the work of one batch on the first layer, and scale it to the whole analysis.
+
+    The peak of the process so far counts as needed, so this is best the first thing that a process does.
+
+    Args:
+        loaded: the model, loaded with `stream` whatever the run will do.
+        place: where the store will be; the nearest directory that exists is written to, and left as it was.
+        stream: whether the run will stream.
+        remove: where a checkpoint will be written, the fraction removed.
+
+    Raises InputError, NonFiniteError and WriteError like `analyze`.
+    """
+    calibration = calibration or Calibration()
+    chosen = scheme_of(scheme)
+    backward = gradient_windows(calibration, chosen)
+    text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
+    windows = windows_of(loaded, text, calibration)
+    one = _work_on_first_layer(loaded, windows[: calibration.batch], chosen, backward > 0, _existing(place), progress)
+    batches = max(1.0, len(windows) / calibration.batch)
+    share = backward / len(windows)
+    params = sum(spec.params for spec in loaded.linears)
+    first = [spec for spec in loaded.linears if spec.layer == 0]
+    scale = params / sum(spec.params for spec in first)  # the layers, in units of the first
+    element = next(loaded.model.parameters()).element_size()
+    others = sum(parameter.numel() for parameter in loaded.model.parameters()) - params
+
+    layer = one.read + batches * one.calibrate + one.decompose
+    # A layer is written while the next one is calibrated.
+    seconds = batches * one.record + scale * max(layer, one.write)
+    seconds += (
+        scale * batches * share * (one.forward + one.backward + 2 * one.write_stream) + share * batches * one.head
+    )
+    disk = scale * one.layer_bytes + 2 * batches * one.stream_bytes
+    if backward:
+        disk += scale * sum(4 * (spec.m**2 + spec.params) for spec in first)
+        disk += (scale + 1) * batches * share * one.stream_bytes
+    # Beside the one batch: the others, as they are and as the writer holds them, and how their layers are called.
+    streamed = one.peak + (batches - 1) * (2 * one.stream_bytes + one.call_bytes)
+    whole = streamed + (scale - 1) * sum(spec.params for spec in first) * element
+    if remove is not None:
+        out = ((1 - remove) * params + others) * element
+        disk += out
+        seconds += 2 * out * one.write / (one.layer_bytes + one.stream_bytes)  # read once more and written
+        streamed = max(streamed, one.resting + 2 * min(SHARD_BYTES, out))
+    return Estimate(
+        seconds=seconds,
+        memory=int(streamed if stream else whole),
+        whole_memory=int(whole),
+        stream_memory=int(streamed),
+        disk=int(disk),
+        available_memory=_available(one.device),
+        available_disk=shutil.disk_usage(_existing(place)).free,
+        layers=loaded.layer_count,
+        device=str(one.device),
+    )
+
+
+@dataclass
+class _Work:
+    """Seconds and bytes of one batch on one layer."""
+
+    device: torch.device
+    stream_bytes: int = 0
+    call_bytes: int = 0
+    layer_bytes: int = 0
+    resting: int = 0  # in use before the work on the layer
+    peak: int = 0
+    record: float = 0.0
+    read: float = 0.0  # the layer's weights
+    calibrate: float = 0.0
+    decompose: float = 0.0
+    write: float = 0.0  # factors and the stream
+    write_stream: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    head: float = 0.0
+
+
+def _work_on_first_layer(
+    loaded: LoadedModel, windows: torch.Tensor, scheme: Scheme, backward: bool, place: Path, progress: OnProgress
+) -> _Work:
+    stage, steps = "measure one layer", 5
+    progress(stage, 0, steps)
+    clock = _Clock(next(loaded.model.parameters()).device)
+    work = _Work(clock.device)
+    recording = record(loaded, windows, batch=len(windows))
+    work.record = clock.lap()
+    streams = recording.start
+    work.resting = _in_use(clock.device)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unirank-", dir=place)))
+        clock.lap()
+        stack.enter_context(loaded.resident(0))
+        work.read = clock.lap()
+        moving = Streams(list(streams.batches), streams.probe)
+        for _ in range(2):  # the first time warms up
+            moving = Streams(list(streams.batches), streams.probe)
+            clock.lap()
+            stats = calibrate_layer(
+                loaded, 0, recording, moving, moments=scheme.needs_moment or backward, mean_abs=scheme.needs_mean_abs
+            )
+            work.calibrate = clock.lap()
+        progress(stage, 1, steps)
+        gradients = None
+        if backward:
+            with torch.no_grad():
+                recording.calls[0][0].run(loaded.model.get_submodule(f"{loaded.layers}.0"), streams.batches[0])
+            work.forward = clock.lap()
+            with frozen(loaded.model):
+                gradients, _ = backward_layer(loaded, 0, recording, streams.batches, streams.batches)
+                work.backward = clock.lap()
+                for ids, hidden in zip(windows, streams.batches[0], strict=True):
+                    head_gradient(loaded, recording, ids[None], hidden[None], 0)
+                work.head = clock.lap()
+        progress(stage, 2, steps)
+        clock.lap()
+        factors = decompose_layer(loaded, stats, scheme, gradients)
+        work.decompose = clock.lap()
+        progress(stage, 3, steps)
+        store = create_or_resume(scratch / "store", {"estimate": True}, loaded.linears)
+        clock.lap()
+        store.write_scratch("forward", 0, streams.batches)
+        work.write_stream = clock.lap()
+        progress(stage, 4, steps)
+        store.write_layer(0, factors, stats.cosines, moving)
+        work.write = clock.lap()
+        work.layer_bytes = store.layer_file(0).stat().st_size
+    progress(stage, steps, steps)
+    work.stream_bytes = sum(hidden.nbytes for hidden in streams.batches)
+    work.call_bytes = _call_bytes(recording)
+    work.peak = _peak(clock.device)
+    return work
+
+
+class _Clock:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+def _call_bytes(recording: Recording) -> int:
+    """Bytes of the tensors that a batch's layer calls hold, masks above all; each once."""
+    found: dict[int, int] = {}
+    for call in recording.calls[0]:
+        for value in (*call.args, *call.kwargs.values()):
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    found[tensor.data_ptr()] = tensor.nbytes
+    return sum(found.values())
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes in use so far: of the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _in_use(device: torch.device) -> int:
+    """Bytes in use now, as `_peak` counts them."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that this process may have in all: what is free now and what it holds."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    given = limit.read_text().strip() if limit.is_file() else "max"
+    return min(free, int(given)) if given.isdigit() else free
+
+
+def _existing(place: Path) -> Path:
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.is_dir())

@@ -1,0 +1,166 @@
+"""The expensive stage: calibrate and decompose every layer, and keep the result in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import psutil
+import torch
+
+from unirank.analysis.calibration import Calibration, gradient_windows, windows_of
+from unirank.analysis.decompose import decompose_layer
+from unirank.analysis.gradient_pass import gradient_pass
+from unirank.analysis.identity import _identity
+from unirank.analysis.scheme import Scheme
+from unirank.analysis.scheme import scheme as scheme_of
+from unirank.analysis.store import MANIFEST, AnalysisStore, create_or_resume, open_store
+from unirank.disk.files import check_output, locked
+from unirank.distributed import barrier, from_zero, process_group, rank, share, size
+from unirank.errors import InputError
+from unirank.layerwise.recording import Streams, record
+from unirank.layerwise.statistics import calibrate_layer
+from unirank.progress import OnProgress, silent
+from unirank.text.windows import read_text
+from unirank.types import LoadedModel
+
+
+def analyze(
+    loaded: LoadedModel,
+    store_path: str | Path,
+    *,
+    scheme: str = "whiten",
+    calibration: Calibration | None = None,
+    gradients_from: str | Path | None = None,
+    hidden_limit: int | None = None,
+    overwrite: bool = False,
+    progress: OnProgress = silent,
+) -> AnalysisStore:
+    """Calibrate and decompose every layer of `loaded` into the store at `store_path`, resuming what is there.
+
+    Args:
+        gradients_from: a store of the same model and calibration, with gradients: they are taken from there, so that
+            several schemes share one backward pass. They are the same bytes as a pass of its own would give.
+        hidden_limit: hidden states of more bytes than these go into mapped files of the store's directory while it
+            runs; None is a quarter of the memory that is free. It changes no byte of the store.
+
+    Raises:
+        InputError: unknown scheme, unusable text, an output directory that is not a store.
+        StoreError: the store, or that of the gradients, belongs to other inputs; says what differs.
+        NonFiniteError: names the layer or linear.
+        WriteError: the disk refused; finished layers stay and the next run resumes.
+    """
+    calibration = calibration or Calibration()
+    chosen = scheme_of(scheme)
+    source = open_store(gradients_from) if gradients_from is not None else None
+    if source is not None:
+        source.require_gradients()
+        if calibration.gradient_windows is None:
+            count = source.identity["calibration"]["gradient_windows"]
+            calibration = dataclasses.replace(calibration, gradient_windows=count)
+    backward = gradient_windows(calibration, chosen)
+    text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
+    windows = windows_of(loaded, text, calibration)
+    identity = _identity(loaded, text, windows, calibration, backward, scheme)
+    if source is not None:
+        source.check_shared(identity)
+    place = Path(store_path)
+    if not place.is_dir():  # else create_or_resume looks into it
+        check_output(place, marker=MANIFEST, overwrite=True)
+    with process_group():
+        if size() > 1:
+            identity |= {"processes": size()}
+            _check_processes(windows, calibration.batch)
+        with locked(place) if rank() == 0 else nullcontext():
+            store = AnalysisStore(place, identity, loaded.linears)
+            if rank() == 0:
+                store = create_or_resume(place, identity, loaded.linears, overwrite=overwrite)
+                if source is not None:
+                    store.share_gradients(source)
+            barrier()
+            scratch = place if _hidden_bytes(loaded, windows) > _limit(loaded, hidden_limit) else None
+            _fill(store, loaded, windows, chosen, calibration.batch, backward, scratch, progress)
+            barrier()
+    return store
+
+
+def _check_processes(windows: torch.Tensor, batch: int) -> None:
+    batches = -(-len(windows) // batch)
+    if batches < size():
+        raise InputError(
+            f"{size()} processes need a batch of windows each, and there are {batches} of {batch}; "
+            "use fewer processes, more --windows or a smaller --batch."
+        )
+
+
+def _fill(
+    store: AnalysisStore,
+    loaded: LoadedModel,
+    windows: torch.Tensor,
+    chosen: Scheme,
+    batch: int,
+    backward: int,
+    scratch: Path | None,
+    progress: OnProgress,
+) -> None:
+    """Make what is missing in `store`; arguments as in `analyze`, `backward` windows of all `windows` run backward,
+    and hidden states are in mapped files of `scratch`, if any.
+
+    Of several processes each runs its own batches through every layer, and process 0 writes.
+    """
+    stage = "calibrate and decompose"
+    first, count = from_zero(store.layers_done()), store.layer_count
+    if backward:  # also with all layers done: one of its files may have been lost since
+        if size() > 1 and from_zero(store.layers_without_gradients()):
+            raise InputError(
+                "Gradients are made by one process: run it without torchrun, and give its store with --gradients-from."
+            )
+        gradient_pass(loaded, windows[:backward], store, batch=batch, progress=progress)
+    progress(stage, first, count)
+    if first == count:
+        return
+    own = share(-(-len(windows) // batch))
+    recording = record(loaded, windows[own.start * batch : own.stop * batch], batch=batch, folder=scratch)
+    device = recording.start.probe.device
+    # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
+    resumed = size() == 1 and store.has_streams(first)
+    streams = store.read_streams(first, device, scratch) if resumed else recording.start
+    with ThreadPoolExecutor(max_workers=1) as disk:  # a layer is written while the next one is calibrated
+        writing: Future[None] | None = None
+        for layer in range(first if resumed else 0, count):
+            moments = layer >= first and (chosen.needs_moment or backward > 0)
+            with loaded.resident(layer):
+                absolute = chosen.needs_mean_abs
+                stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=absolute)
+                if layer < first:
+                    continue
+                factors = decompose_layer(loaded, stats, chosen, store.gradients(layer, device) if backward else None)
+            if writing is not None:
+                writing.result()
+                progress(stage, layer, count)
+            if rank() == 0:
+                # Calibration goes on with the list.
+                entering = Streams(list(streams.batches), streams.probe) if size() == 1 else None
+                writing = disk.submit(store.write_layer, layer, factors, stats.cosines, entering)
+            del stats, factors  # a layer's are as much as the next layer's work needs
+        if writing is not None:
+            writing.result()
+            progress(stage, count, count)
+
+
+def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:
+    """Of the hidden states between two layers, and of the copy that the writer holds."""
+    embedding = loaded.model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    width = loaded.model.config.get_text_config().hidden_size
+    return 2 * windows.numel() * width * embedding.element_size()
+
+
+def _limit(loaded: LoadedModel, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    device = next(loaded.model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free // 4

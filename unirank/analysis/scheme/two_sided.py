@@ -1,0 +1,115 @@
+"""The best rank-r map in an output metric: what `whiten`, `afm` and `kfac` share.
+
+Minimise `E ||A (W - W') x||²` with `AᵀA = G` and `C = E[x xᵀ]`: `W' = A⁻¹ U_r U_rᵀ A W`, `U` the eigenvectors of
+`A W C Wᵀ Aᵀ`, energies its eigenvalues. Neither a factor of `C` nor an inverse is needed, so a singular `C` needs no
+damping; `G` is damped by the caller where it may be singular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unirank import ops
+from unirank.analysis.scheme.base import WORK_DTYPE, eigh_descending
+from unirank.types import Factors
+
+# How far the columns of `A left` may be from orthonormal (largest entry of `leftᵀ G left - I`) before the dearer route
+# is taken: far below the rounding of a float32 factor.
+ORTHOGONALITY = 1e-9
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix to approximate: `weight [M, N]`, the moment `c [N, N]`, the metric `g [M, M]` or None for I."""
+
+    weight: torch.Tensor
+    c: torch.Tensor
+    g: torch.Tensor | None
+    max_rank: int
+
+
+@dataclass(frozen=True)
+class _Square:
+    """A target brought to its square part: `A W = Q R` with `R [K, N]`, and what leads back."""
+
+    target: Target
+    r: torch.Tensor
+    a: torch.Tensor | None = None  # upper triangular [M, M], where the metric was factored
+    q: torch.Tensor | None = None  # orthonormal [M, K], where one was computed
+    cheap: bool = False  # R is a Cholesky factor and Q was not computed: orthogonality is to be checked
+
+    def lift(self, u: torch.Tensor) -> torch.Tensor:
+        """Eigenvectors `[K, R]` of the square problem, brought to `left [M, R]`."""
+        if self.cheap:
+            return self.target.weight @ torch.linalg.solve_triangular(self.r, u, upper=True)
+        u = u if self.q is None else self.q @ u
+        return u if self.a is None else torch.linalg.solve_triangular(self.a, u, upper=True)
+
+
+def solve(targets: Sequence[Target]) -> list[Factors]:
+    """left `A⁻¹ U_r`, right `U_rᵀ A W`, energies the eigenvalues of `A W C Wᵀ Aᵀ`.
+
+    A tall `W` (M > N) is first brought to its square part, `A W = Q R`: the eigenvectors are `Q Û` with `Û` those of
+    `R C Rᵀ [N, N]`. `R` is the Cholesky factor of `Wᵀ G W`, several times cheaper than a QR; the orthogonality of each
+    result is checked, and where it falls short, as for a condition beyond 1e3, a Householder QR takes over.
+    (**choice**: method 3 suggests `U = W S V / sigma`, which loses orthogonality where sigma is small.)
+
+    Raises torch.linalg.LinAlgError when a metric is not positive definite.
+    """
+    squares = [_square(target) for target in targets]
+    factors = _solve(squares)
+    for i, square in enumerate(squares):
+        if square.cheap and not _orthonormal(factors[i].left, square.target.g):
+            factors[i : i + 1] = _solve([_householder(square.target)])
+    return factors
+
+
+def _solve(squares: Sequence[_Square]) -> list[Factors]:
+    factors = []
+    for square, (energy, u) in zip(squares, eigh_descending([_output(square) for square in squares]), strict=True):
+        u = u[:, : square.target.max_rank]
+        factors.append(Factors(square.lift(u), u.T @ square.r, energy, damping=0.0))
+    return factors
+
+
+def _output(square: _Square) -> torch.Tensor:
+    output = square.r @ square.target.c @ square.r.T
+    return (output + output.T) / 2  # the two products round differently
+
+
+def _square(target: Target) -> _Square:
+    weight, g = target.weight, target.g
+    if weight.shape[0] <= weight.shape[1]:
+        a = None if g is None else torch.linalg.cholesky(g, upper=True)
+        return _Square(target, weight if a is None else a @ weight, a)
+    inner = _gram(weight) if g is None else weight.T @ (g @ weight)
+    r, failed = torch.linalg.cholesky_ex(inner, upper=True)
+    return _householder(target) if bool(failed) else _Square(target, r, cheap=True)
+
+
+def _householder(target: Target) -> _Square:
+    a = None if target.g is None else torch.linalg.cholesky(target.g, upper=True)
+    q, r = torch.linalg.qr(target.weight if a is None else a @ target.weight)
+    return _Square(target, r, a, q)
+
+
+def _orthonormal(left: torch.Tensor, g: torch.Tensor | None) -> bool:
+    gram = _gram(left) if g is None else left.T @ (g @ left)
+    error = gram.sub_(torch.eye(left.shape[1], dtype=left.dtype, device=left.device))
+    return bool(error.abs().max() <= ORTHOGONALITY)  # False for NaN
+
+
+def _gram(a: torch.Tensor) -> torch.Tensor:
+    gram, total = a.new_zeros((a.shape[1], a.shape[1])), a.new_zeros(a.shape[1])
+    ops.gram_accumulate_(gram, total, a)
+    return gram
+
+
+def damped(matrix: torch.Tensor, eps: float) -> torch.Tensor:
+    """`matrix [D, D] + eps * mean diagonal * I`; with an all-zero diagonal the identity (no direction is known)."""
+    scale = matrix.diagonal().mean()
+    eye = torch.eye(matrix.shape[0], dtype=WORK_DTYPE, device=matrix.device)
+    return eye if scale == 0 else matrix + eps * scale * eye

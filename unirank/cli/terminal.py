@@ -1,0 +1,147 @@
+"""What every command shares: where its output goes, progress bars, Ctrl-C, and how errors end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR, getLogger
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from unirank.distributed import is_distributed, rank
+from unirank.errors import InputError, UnirankError
+from unirank.progress import OnProgress, silent
+
+
+class Session:
+    """Where a command's output goes."""
+
+    def __init__(self, as_json: bool, progress: OnProgress) -> None:
+        self.progress = progress
+        self._json = as_json
+        self._result: tuple[dict[str, Any], tuple[Any, ...]] | None = None
+
+    def show(self, record: dict[str, Any], *renderables: Any) -> None:
+        """The command's result: `record` under --json, else the renderables."""
+        self._result = record, renderables
+
+    def print(self) -> None:
+        """Print the result. Only when the progress bars are gone, whose last redraw would wipe lines out."""
+        if self._result is None:
+            return
+        record, renderables = self._result
+        if self._json:
+            print(json.dumps(record, indent=1))
+            return
+        # A pipe has no width; tables should not be cut there.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+        console = Console(width=width, highlight=False)
+        for renderable in renderables:
+            console.print(renderable)
+
+
+@contextmanager
+def run_session(as_json: bool, *, parallel: bool = False) -> Iterator[Session]:
+    """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130.
+
+    `parallel` commands may be run by torchrun; process 0 shows progress and result. Raises InputError for others.
+    """
+    if is_distributed() and not parallel:
+        raise InputError("torchrun is for `unirank analyze` and `unirank compress`; run this command by itself.")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
+    errors = Console(stderr=True)
+    try:
+        with bars(errors, enabled=rank() == 0 and not as_json and errors.is_terminal) as progress:
+            session = Session(as_json, progress)
+            yield session
+        if rank() == 0:
+            session.print()
+    except (KeyboardInterrupt, Exception) as error:
+        if not _was_interrupted(error):
+            raise
+        errors.print("Interrupted. Nothing half-written is left; what was interrupted resumes with the same command.")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with a sentence and a code for every error that is ours to tell; others keep their traceback."""
+    try:
+        yield
+        return
+    except (KeyboardInterrupt, Exception) as error:
+        if _was_interrupted(error):  # before a session began, or after it
+            raise SystemExit(130) from None
+        if isinstance(error, UnirankError):
+            sentence, code = str(error), error.exit_code
+        elif _is_out_of_memory(error):
+            sentence, code = f"Out of memory: {(str(error).splitlines() or ['no room.'])[0]} {_LESS}", 1
+        else:
+            raise
+    process = f"process {rank()}: " if is_distributed() else ""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {process}{escape(sentence)}")
+    raise SystemExit(code)
+
+
+_LESS = (
+    "A smaller --batch or --window needs less, --stream keeps one layer at a time (analyze, compress), --micro-batch "
+    "and --gradient-checkpointing help finetune; what was finished is kept."
+)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """By Ctrl-C, also where leaving somebody's half-entered context manager replaced it by another error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, a GPU's (torch has a class for it), or a CPU's (a RuntimeError, known by its text)."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def bars(console: Console, *, enabled: bool = True) -> Iterator[OnProgress]:
+    """Draw one bar per stage, with the time spent and the time left."""
+    if not enabled:
+        yield silent
+        return
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description:<30}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=False) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield report

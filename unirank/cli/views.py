@@ -1,0 +1,300 @@
+"""How results look in a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from unirank.analysis.dry_run import Estimate
+from unirank.analysis.store import AnalysisStore
+from unirank.cli.demo import PROMPT, DemoResult
+from unirank.compression.checkpoint import CompressedModel
+from unirank.diagnosis.claim import GROUPS, Diagnosis
+from unirank.rank_plan import RankPlan
+from unirank.types import DENSE, SUBLAYERS
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def cosine_table(store: AnalysisStore) -> Table:
+    """Mean token cosine of every sublayer and block."""
+    table = _table("cosine between input and output", "layer", *SUBLAYERS, "block")
+    for layer, stats in enumerate(store.cosines()):
+        table.add_row(str(layer), *(f"{stats[key].mean:.4f}" for key in (*SUBLAYERS, "block")))
+    return table
+
+
+def damping_record(store: AnalysisStore) -> dict[str, float]:
+    """How many matrices of the analysis were damped, and the largest value (see `Factors.damping`)."""
+    values = [value for value in store.damping().values() if value]
+    return {"matrices": len(values), "largest": max(values, default=0.0)}
+
+
+def damping_summary(store: AnalysisStore) -> list[str]:
+    """One line where anything was damped, none otherwise."""
+    record = damping_record(store)
+    if not record["matrices"]:
+        return []
+    return [
+        f"Damped: {record['matrices']} of {len(store.linears)} matrices, at most {record['largest']:g} of the mean."
+    ]
+
+
+def plan_table(plan: RankPlan) -> Table:
+    """Rank of every linear, one row a layer; the kinds of projection are the columns."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, rank in plan.ranks.items():
+        layer, kind = _split(name)
+        rows.setdefault(layer, {})[kind] = str(rank)
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    table = _table("rank of every linear", "layer", *(kind.rpartition(".")[2] for kind in kinds))
+    for layer, row in rows.items():
+        table.add_row(layer.rpartition(".")[2], *(row.get(kind, "") for kind in kinds))
+    return table
+
+
+def _split(name: str) -> tuple[str, str]:
+    """ "model.layers.3.mlp.up_proj" -> ("model.layers.3", "mlp.up_proj")."""
+    parts = name.split(".")
+    index = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
+
+
+def plan_summary(plan: RankPlan) -> str:
+    dense = sum(rank == DENSE for rank in plan.ranks.values())
+    return (
+        f"{plan.allocator}, scheme {plan.scheme}: remove = {plan.remove:g}, budget {plan.budget:,} of {plan.total:,} "
+        f"parameters, used {plan.used:,} ({plan.budget - plan.used:,} left); "
+        f"{dense} of {len(plan.ranks)} linears stay dense."
+    )
+
+
+def compress_view(compressed: CompressedModel, out: Path, store: Path) -> list[Any]:
+    """What was removed, and how to load the result."""
+    report = compressed.report
+    saved = (report.model_before - report.model_after) * compressed.model.dtype.itemsize
+    table = _table("compressed", "", "before", "after", "removed")
+    for label, before, after, removed in (
+        ("decoder linears", report.targets_before, report.targets_after, report.removed_of_targets),
+        ("whole model", report.model_before, report.model_after, report.removed_of_model),
+    ):
+        table.add_row(label, f"{before:,}", f"{after:,}", f"{removed:.2%}")
+    kept = f"The analysis stays in {store} for other ratios (--store {store}); delete it when you need no more."
+    return [table, f"{saved / 1e6:,.1f} MB saved on disk. {plan_summary(compressed.plan)}", kept, *load_hint([out])]
+
+
+def finetune_view(tuned: CompressedModel, out: Path) -> list[Any]:
+    """Held-out perplexity before and after, and how to load the result."""
+    training = tuned.training or {}
+    data, settings = training["data"], training["settings"]
+    title = f"held-out part of {data['text']}: {data['held_out_windows']} windows of {settings['window']} tokens"
+    table = _table(title, "", "perplexity")
+    for label in ("before", "after"):
+        table.add_row(label, f"{math.exp(training[f'held_out_{label}']):.2f}")
+    lines = [
+        f"{training['trainable']:,} parameters were trained; merging changed no logit by more than "
+        f"{training['merge_difference']:.1e} of the largest.",
+        f"Ranks and size are what they were: {tuned.report.targets_after:,} parameters in the decoder's linears.",
+    ]
+    return [table, *lines, *load_hint([out])]
+
+
+def load_hint(paths: Sequence[Path]) -> list[Any]:
+    """The lines that load a checkpoint."""
+    lines = ["", "Load it:", "  import unirank", "  from transformers import AutoModelForCausalLM"]
+    lines += [f'  model = AutoModelForCausalLM.from_pretrained("{path}")' for path in paths]
+    return [Text("\n".join(lines))]
+
+
+def eval_table(records: Sequence[dict[str, Any]]) -> Table:
+    first = records[0]
+    title = f"perplexity on {first['text']} (sha256 {first['text_sha256'][:12]}), windows of {first['window']} tokens"
+    table = _table(title, "model", "perplexity", "windows", "parameters", "dtype")
+    for r in records:
+        table.add_row(r["model"], f"{r['perplexity']:.2f}", str(r["windows"]), f"{r['parameters']:,}", r["dtype"])
+    return table
+
+
+def task_table(records: Sequence[dict[str, Any]]) -> Table:
+    """One row a task and metric; the models are columns."""
+    first = records[0]
+    some = "" if first["limit"] is None else f", only the first {first['limit']} documents of each"
+    table = _table(f"tasks of lm-eval {first['lm_eval']}{some}", "task", "metric", "few-shot", "n")
+    for record in records:
+        table.add_column(f"{record['model']} ({record['dtype']})", justify="right")
+    for rows in zip(*(record["results"] for record in records), strict=True):
+        row = rows[0]
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        counts = ("" if row[key] is None else str(row[key]) for key in ("fewshot", "n"))
+        values = (f"{r['value']:.4f}" + ("" if r["stderr"] is None else f" ± {r['stderr']:.4f}") for r in rows)
+        table.add_row(row["task"], metric, *counts, *values)
+    return table
+
+
+def samples(records: Sequence[dict[str, Any]]) -> list[Text]:
+    return [Text(f"{r['model']}: {r['sample']!r}") for r in records if "sample" in r]
+
+
+def diagnosis_view(diagnosis: Diagnosis) -> list[Any]:
+    """The readings and what each says, what could not be read, the spectra, the geometry, the damping."""
+    table = _table(
+        "effective rank against the cosine between a sublayer's input and output",
+        "effective rank of",
+        "n",
+        "rho",
+        "p",
+        "rho of sigma",
+        "p of sigma",
+        "the claim (high cosine, low rank)",
+    )
+    table.columns[-1].justify = "left"
+    for group, title in GROUPS.items():
+        if group == "scheme":
+            title = f"{title} {diagnosis.about['scheme']}"
+        for row, reading in enumerate(r for r in diagnosis.readings if r.group == group):
+            if row == 0:
+                table.add_section()
+                table.add_row(Text(title, style="bold"))
+            both = (reading.energy, reading.sigma)
+            numbers = [text for c in both for text in (f"{c.rho:+.2f}", f"{c.p:.4f}")]
+            table.add_row(f"  {reading.name}", str(len(reading.points)), *numbers, reading.energy.verdict)
+    lines = Text(f"{diagnosis.summary()}\n")
+    lines.append(
+        "rho: Spearman's rank correlation with the cosine; p: two-sided, by permutation "
+        f"({diagnosis.about['permutations']} orders, seed {diagnosis.about['seed']}).\n"
+        "Effective rank exp(-sum p ln p), p = sigma^2 / sum sigma^2; 'of sigma': p = sigma / sum sigma. "
+        "Verdicts are of the former.\n"
+        "The test takes layers as exchangeable; neighbours are alike, so true p-values are larger."
+    )
+    tokens, width = diagnosis.about.get("tokens"), diagnosis.about.get("width")
+    if tokens is not None and width is not None:
+        lines.append(f"\n(c) and (d) are from {tokens:,} tokens of width {width:,}.")
+        if tokens < 4 * width:
+            lines.append(" That is few: their effective ranks are biased low; take more --windows.")
+    for item in diagnosis.missing:
+        lines.append(f"\nNot read, {GROUPS[item.group]}: {item.reason}.")
+    return [table, lines, _spectra_table(diagnosis), *_geometry_table(diagnosis), _damping_line(diagnosis)]
+
+
+def _spectra_table(diagnosis: Diagnosis) -> Table:
+    table = _table(
+        f"spectra of the scheme {diagnosis.about['scheme']}",
+        "projection",
+        "K",
+        "effective rank: least",
+        "median",
+        "most",
+        "first component",
+        "rank of 99 %",
+    )
+    for row in diagnosis.spectra:
+        ranks = (f"{value:.1f}" for value in (row.least, row.median, row.most))
+        table.add_row(row.kind, str(row.k), *ranks, f"{row.first_share:.1%}", str(row.rank_99))
+    return table
+
+
+def _geometry_table(diagnosis: Diagnosis) -> list[Table]:
+    if not diagnosis.geometry:
+        return []
+    columns = [f"{sublayer} {what}" for sublayer in SUBLAYERS for what in ("cosine", "|f|/|x|", "|cos(x, f)|")]
+    table = _table("why the cosine is what it is: size and direction of f(x)", "layer", *columns)
+    layers: dict[int, list[str]] = {}
+    for row in diagnosis.geometry:  # attention before mlp
+        layers.setdefault(row.layer, []).extend((f"{row.cosine:.4f}", f"{row.size:.3g}", f"{row.parallel:.3f}"))
+    for layer, cells in layers.items():
+        table.add_row(str(layer), *cells)
+    return [table]
+
+
+def _damping_line(diagnosis: Diagnosis) -> str:
+    damping = diagnosis.damping
+    if damping.largest_of is None:
+        return f"Damping: none of {damping.matrices} matrices."
+    return (
+        f"Damping: {damping.damped} of {damping.matrices} matrices, "
+        f"the largest {damping.largest:.1e} of the mean diagonal ({damping.largest_of})."
+    )
+
+
+def info_table(record: dict[str, Any]) -> Table:
+    table = _table("unirank", "", "")
+    table.show_header = False
+    table.columns[1].justify = "left"
+    for key, value in record.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or None
+        table.add_row(key.replace("_", " "), Text("none" if value is None else str(value)))
+    return table
+
+
+def demo_record(result: DemoResult) -> dict[str, Any]:
+    return {"rows": [asdict(row) for row in result.rows], "seconds": result.seconds, "meta": result.meta}
+
+
+def demo_view(result: DemoResult) -> list[Any]:
+    """The table, one sample a row, seconds a stage, how to load."""
+    first = result.rows[0]
+    table = _table(
+        f"{first.model}: perplexity on the held-out part of Python's documentation",
+        "allocation",
+        "removed of targets",
+        "removed of model",
+        "perplexity",
+        "x dense",
+        "parameters",
+        "MB",
+    )
+    for row in result.rows:
+        table.add_row(
+            row.allocator,
+            f"{1 - row.used / first.used:.2%}",
+            f"{row.removed_of_model:.2%}",
+            f"{row.perplexity:.2f}",
+            f"{row.perplexity / first.perplexity:.2f}",
+            f"{row.parameters:,}",
+            f"{row.bytes / 1e6:.1f}",
+        )
+    said = Text(f"\n{PROMPT} ...\n")
+    for row in result.rows:
+        said.append(f"  {row.allocator} {row.remove:.0%}: ", style="bold")
+        said.append(" ".join(row.sample.split()) + "\n")
+    seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in result.seconds.items())
+    return [table, said, Text(f"Seconds per stage, summed: {seconds}"), *load_hint(result.checkpoints)]
+
+
+def estimate_view(found: Estimate) -> tuple[Any, ...]:
+    """What a run will need, beside what is there."""
+    table = Table(box=None, show_header=False)
+    rows = {
+        "time": _duration(found.seconds),
+        "memory": f"{_gib(found.memory)} of {_gib(found.available_memory)} ({found.device})",
+        "as a whole, streamed": f"{_gib(found.whole_memory)}, {_gib(found.stream_memory)}",
+        "disk": f"{_gib(found.disk)} of {_gib(found.available_disk)}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return (f"Estimate from one of {found.layers} layers:", table)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,111 @@
+"""The model card: the README.md of a compressed checkpoint, with metadata that the hub reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unirank.compression.truncation import TruncateReport
+from unirank.rank_plan import RankPlan
+
+# What lies beside the weights.
+PLAN_FILE = "rank_plan.json"
+PROVENANCE_FILE = "provenance.json"
+EVALUATIONS_FILE = "evaluations.json"
+
+
+def render_card(
+    source: str,
+    plan: RankPlan,
+    report: TruncateReport,
+    identity: Mapping[str, Any],
+    training: Mapping[str, Any] | None,
+    evaluations: Sequence[Mapping[str, Any]],
+) -> str:
+    """Markdown behind YAML metadata. Arguments as in `CompressedModel`."""
+    model, calibration = identity["model"], identity["calibration"]
+    title = f"{Path(source).name or source}, {plan.remove:.0%} of the decoder's weights removed"
+    rows = {
+        "base model": f"`{source}` ({model['class']}, weights sha256 `{model['weights_sha256'][:16]}`)",
+        "removed of the targets (decoder linears)": f"{report.removed_of_targets:.2%} "
+        f"({report.targets_before:,} to {report.targets_after:,}; budget {plan.budget:,})",
+        "removed of the whole model": f"{report.removed_of_model:.2%} "
+        f"({report.model_before:,} to {report.model_after:,})",
+        "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
+        "settings": ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items())),
+        "calibration": f"{calibration['windows']} windows of {calibration['window']} tokens of "
+        f"`{calibration['text']}`, seed {calibration['seed']}",
+    }
+    if training is not None:
+        rows["fine-tuned"] = _training_line(training)
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [unirank, low-rank, compressed]
+{_metadata(title, evaluations)}---
+
+# {title}
+
+Compressed by unirank {identity["versions"]["unirank"]} ([the method](https://arxiv.org/abs/2606.21847)): low-rank
+factors in the place of {report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
+
+```python
+import unirank  # teaches transformers the low-rank layers; without it, loading stops with a shape mismatch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+| | |
+|---|---|
+{table}
+{_perplexities(evaluations)}
+`{PLAN_FILE}` holds the rank of every linear, `{PROVENANCE_FILE}` hashes and versions.
+"""
+
+
+def check_training(training: Any) -> None:
+    """Raise ValueError, KeyError or TypeError unless a record of a fine-tuning can be shown."""
+    _training_line(training)
+    if not all(isinstance(entry, dict) for entry in training["log"]):
+        raise ValueError("the log of the training is not legal")
+
+
+def _training_line(training: Mapping[str, Any]) -> str:
+    settings, data = training["settings"], training["data"]
+    return (
+        f"{settings['steps']} steps of {settings['batch']} x {settings['window']} tokens of `{data['text']}`, LoRA of "
+        f"rank {settings['rank']} on the factors, {settings['schedule']}, distill = {settings['distill']}, "
+        f"seed {settings['seed']}"
+    )
+
+
+def _perplexities(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return ""
+    lines = ["", "| perplexity on | windows | dense | this model |", "|---|---|---|---|"]
+    for entry in evaluations:
+        report, dense = entry["report"], entry["dense"]
+        windows = f"{report['windows']} of {report['window']} tokens{', each behind a BOS' if report['bos'] else ''}"
+        beside = "not measured" if dense is None else f"{dense:.2f}"
+        lines.append(f"| `{report['text']}` | {windows}, {report['dtype']} | {beside} | {report['perplexity']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(title: str, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The hub's `model-index`, without which it shows no results. JSON is YAML."""
+    if not evaluations:
+        return ""
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": entry["report"]["text"], "type": "text"},
+            "metrics": [{"type": "perplexity", "value": round(entry["report"]["perplexity"], 4)}],
+        }
+        for entry in evaluations
+    ]
+    return f"model-index: {json.dumps([{'name': title, 'results': results}])}\n"

@@ -1,0 +1,199 @@
+"""The compressed model as a Hugging Face directory: safetensors, config, rank plan, provenance, model card."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unirank.analysis.identity import check_identity
+from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, check_training, render_card
+from unirank.compression.truncation import TruncateReport
+from unirank.disk.files import check_output, staged_directory, write_json, write_text
+from unirank.disk.hashing import sha256_files
+from unirank.disk.strictjson import parse_object
+from unirank.errors import InputError
+from unirank.evaluation.perplexity import EvalReport
+from unirank.models.loading import load_paged, load_pretrained
+from unirank.models.shards import save_shards
+from unirank.rank_plan import RankPlan
+from unirank.types import Paging
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A compressed model in memory, with how it came about."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: RankPlan
+    report: TruncateReport
+    identity: Mapping[str, Any]  # of the analysis
+    source: str
+    training: Mapping[str, Any] | None = None  # of `unirank.finetune`
+    evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
+    pages: Paging | None = None  # of a model that was loaded with `stream`
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
+
+        Raises:
+            InputError: `out` exists and is not a unirank checkpoint, or is one and `overwrite` is off.
+            WriteError: the disk refused; nothing is left behind and an old checkpoint stays as it was.
+        """
+        out = Path(out)
+        check_output(out, marker=PLAN_FILE, overwrite=overwrite)
+        with staged_directory(out) as folder:
+            if self.pages is None:
+                self.model.save_pretrained(folder)
+            else:
+                save_shards(self.model, self.pages, folder)
+            self.tokenizer.save_pretrained(folder)
+            write_text(folder / PLAN_FILE, self.plan.to_json())
+            write_json(folder / PROVENANCE_FILE, self.provenance() | {"files": sha256_files(folder)})
+            if self.evaluations:
+                write_json(folder / EVALUATIONS_FILE, {"evaluations": list(self.evaluations)})
+            write_text(folder / "README.md", _card(self))
+        return out
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Save to a temporary directory and upload all of it, plan, provenance and card included; returns the address.
+
+        `model.push_to_hub` of transformers uploads weights and config alone, with a card of its own.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
+            folder = self.save(Path(scratch) / "checkpoint")
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Compressed by unirank"))
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the model comes from, for JSON."""
+        record = {"analysis": self.identity, "report": self.report.as_dict(), "source": self.source}
+        return record if self.training is None else record | {"training": self.training}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself, without its weights. Fields as in `CompressedModel`."""
+
+    plan: RankPlan
+    report: TruncateReport
+    identity: Mapping[str, Any]
+    source: str
+    training: Mapping[str, Any] | None
+    evaluations: tuple[Mapping[str, Any], ...]
+    files: Mapping[str, str]  # SHA-256 of the weights' files, by name
+
+
+def _card(of: CompressedModel | Record) -> str:
+    return render_card(of.source, of.plan, of.report, of.identity, of.training, of.evaluations)
+
+
+def read_record(path: Path) -> Record:
+    """Read the plan and the provenance beside the weights. Raises InputError when `path` is no such checkpoint."""
+    if not path.is_dir():
+        raise InputError(f"The compressed checkpoint {path} does not exist; make one with: unirank compress.")
+    if not (path / PLAN_FILE).is_file():
+        raise InputError(
+            f"{path} is not a compressed checkpoint: it has no {PLAN_FILE}; make one with: unirank compress."
+        )
+    try:
+        plan = RankPlan.from_json((path / PLAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path / PLAN_FILE} cannot be read: {error}.") from error
+    try:
+        record = parse_object((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        report = TruncateReport.from_dict(record["report"])
+        check_identity(record["analysis"])
+        training = record.get("training")
+        if training is not None:
+            check_training(training)
+        source = str(record["source"])
+        files = {str(name): str(digest) for name, digest in dict(record["files"]).items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
+    return Record(plan, report, record["analysis"], source, training, _evaluations(path), files)
+
+
+def check_weights(path: Path, record: Record) -> None:
+    """Raise InputError, naming the file, unless the weights in `path` have the bytes that unirank wrote."""
+    found = sha256_files(path)
+    for name, digest in record.files.items():
+        if name not in found:
+            raise InputError(f"{path / name} is missing, which {PROVENANCE_FILE} names.")
+        if found[name] != digest:
+            raise InputError(
+                f"{path / name} has other bytes than were written (sha256 {found[name][:12]}, {PROVENANCE_FILE} says "
+                f"{digest[:12]}): it is damaged, or was changed since."
+            )
+
+
+def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
+    file = path / EVALUATIONS_FILE
+    if not file.is_file():
+        return ()
+    try:
+        entries = parse_object(file.read_text(encoding="utf-8"))["evaluations"]
+        return tuple(
+            {
+                "report": asdict(EvalReport.from_dict(entry["report"])),
+                "dense": None if entry["dense"] is None else float(entry["dense"]),
+            }
+            for entry in entries
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged: {error}.") from error
+
+
+def add_evaluation(path: Path, report: EvalReport, *, dense: EvalReport | None = None) -> None:
+    """Write a perplexity into the checkpoint at `path`, and its model card again with it.
+
+    It takes the place of an earlier one on the same windows.
+
+    Args:
+        report: of this checkpoint.
+        dense: of the model it was made from, on the same windows.
+
+    Raises InputError when `path` is no checkpoint, WriteError when the disk refuses.
+    """
+    record = read_record(path)
+    entry = {"report": asdict(report), "dense": None if dense is None else dense.perplexity}
+    same = ("text_sha256", "window", "windows", "dtype")
+    kept = [old for old in record.evaluations if any(old["report"][key] != entry["report"][key] for key in same)]
+    record = replace(record, evaluations=(*kept, entry))
+    write_json(path / EVALUATIONS_FILE, {"evaluations": list(record.evaluations)})
+    write_text(path / "README.md", _card(record))
+
+
+def open_compressed(
+    path: str | Path, *, dtype: str = "auto", device: str | None = None, stream: bool = False
+) -> CompressedModel:
+    """Read what `CompressedModel.save` wrote, to go on working with it. Arguments as in `unirank.load`.
+
+    Raises InputError when `path` is no such checkpoint, or a file of it has other bytes than were written.
+    """
+    record = read_record(Path(path))
+    check_weights(Path(path), record)
+    pages = None
+    if stream:
+        model, tokenizer, pages = load_paged(path, dtype=dtype, device=device)
+    else:
+        model, tokenizer = load_pretrained(path, dtype=dtype, device=device)
+    return CompressedModel(
+        model,
+        tokenizer,
+        record.plan,
+        record.report,
+        record.identity,
+        record.source,
+        record.training,
+        record.evaluations,
+        pages,
+    )

@@ -1,0 +1,125 @@
+"""Back to a plain checkpoint of the original class, for tools that know nothing of low-rank layers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from unirank.compression.checkpoint import PROVENANCE_FILE, CompressedModel
+from unirank.disk.files import check_output, staged_directory, write_json
+from unirank.errors import InputError
+from unirank.models.low_rank import LowRankLinear
+from unirank.models.shards import save_shards
+from unirank.progress import OnProgress, silent
+from unirank.types import Paging
+
+_WORK = torch.float32
+
+
+@torch.no_grad()
+def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: OnProgress = silent) -> PreTrainedModel:
+    """Replace, in place, every `LowRankLinear` by a dense linear that holds the product; returns the model.
+
+    Its size is the original's, and so is its speed; only its outputs are the compressed model's, to rounding. The
+    products are computed in float32 and stored in the model's dtype. Where compression added biases (scheme `afm`,
+    presets `fast` and `best`), the class must have a switch in its configuration that gives its linears biases, as
+    Llama's `attention_bias` and `mlp_bias`; it is set, and linears that got no bias have one of zeros.
+
+    Args:
+        pages: of a compressed model that was opened with `stream`: products are then made when they are read.
+
+    Raises InputError when the model is not compressed, or its class has no place for the biases.
+    """
+    low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    if not low_rank:
+        raise InputError("The model has no low-rank layers, so there is nothing to densify.")
+    biased = {name for name, module in low_rank.items() if module.left.bias is not None}
+    config, skeleton = _skeleton(model, biased)
+    for position, (name, module) in enumerate(low_rank.items(), start=1):
+        model.set_submodule(name, _dense(name, module, isinstance(skeleton.get_submodule(name), Conv1D), pages))
+        progress("densify", position, len(low_rank))
+    for name, expected in skeleton.named_modules():
+        linear = model.get_submodule(name)
+        if isinstance(expected, nn.Linear) and expected.bias is not None and linear.bias is None:
+            weight = linear.weight
+            assert isinstance(weight, torch.Tensor)
+            device = "cpu" if weight.is_meta else weight.device
+            linear.bias = nn.Parameter(torch.zeros(expected.out_features, dtype=weight.dtype, device=device))
+    model.config = config
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PretrainedConfig):
+            setattr(module, "config", config.get_text_config() if module is not model else config)  # noqa: B010
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model, "is_quantized"):
+        setattr(model, "is_quantized", False)  # noqa: B010 - a plain attribute, which nn.Module's types do not know
+    return model
+
+
+def save_dense(compressed: CompressedModel, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a densified model as a plain checkpoint, with how it came about in `provenance.json`.
+
+    Raises InputError when `out` exists and is not ours, or `overwrite` is off; WriteError when the disk refuses.
+    """
+    out = Path(out)
+    check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
+    with staged_directory(out) as folder:
+        if compressed.pages is None:
+            compressed.model.save_pretrained(folder)
+        else:
+            save_shards(compressed.model, compressed.pages, folder)
+        compressed.tokenizer.save_pretrained(folder)
+        write_json(folder / PROVENANCE_FILE, {"densified": True} | compressed.provenance())
+    return out
+
+
+def _dense(name: str, module: LowRankLinear, conv: bool, pages: Paging | None) -> nn.Module:
+    bias = module.left.bias
+    linear: Any
+    with torch.device("meta"):
+        if conv:
+            linear = Conv1D(module.out_features, module.in_features)
+        else:
+            linear = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
+    if pages is None or not module.left.weight.is_meta:
+        linear.weight = nn.Parameter(_product(module.left.weight, module.right.weight, conv))
+    else:
+        linear.weight = nn.Parameter(linear.weight.to(module.left.weight.dtype))
+        left, right = (f"{name}.{side}.weight" for side in ("left", "right"))
+        pages.put(f"{name}.weight", lambda: _product(pages.tensor(left), pages.tensor(right), conv))
+        pages.put(f"{name}.bias", lambda: pages.tensor(f"{name}.left.bias"))
+    linear.bias = bias
+    return linear.train(module.training)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, conv: bool) -> torch.Tensor:
+    weight = (left.to(_WORK) @ right.to(_WORK)).to(left.dtype)
+    return (weight.T if conv else weight).contiguous()
+
+
+def _skeleton(model: PreTrainedModel, biased: set[str]) -> tuple[PretrainedConfig, nn.Module]:
+    """The original class, empty, with a configuration that has a place for the biases of the linears `biased`."""
+    plain = copy.deepcopy(model.config)
+    plain.__dict__.pop("quantization_config", None)
+    switches = [key for key, value in plain.to_dict().items() if key.endswith("bias") and value is False]
+    for count in range(len(switches) + 1):
+        for chosen in itertools.combinations(switches, count):
+            config = copy.deepcopy(plain)
+            for key in chosen:
+                setattr(config, key, True)
+            with torch.device("meta"):
+                skeleton = type(model)(config)
+            if all(getattr(skeleton.get_submodule(name), "bias", None) is not None for name in biased):
+                return config, skeleton
+    raise InputError(
+        f"{type(model).__name__} has no place for the biases of {len(biased)} linears, such as "
+        f"{min(biased)}, which the scheme or preset added; compress with a scheme that adds none, such as whiten."
+    )

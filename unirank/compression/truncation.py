@@ -1,0 +1,154 @@
+"""Put a rank plan into a model: factors in the place of weights, and a recount from the modules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from unirank.analysis.identity import weights_hash
+from unirank.analysis.store import AnalysisStore
+from unirank.errors import InputError, NonFiniteError, UnirankError
+from unirank.models.low_rank import (
+    align_weights,
+    count_parameters,
+    count_target,
+    lost_output,
+    make_low_rank,
+)
+from unirank.models.quantizer import UniRankConfig
+from unirank.models.structure import weight_of
+from unirank.progress import OnProgress, silent
+from unirank.rank_plan import RankPlan
+from unirank.types import DENSE, LinearSpec, LoadedModel
+
+
+@dataclass(frozen=True)
+class TruncateReport:
+    """Parameters counted from the modules, biases aside.
+
+    Attributes:
+        targets_before: of the target matrices, dense.
+        targets_after: of the same, as they are now; equals the plan's `used`.
+        model_before: of the whole model, tied weights once.
+        model_after: the same now.
+        low_rank: matrices that became factors; `dense` stayed.
+    """
+
+    targets_before: int
+    targets_after: int
+    model_before: int
+    model_after: int
+    low_rank: int
+    dense: int
+
+    @property
+    def removed_of_targets(self) -> float:
+        return 1 - self.targets_after / self.targets_before
+
+    @property
+    def removed_of_model(self) -> float:
+        return 1 - self.model_after / self.model_before
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self) | {
+            "removed_of_targets": self.removed_of_targets,
+            "removed_of_model": self.removed_of_model,
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> TruncateReport:
+        """Read `as_dict`'s result. Raises KeyError, TypeError or ValueError for anything else."""
+        report = cls(**{field.name: int(record[field.name]) for field in fields(cls)})
+        if min(report.targets_before, report.model_before) < 1:
+            raise ValueError("it counts no parameters")
+        return report
+
+
+@torch.no_grad()
+def truncate(
+    loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progress: OnProgress = silent
+) -> TruncateReport:
+    """Replace, in place, every linear that `plan` gives a rank by the first components of `store`.
+
+    Linears that the plan keeps dense are not touched, bit for bit; biases are kept. Of a model that was loaded with
+    `stream`, factors are read from `store` when a layer is, so the store has to stay where it is.
+
+    Raises:
+        InputError: the plan or the store was made for another model.
+        NonFiniteError: a bias that restores a mean output does not fit the dtype; names the linear.
+        UnirankError: the recount from the modules differs from the plan.
+    """
+    check_plan(loaded, store, plan)
+    model_before = count_parameters(loaded.model)
+    done = 0
+    for layer, specs in itertools.groupby(loaded.linears, key=lambda spec: spec.layer):
+        with loaded.resident(layer):
+            for spec in specs:
+                rank = plan.ranks[spec.name]
+                if rank != DENSE:
+                    _put(loaded, store, spec, int(rank))
+                done += 1
+                progress("truncate", done, len(loaded.linears))
+    return settle(loaded, plan, model_before)
+
+
+def _put(loaded: LoadedModel, store: AnalysisStore, spec: LinearSpec, rank: int) -> None:
+    """Put the first components of one linear in its place; where layers are paged, they stay in the store."""
+    mean = store.input_mean(spec)
+    weight = weight_of(loaded.model.get_submodule(spec.name))
+    low = make_low_rank(loaded.model, spec.name, rank, add_bias=mean is not None)
+    left, right = store.factors(spec, rank)
+    if mean is not None and low.left.bias is not None:
+        low.left.bias.add_(lost_output(weight, left, right, mean))
+        if not low.left.bias.isfinite().all():
+            raise NonFiniteError(f"The bias of {spec.name} is NaN or infinity in {weight.dtype}.")
+    if loaded.pages is None:
+        low.left.weight.copy_(left)
+        low.right.weight.copy_(right)
+        return
+    for side, index in (("left", 0), ("right", 1)):
+        factor: nn.Linear = getattr(low, side)
+        place = {"device": weight.device, "dtype": weight.dtype}
+        factor.weight = nn.Parameter(factor.weight.to("meta"))
+        loaded.pages.put(
+            f"{spec.name}.{side}.weight", lambda index=index, place=place: store.factors(spec, rank)[index].to(**place)
+        )
+
+
+def check_plan(loaded: LoadedModel, store: AnalysisStore, plan: RankPlan) -> None:
+    """Raise InputError where `plan` was not made from `store`, or `store` from another model than `loaded`."""
+    if plan.analysis != store.digest:
+        raise InputError(f"The plan was not made from the store {store.path}; make one with: unirank plan.")
+    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
+        raise InputError(
+            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
+        )
+
+
+def settle(loaded: LoadedModel, plan: RankPlan, model_before: int) -> TruncateReport:
+    """Finish a model whose linears were replaced by `plan`: align it, configure it, and recount it.
+
+    Raises UnirankError when the recount from the modules differs from the plan.
+    """
+    model = loaded.model
+    align_weights(model)
+    low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
+    biased = [name for name in low_rank if model.get_submodule(name).added_bias]
+    if low_rank:
+        model.config.quantization_config = UniRankConfig(ranks=low_rank, biased=biased)
+    targets_after = sum(count_target(model.get_submodule(spec.name)) for spec in loaded.linears)
+    if targets_after != plan.used:
+        raise UnirankError(f"The modules hold {targets_after} target parameters, the plan says {plan.used}.")
+    return TruncateReport(
+        sum(spec.params for spec in loaded.linears),
+        targets_after,
+        model_before,
+        count_parameters(model),
+        len(low_rank),
+        len(loaded.linears) - len(low_rank),
+    )

@@ -1,0 +1,124 @@
+"""What a model is worth: perplexity, parameters, bytes, a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unirank.errors import NonFiniteError
+from unirank.models.low_rank import count_parameters
+from unirank.progress import OnProgress, silent
+from unirank.text.windows import BUILTIN_HELD_OUT, bos_of, evaluation_windows, read_text, tokenize
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Perplexity and everything needed to compare it (method 7)."""
+
+    perplexity: float
+    nll: float  # mean over predicted tokens, nats
+    text: str
+    text_sha256: str
+    window: int
+    windows: int
+    predicted_tokens: int
+    bos: bool
+    dtype: str
+    parameters: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EvalReport:
+        """Read `as_dict`'s result. Raises TypeError or ValueError for anything else."""
+        report = cls(**record)
+        for field in fields(cls):
+            value = getattr(report, field.name)
+            if type(value).__name__ != field.type:
+                raise ValueError(f"{field.name} is {str(value)[:80]!r}")
+        return report
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str = BUILTIN_HELD_OUT,
+    window: int = 1024,
+    limit: int | None = None,
+    split: str | None = None,
+    stage: str = "perplexity",
+    progress: OnProgress = silent,
+) -> EvalReport:
+    """Perplexity of `model` on `text`, by the conventions of method 7.
+
+    Args:
+        text: path or builtin name, see `read_text`.
+        window: tokens a window, non-overlapping; a BOS counts as one of them.
+        limit: use the first `limit` windows; None uses all.
+        split: of a dataset; None is its own split for perplexity.
+        stage: name in the progress report.
+
+    Raises:
+        InputError: the text is unusable or shorter than a window.
+        NonFiniteError: the loss of a window is NaN or infinity; names the window.
+    """
+    content = read_text(text, tokenizer, split=split, held_out=True)
+    tokens = tokenize(tokenizer, content, model)
+    bos = bos_of(tokenizer)
+    windows = evaluation_windows(tokens, window=window, limit=limit, bos=bos, name=content.name)
+    predicted = windows.numel() - len(windows)
+    nll = total_nll(model, windows, stage=stage, progress=progress) / predicted
+    return EvalReport(
+        perplexity=math.exp(nll),
+        nll=nll,
+        text=content.name,
+        text_sha256=content.sha256,
+        window=window,
+        windows=len(windows),
+        predicted_tokens=predicted,
+        bos=bos is not None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=count_parameters(model),
+    )
+
+
+@torch.no_grad()
+def total_nll(
+    model: PreTrainedModel, windows: torch.Tensor, *, stage: str = "perplexity", progress: OnProgress = silent
+) -> float:
+    """Summed negative log likelihood (nats) of all predicted tokens of `windows`, int64 `[W, T]`; loss in float32.
+
+    Raises NonFiniteError for a window whose loss is NaN or infinity; it is never skipped.
+    """
+    model.eval()
+    total = 0.0
+    progress(stage, 0, len(windows))
+    for index, ids in enumerate(windows):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        loss = float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"The loss of window {index} is {loss}; the model is damaged or overflows in {model.dtype}."
+            )
+        total += loss
+        progress(stage, index + 1, len(windows))
+    return total
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, tokens: int = 40) -> str:
+    """Greedy continuation of `prompt` by at most `tokens` tokens (a sample to look at, not a measurement)."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    run = cast("Callable[..., torch.Tensor]", model.generate)
+    output = run(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

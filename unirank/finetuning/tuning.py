@@ -1,0 +1,301 @@
+"""Rank-preserving fine-tuning: LoRA on both factors of every low-rank layer, merged exactly (method 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from unirank.compression.checkpoint import CompressedModel, open_compressed
+from unirank.disk.files import check_output, locked, write_json
+from unirank.disk.hashing import differences, sha256_tensors
+from unirank.disk.strictjson import parse_object
+from unirank.disk.tensorfile import read_tensors, write_tensors
+from unirank.errors import InputError, UnirankError
+from unirank.evaluation.perplexity import total_nll
+from unirank.finetuning.adapters import (
+    Factor,
+    adapted,
+    attach,
+    get_state,
+    largest_difference,
+    merge,
+    set_state,
+    train_only,
+)
+from unirank.finetuning.loop import Loop, run
+from unirank.models.loading import load_pretrained
+from unirank.models.low_rank import align_weights, count_target
+from unirank.progress import OnProgress, silent
+from unirank.provenance import device_name, versions
+from unirank.text.training_windows import Corpus, pack, read_corpus
+from unirank.types import DENSE
+
+_RECIPE = "finetune.json"
+_LOG, _ADAPTER = "log.json", "adapters.safetensors"  # of a finished phase; the second is written last
+Schedule = Literal["joint", "left-then-right"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """How to fine-tune. Defaults are **choices**.
+
+    Attributes:
+        steps: optimizer steps, of all phases together.
+        batch: windows a step.
+        micro_batch: windows that run at once; less than `batch` saves memory. None is `batch`.
+        window: tokens a window.
+        lr: peak learning rate of AdamW; a cosine down to 0 in each phase, after `warmup`.
+        warmup: fraction of the steps in which the rate rises.
+        weight_decay: of the adapters.
+        rank: of the adapters, not of the factors.
+        alpha: adapters are scaled by alpha / rank. None is twice the rank.
+        schedule: "joint" trains both factors at once; "left-then-right" the left ones in the first half of the steps,
+            the right ones in the second (SVD-LLM).
+        dense: also adapt the targets that stayed dense.
+        distill: weight in [0, 1] of the divergence from the teacher; the rest is the cross-entropy.
+        temperature: of that divergence.
+        held_out: fraction of the windows, at least one, that is not trained on but tells which step was best.
+        evaluate_every: steps between two looks at them; a checkpoint is kept each time. None is a tenth of the steps.
+        patience: end a phase after so many looks without improvement; 0 never.
+        gradient_checkpointing: compute activations twice, keep fewer.
+        precision: "auto" is bfloat16 on GPUs that have it, else float32; weights and sums stay as they are.
+        seed: of adapters and order.
+    """
+
+    steps: int = 200
+    batch: int = 4
+    micro_batch: int | None = None
+    window: int = 512
+    lr: float = 3e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    rank: int = 16
+    alpha: float | None = None
+    schedule: Schedule = "joint"
+    dense: bool = False
+    distill: float = 0.0
+    temperature: float = 1.0
+    held_out: float = 0.05
+    evaluate_every: int | None = None
+    patience: int = 0
+    gradient_checkpointing: bool = False
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("window", 2), ("rank", 1), ("patience", 0), ("seed", 0)):
+            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        for name in ("lr", "temperature"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        _check("distill", self.distill, 0 <= self.distill <= 1, "at least 0 and at most 1")
+        _check("warmup", self.warmup, 0 <= self.warmup < 1, "at least 0 and less than 1")
+        _check("held_out", self.held_out, 0 < self.held_out < 1, "above 0 and less than 1")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        micro = self.batch if self.micro_batch is None else self.micro_batch
+        _check("micro_batch", micro, micro >= 1 and self.batch % micro == 0, f"a divisor of batch = {self.batch}")
+        for name, value in (("alpha", self.alpha), ("evaluate_every", self.evaluate_every)):
+            _check(name, value, value is None or value > 0, "above 0")
+        _check("schedule", self.schedule, self.schedule in ("joint", "left-then-right"), "joint or left-then-right")
+        legal = ("auto", "float32", "bfloat16")
+        _check("precision", self.precision, self.precision in legal, ", ".join(legal))
+        if self.schedule == "left-then-right":
+            _check("steps", self.steps, self.steps >= 2, "at least 2 with left-then-right")
+
+    def loop(self, steps: int, device: torch.device) -> Loop:
+        """The settings of one phase."""
+        bf16 = self.precision == "bfloat16"
+        if self.precision == "auto":
+            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        every = self.evaluate_every or max(1, self.steps // 10)
+        return Loop(
+            steps,
+            self.batch,
+            self.micro_batch or self.batch,
+            self.lr,
+            self.warmup,
+            self.weight_decay,
+            min(every, steps),
+            self.patience,
+            self.distill,
+            self.temperature,
+            self.gradient_checkpointing,
+            bf16,
+            self.seed,
+        )
+
+
+def _check(name: str, value: Any, good: bool, legal: str) -> None:
+    if not good or (isinstance(value, float) and not math.isfinite(value)):
+        raise InputError(f"{name} = {value!r} is not legal; it must be {legal}.")
+
+
+def finetune(
+    compressed: CompressedModel | str | Path,
+    data: str,
+    settings: Finetune | None = None,
+    *,
+    work: str | Path,
+    teacher: PreTrainedModel | str | None = None,
+    split: str | None = None,
+    device: str | None = None,
+    progress: OnProgress = silent,
+) -> CompressedModel:
+    """Fine-tune a compressed model with LoRA on its factors; ranks and parameter count stay exactly as they are.
+
+    Args:
+        compressed: a checkpoint of ours, or such a model in memory, which is changed in place.
+        data: see `unirank.corpus.read_corpus`; `split` likewise.
+        work: directory of the Trainer's checkpoints. A run that was interrupted resumes there when everything else is
+            the same, and ends with the same weights. It can go when the result is saved.
+        teacher: the dense model, for `settings.distill`; None takes the one that the checkpoint names as its source.
+        device: where to load a checkpoint; None takes the GPU when there is one.
+
+    Returns the model with `training`: settings, hashes, the log of losses, held-out loss (nats a token) before and
+    after, and `merge_difference`, the largest difference that merging made to a logit of the first held-out window,
+    over the largest logit.
+
+    Raises:
+        InputError: the model is not compressed, the data is unusable or too short, `work` belongs to another run.
+        NonFiniteError: a loss or gradient is NaN or infinity; names the step, and where the last good adapters are.
+    """
+    settings = settings or Finetune()
+    work = Path(work)
+    if isinstance(compressed, str | Path):
+        compressed = open_compressed(compressed, device=device)
+    model = compressed.model
+    dense = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE] if settings.dense else []
+    names = adapted(model, dense=dense)
+    corpus = read_corpus(data, compressed.tokenizer, split=split)
+    train, held_out = split_windows(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
+    guide = _teacher(compressed, teacher, settings)
+    recipe = _identity(compressed, corpus, settings, train, held_out, guide)
+    check_output(work, marker=_RECIPE, overwrite=True)
+    with locked(work):
+        _claim(work, recipe)
+        set_seed(settings.seed)
+        before = _loss(model, held_out)
+        peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
+        trainable = train_only(peft, names)
+        log: list[dict[str, float]] = []
+        for phase, (stage, chosen, steps) in enumerate(_phases(names, settings), start=1):
+            train_only(peft, chosen)
+            folder = work / f"{phase}-{stage}"
+            if not (folder / _ADAPTER).is_file():
+                loop = settings.loop(steps, model.device)
+                entries = run(
+                    peft, train, held_out, folder, loop, teacher=guide, stage=f"fine-tune, {stage}", progress=progress
+                )
+                write_json(folder / _LOG, {"log": [{"phase": phase, **entry} for entry in entries]})
+                write_tensors(folder / _ADAPTER, get_state(peft), {"phase": stage})
+            log += json.loads((folder / _LOG).read_text())["log"]
+            set_state(peft, read_tensors(folder / _ADAPTER))
+    with torch.no_grad():
+        probe = held_out[:1].to(model.device)
+        logits = peft.eval()(input_ids=probe, use_cache=False).logits.float()
+        merged = merge(peft)
+        difference = largest_difference(logits, merged(input_ids=probe, use_cache=False).logits.float())
+    targets = sum(count_target(merged.get_submodule(name)) for name in compressed.plan.ranks)
+    if targets != compressed.plan.used:
+        raise UnirankError(f"The modules hold {targets} target parameters, the plan says {compressed.plan.used}.")
+    align_weights(merged)
+    after = _loss(merged, held_out)
+    if compressed.training is not None:
+        recipe["before_that"] = compressed.training
+    training = recipe | {"trainable": trainable, "held_out_before": before, "held_out_after": after}
+    training |= {"merge_difference": difference, "log": log}
+    return dataclasses.replace(compressed, model=merged, training=training, evaluations=())
+
+
+def split_windows(windows: torch.Tensor, settings: Finetune, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to train on, and the last ones, which are held out."""
+    if len(windows) < 2:
+        raise InputError(
+            f"The training text {corpus.name} fills {len(windows)} window of {settings.window} tokens; "
+            "at least 2 are needed, one of them held out."
+        )
+    count = min(len(windows) - 1, max(1, round(settings.held_out * len(windows))))
+    return windows[:-count], windows[-count:]
+
+
+def _teacher(
+    compressed: CompressedModel, teacher: PreTrainedModel | str | None, settings: Finetune
+) -> PreTrainedModel | None:
+    if settings.distill == 0:
+        if teacher is not None:
+            raise InputError("A teacher has nothing to teach with distill = 0; give distill, such as 0.5.")
+        return None
+    if not isinstance(teacher, PreTrainedModel):
+        name = teacher if teacher is not None else compressed.source
+        dtype = str(compressed.model.dtype).removeprefix("torch.")
+        try:
+            teacher, _ = load_pretrained(name, dtype=dtype, device=str(compressed.model.device))
+        except InputError as error:
+            raise InputError(f"The teacher cannot be loaded; name the dense model with teacher: {error}") from error
+    sizes = [model.config.get_text_config().vocab_size for model in (teacher, compressed.model)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"The teacher has {sizes[0]} tokens and the compressed model {sizes[1]}; they must be the same."
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+def _phases(names: Mapping[str, Factor], settings: Finetune) -> list[tuple[str, list[str], int]]:
+    """Name, adapted linears and steps of each phase. Linears that stayed dense are trained in all."""
+    if settings.schedule == "joint":
+        return [("joint", list(names), settings.steps)]
+    sides = {side: [name for name, factor in names.items() if factor in (side, "dense")] for side in ("left", "right")}
+    first = -(-settings.steps // 2)
+    return [("left", sides["left"], first), ("right", sides["right"], settings.steps - first)]
+
+
+def _loss(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    return total_nll(model, windows) / (windows.numel() - len(windows))
+
+
+def _identity(
+    compressed: CompressedModel,
+    corpus: Corpus,
+    settings: Finetune,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    teacher: PreTrainedModel | None,
+) -> dict[str, Any]:
+    """Everything that the result depends on."""
+    windows = {"train": train, "held_out": held_out}
+    data = {"text": corpus.name, "text_sha256": corpus.sha256}
+    data |= {f"{name}_windows": len(tensor) for name, tensor in windows.items()}
+    return {
+        "settings": asdict(settings),
+        "data": data | {"windows_sha256": sha256_tensors(sorted(windows.items()))},
+        "model_sha256": sha256_tensors(compressed.model.state_dict().items()),
+        "teacher_sha256": None if teacher is None else sha256_tensors(teacher.state_dict().items()),
+        "device": device_name(compressed.model.device),
+        "versions": versions(),
+    }
+
+
+def _claim(work: Path, recipe: Mapping[str, Any]) -> None:
+    """Make `work` ours, or resume it. Raises InputError when it is not ours, or belongs to another run."""
+    file = work / _RECIPE
+    if file.is_file():
+        try:
+            found = parse_object(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is damaged ({error}); delete {work} to start again.") from error
+        differs = differences(found, json.loads(json.dumps(recipe)), was="there")
+        if differs:
+            raise InputError(
+                f"The directory {work} belongs to another fine-tuning; it differs in {'; '.join(differs)}. "
+                "Delete it, or choose another."
+            )
+        return
+    write_json(file, recipe)

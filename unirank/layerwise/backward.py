@@ -1,0 +1,129 @@
+"""Gradients at the output of every linear: one backward pass, layer by layer, whose memory is one layer's.
+
+Forward: every layer's input goes to a file. Backward: the head gives the loss and its gradient at the last hidden
+state; then, from the last layer to the first, a layer runs again on its inputs with gradients on, and what arrives at
+its input is the next one's. Every file appears whole, so a killed pass resumes at the first layer without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unirank import ops
+from unirank.errors import InputError, NonFiniteError
+from unirank.layerwise.recording import Recording, layers_of, shadowed
+from unirank.types import Gradient, LoadedModel
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters take no gradients meanwhile, so that autograd keeps nothing for them."""
+    taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in taking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taking:
+            parameter.requires_grad_(True)
+
+
+def head_gradient(
+    loaded: LoadedModel, recording: Recording, ids: torch.Tensor, hidden: torch.Tensor, position: int
+) -> torch.Tensor:
+    """Gradient `[1, T, D]` of the summed NLL of `ids [1, T]` at `hidden [1, T, D]`, what leaves the last decoder layer.
+
+    Raises NonFiniteError when the loss is NaN or infinity; names the window, which is the `position`-th.
+    """
+    leaf = hidden.detach().requires_grad_()
+    output = (leaf,) if recording.returns_tuple else leaf
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        return output
+
+    ids = ids.to(hidden.device)
+    with ExitStack() as stack, torch.enable_grad():
+        for layer in layers_of(loaded):
+            stack.enter_context(shadowed(layer, forward))
+        logits = loaded.model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+        if not bool(loss.isfinite()):
+            raise NonFiniteError(f"The loss of calibration window {position} is NaN or infinity.")
+        return torch.autograd.grad(loss, leaf)[0]
+
+
+def backward_layer(
+    loaded: LoadedModel,
+    index: int,
+    recording: Recording,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+) -> tuple[dict[str, Gradient], list[torch.Tensor]]:
+    """Gradients of the linears of layer `index`, and the gradients `[B, T, D]` of each batch at its input.
+
+    Args:
+        inputs: what entered the layer.
+        outputs: the gradients at what left it.
+    """
+    layer = layers_of(loaded)[index]
+    device = inputs[0].device
+    sums = {
+        spec.name: _Sums(layer.get_submodule(spec.kind), spec.m, spec.n, device)
+        for spec in loaded.linears
+        if spec.layer == index
+    }
+    arriving = []
+    with ExitStack() as stack:
+        for total in sums.values():
+            stack.callback(total.module.register_forward_hook(total.watch).remove)
+        for calls, x, gradient in zip(recording.calls, inputs, outputs, strict=True):
+            leaf = x.detach().requires_grad_()
+            for total in sums.values():
+                total.windows = len(x)
+            with torch.enable_grad():
+                output = calls[index].run(layer, leaf)
+            arriving.append(torch.autograd.grad(output, leaf, gradient)[0])
+    return {name: total.finish(name) for name, total in sums.items()}, arriving
+
+
+class _Sums:
+    """Running sums of one linear's gradients."""
+
+    def __init__(self, module: nn.Module, m: int, n: int, device: torch.device) -> None:
+        self.module = module
+        self.windows = 0  # of the batch that runs; some linears see its tokens in one row (OPT)
+        self._m = m
+        self._g, self._sum, self._rows, self._weight = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((m, m), (m,), (m,), (m, n))
+        )
+        self._windows = self._tokens = 0
+
+    def watch(self, _module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        output.register_hook(self._adder(args[0].detach()))
+
+    def _adder(self, x: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def add(g: torch.Tensor) -> None:
+            flat = g.reshape(-1, self._m)
+            ops.gram_accumulate_(self._g, self._sum, flat)
+            by_window = flat.view(self.windows, -1, self._m), x.reshape(self.windows, -1, x.shape[-1])
+            for g_window, x_window in zip(*by_window, strict=True):
+                weight = (g_window.float().T @ x_window.float()).double()
+                self._weight += weight
+                self._rows += weight.square().sum(1)
+            self._windows += self.windows
+            self._tokens += len(flat)
+
+        return add
+
+    def finish(self, name: str) -> Gradient:
+        if self._tokens == 0:
+            raise InputError(f"No gradient reaches the output of {name}, so a scheme that needs one cannot be used.")
+        if not (self._g.diagonal().isfinite().all() and self._weight.isfinite().all()):
+            raise NonFiniteError(f"The gradient at {name} is NaN or infinity on the calibration text.")
+        return Gradient(self._g / self._tokens, self._rows / self._windows, self._weight / self._tokens)

@@ -1,0 +1,219 @@
+"""Loading a causal language model and finding its targets by structure, never by the model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from unirank.disk.strictjson import parse_object
+from unirank.errors import InputError, NonFiniteError, UnirankError
+from unirank.models import embedded
+from unirank.models.low_rank import LowRankLinear
+from unirank.models.streamed import Pages, page_map, take_pages
+from unirank.models.structure import _refuse_experts, find_linears
+from unirank.provenance import default_device
+from unirank.types import LoadedModel, Paging
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    stream: bool = False,
+) -> LoadedModel:
+    """Load a model and its tokenizer, check them, and list the targets.
+
+    Args:
+        name_or_path: a local directory, a hub name, or "smollm2-135m" (the embedded default).
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: a torch device; None takes the GPU when there is one.
+        revision: hub revision; None is the default branch.
+        trust_remote_code: run modelling code that the checkpoint brings; off unless asked for.
+        stream: leave the decoder layers in the checkpoint's files, for models larger than memory. `analyze`,
+            `truncate` and `CompressedModel.save` then read one at a time; what runs the whole model refuses.
+
+    Raises:
+        InputError: unknown model, no tokenizer, no linears in the decoder layers, a mixture of experts, a compressed
+            model, a tokenizer with more tokens than the model has embeddings.
+        NonFiniteError: a weight holds NaN or infinity; names it.
+    """
+    source = _find(name_or_path, dtype, device, revision, trust_remote_code)
+    model, pages = _read_paged(source) if stream else (_read(source), None)
+    return describe(model, source.tokenizer, source=source.name, pages=pages)
+
+
+def load_pretrained(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load any causal language model, dense or compressed, with its tokenizer. Arguments and errors as in `load`."""
+    source = _find(name_or_path, dtype, device, revision, trust_remote_code)
+    return _read(source), source.tokenizer
+
+
+def load_paged(
+    name_or_path: str | Path, *, dtype: str = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Pages]:
+    """Like `load_pretrained`, but the decoder layers stay in the checkpoint's files."""
+    source = _find(name_or_path, dtype, device, None, False)
+    model, pages = _read_paged(source)
+    return model, source.tokenizer, pages
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint that was found, before its weights are read."""
+
+    name: str  # as the user gave it
+    path: str
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    dtype: Any
+    device: torch.device
+    common: Mapping[str, Any]
+
+
+def _find(
+    name_or_path: str | Path, dtype: str, device: str | None, revision: str | None, trust_remote_code: bool
+) -> _Source:
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype = {dtype!r} is not legal; legal values: {', '.join(_DTYPES)}.")
+    target = _usable_device(device or default_device())
+    name = str(name_or_path)
+    path = str(embedded.embedded_model()) if name == embedded.NAME else name
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not path:
+        raise InputError("The model's name is empty; give a directory, a hub name, or smollm2-135m.")
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise InputError(f"The model directory {path} does not exist.")
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"The model directory {path} holds no config.json, so it is not a Hugging Face checkpoint.")
+    _check_index(Path(path))
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"Cannot load the model {name!r}: it is neither a local directory with a checkpoint nor reachable "
+            f"on the hub ({_first_line(error)})."
+        ) from error
+    except Exception as error:  # what transformers raises for a damaged config is anybody's guess
+        raise InputError(f"The config or tokenizer of {name!r} is damaged: {_first_line(error)}.") from error
+    _refuse_experts(config)
+    return _Source(name, path, config, tokenizer, _DTYPES[dtype], target, common)
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse a local checkpoint whose index names files outside its directory."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        places = set(parse_object(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} is damaged: {error}.") from error
+    for place in places:
+        if not isinstance(place, str) or Path(place).name != place:
+            raise InputError(f"{index} names {place!r}, which is no file of its directory.")
+
+
+def _read(source: _Source, **options: Any) -> PreTrainedModel:
+    try:
+        # Safetensors only: other weight files are pickles.
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=source.config,
+            dtype=source.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **source.common,
+            **options,
+        )
+    except UnirankError:
+        raise
+    except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
+        raise InputError(f"Cannot load the weights of {source.name!r}: {_first_line(error)}.") from error
+    model, found = read
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        raise InputError(f"The checkpoint {source.name!r} lacks the weights {', '.join(missing)}.")
+    if not options:
+        model.to(source.device)
+    return model.eval()
+
+
+def _read_paged(source: _Source) -> tuple[PreTrainedModel, Pages]:
+    code = bool(source.common["trust_remote_code"])
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(source.config, trust_remote_code=code)
+    layers, _ = find_linears(skeleton)
+    logger = getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(ERROR)  # it warns of what is meant here: parameters on the disk
+    try:
+        model = _read(source, device_map=page_map(skeleton, layers, source.device))
+    finally:
+        logger.setLevel(level)
+    return model, take_pages(model, layers, source.device)
+
+
+def _usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without the backend
+        raise InputError(f"The device {name!r} cannot be used here: {_first_line(error)}.") from error
+    return device
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def describe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str = "",
+    pages: Paging | None = None,
+) -> LoadedModel:
+    """Check a model that is already in memory (but for its `pages`) and list its targets. Raises like `load`."""
+    model.eval()
+    _refuse_experts(model.config)
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError(f"The model {source} is quantized; compress the unquantized one it came from.")
+    layers, linears = find_linears(model)
+    rows = embedding_rows(model)
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"The tokenizer does not fit the model: it has {len(tokenizer)} tokens and the model {rows} embeddings."
+        )
+    loaded = LoadedModel(model, tokenizer, layers, linears, source or str(model.config.name_or_path), pages)
+    for name, tensor in loaded.state():
+        # A sum is one pass without a mask in memory; it is finite unless an entry is not (or it overflows: look then).
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise NonFiniteError(f"The weight {name} holds NaN or infinity; the checkpoint is damaged.")
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

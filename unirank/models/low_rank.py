@@ -1,0 +1,151 @@
+"""`LowRankLinear`: what a compressed linear becomes, and where in memory its weights lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from unirank.errors import InputError
+from unirank.models.structure import weight_of
+
+
+class LowRankLinear(nn.Module):
+    """`y = left(right(x))`: two inner linears, `right` N -> R without bias and `left` R -> M with the bias kept.
+
+    peft can target the inner linears by name ("left", "right"). The persistent buffer `weight` (int64 `[1]`, the rank)
+    is a guard: it takes the name of the dense weight that is gone, in a shape that does not fit it, so that a loader
+    which does not know unirank stops with a shape mismatch where it would otherwise start from random weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.added_bias = False  # whether the bias is not the dense linear's
+        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", torch.full((1,), rank, dtype=torch.int64, device=device))
+
+        self.shared: SharedInput | None = None  # set by `unirank.fuse`
+        self.shared_index = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., N]` -> `[..., M]`."""
+        if self.shared is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            product = self.shared.product(self.shared_index, self.right, x)
+            if product is not None:
+                return self.left(product)
+        return self.left(self.right(x))
+
+    def dense_weight(self) -> torch.Tensor:
+        """The product `left @ right`, `[M, N]`."""
+        return self.left.weight @ self.right.weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class SharedInput:
+    """The stacked down-projections of layers that read the same tensor, multiplied once for all of them.
+
+    The first layer that is called with a tensor computes the product, the others take their rows of it. The state is
+    one tuple, replaced as a whole, so that threads that share a model can at worst compute it twice.
+    """
+
+    def __init__(self, layers: Sequence[LowRankLinear]) -> None:
+        self._ranks = [layer.rank for layer in layers]
+        self._weight = torch.cat([layer.right.weight.detach() for layer in layers])
+        for index, (layer, rows) in enumerate(zip(layers, self._weight.split(self._ranks), strict=True)):
+            layer.right.weight.data = rows  # a view: no byte more, and what is written to one shows in the other
+            layer.shared, layer.shared_index = self, index
+        self._pointers = [layer.right.weight.data_ptr() for layer in layers]
+        self._state: tuple[torch.Tensor, int, tuple[torch.Tensor, ...]] | None = None
+
+    def product(self, index: int, right: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """`x @ right.weight.T`, `[..., R]`; None when `right` is no longer what was stacked (adapted, moved, cast)."""
+        if type(right) is not nn.Linear or right.weight.data_ptr() != self._pointers[index]:
+            return None
+        version = 0 if x.is_inference() else x._version
+        state = self._state
+        if state is None or state[0] is not x or state[1] != version:
+            state = (x, version, F.linear(x, self._weight).split(self._ranks, -1))
+        last = index == len(self._ranks) - 1
+        self._state = None if last else state
+        return state[2][index]
+
+
+_ALIGNMENT = 64  # bytes: the widest vector of a CPU, and what MKL asks for
+
+
+def align_weights(model: nn.Module) -> None:
+    """Copy every CPU parameter that does not start on a 64-byte boundary to memory that does; values stay.
+
+    Weights mapped from a file lie where the file's header put them, and BLAS adds in another order at another
+    alignment. Without this, the same weights could give other last bits in another process.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()  # torch allocates on the boundary
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_target(module: nn.Module) -> int:
+    """Weight parameters of one target, dense or low-rank, without its bias."""
+    if isinstance(module, LowRankLinear):
+        return module.left.weight.numel() + module.right.weight.numel()
+    return weight_of(module).numel()
+
+
+def lost_output(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """`(W - left right) mean`, `[M]`: what a bias must add so that the mean output stays. Computed in float64."""
+    mean = mean.double().to(weight.device)
+    lost = weight.double() @ mean - left.double().to(weight.device) @ (right.double().to(weight.device) @ mean)
+    return lost.to(weight.dtype)
+
+
+def make_low_rank(model: nn.Module, name: str, rank: int, *, add_bias: bool = False) -> LowRankLinear:
+    """Put an empty `LowRankLinear` of that rank in the place of the linear `name`, on its device and in its dtype.
+
+    A bias is kept; where there is none, `add_bias` makes one of zeros.
+
+    Raises InputError when there is no such linear, or the rank does not fit its shape.
+    """
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(f"The model has no linear {name}, which the checkpoint's ranks name.") from error
+    if isinstance(linear, nn.Linear):
+        m, n = linear.out_features, linear.in_features
+    elif isinstance(linear, Conv1D):
+        n, m = linear.nx, linear.nf
+    else:
+        raise InputError(f"{name} is a {type(linear).__name__}, not a linear, so it cannot take rank {rank}.")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(m, n):
+        raise InputError(f"The rank of {name} is {rank!r}; legal are whole numbers from 1 to {min(m, n)}.")
+    weight: torch.Tensor = linear.weight
+    has_bias = linear.bias is not None
+    low = LowRankLinear(n, m, rank, bias=has_bias or add_bias, device=weight.device, dtype=weight.dtype)
+    low.train(linear.training)
+    if has_bias:
+        low.left.bias = linear.bias
+    elif add_bias:
+        low.added_bias = True
+        nn.init.zeros_(low.left.bias)
+    model.set_submodule(name, low)
+    return low

@@ -1,0 +1,70 @@
+"""The bridge to transformers: after `import unirank`, `from_pretrained` builds compressed models by itself.
+
+transformers lets a library register a "quantization method"; ours replaces the linears named in the checkpoint's
+`quantization_config` by `LowRankLinear` before the weights are read. Without unirank, transformers only warns about an
+unknown method; the guard of `LowRankLinear` then makes it stop with a shape mismatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from unirank.errors import InputError
+from unirank.models.low_rank import align_weights, make_low_rank
+
+METHOD = "unirank"
+
+
+class UniRankConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed checkpoint: the rank of every linear that is no longer dense.
+
+    `biased` names those that have a bias where the dense linear has none (scheme `afm`); it is written only then.
+    Raises InputError when either is something else.
+    """
+
+    biased: Sequence[str] = ()
+
+    def __init__(self, ranks: Mapping[str, int] | None = None, biased: Sequence[str] = (), **_: Any) -> None:
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        if ranks is not None and not isinstance(ranks, Mapping):
+            raise InputError(f"quantization_config.ranks must map names to ranks, got {type(ranks).__name__}.")
+        self.ranks = dict(ranks or {})
+        if not isinstance(biased, list | tuple) or not all(isinstance(b, str) and b in self.ranks for b in biased):
+            raise InputError(f"quantization_config.biased must be a list of linears that ranks names, got {biased!r}.")
+        if biased:
+            self.biased = list(biased)
+
+
+class UniRankQuantizer(HfQuantizer):
+    """Builds the low-rank skeleton before transformers loads the weights into it."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        config: Any = self.quantization_config
+        for name, rank in config.ranks.items():
+            make_low_rank(model, name, rank, add_bias=name in config.biased)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        align_weights(model)
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+register_quantization_config(METHOD)(UniRankConfig)
+register_quantizer(METHOD)(UniRankQuantizer)

@@ -1,0 +1,117 @@
+"""From spectra and a removed fraction to a rank plan: milliseconds, on any store, for any ratio and any allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from unirank.analysis.store import AnalysisStore
+from unirank.errors import InputError
+from unirank.planning.allocator import Request
+from unirank.planning.allocator import allocator as allocator_of
+from unirank.planning.allocator.base import Workbench, check_floor, options_of
+from unirank.planning.score import ScoreSettings
+from unirank.rank_plan import RankPlan, budget_of, canonical
+from unirank.types import LinearSpec, Rank
+
+
+def plan(
+    store: AnalysisStore,
+    remove: float,
+    *,
+    allocator: str = "unirank",
+    settings: ScoreSettings | None = None,
+    min_rank: int = 1,
+    multiple_of: int = 1,
+    options: Mapping[str, float] | None = None,
+    workbench: Workbench | None = None,
+) -> RankPlan:
+    """Ranks for every target of `store`, at most `floor((1 - remove) Σ M N)` parameters in total.
+
+    Args:
+        remove: the fraction of the targets' weight parameters to remove, in [0, 1).
+        allocator: see `unirank.allocators()`.
+        settings: score settings of the allocators that rank components; None is UniRank.
+        min_rank: least rank of a matrix.
+        multiple_of: ranks are multiples of this (dense matrices aside).
+        options: the allocator's own options by name.
+        workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`); see
+            `unirank.make_workbench`. The model is left as it was found.
+
+    Raises:
+        InputError: an argument is not legal, or `min_rank` makes `remove` unreachable.
+        StoreError: the store is unfinished or damaged.
+    """
+    settings = settings or ScoreSettings()
+    budget = check_request(
+        store.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of, options=options
+    )
+    rule = allocator_of(allocator)
+    chosen = options_of(rule, options or {})
+    if rule.measures and workbench is None:
+        raise InputError(
+            f"The allocator {allocator} measures the model, so a plan needs the model; give it with --model."
+        )
+    if rule.gradients and not store.has_gradients:
+        raise InputError(
+            f"The allocator {allocator} needs gradients and the store {store.path} has none; "
+            "analyze with --gradients N."
+        )
+    store.require_complete()
+    request = Request(
+        store.linears,
+        store.energies(),
+        store.cosines(),
+        settings,
+        remove,
+        budget,
+        min_rank,
+        multiple_of,
+        store,
+        chosen,
+        workbench,
+    )
+    numbers, threshold, *learned = rule.allocate(request)
+    ranks: dict[str, Rank] = {
+        spec.name: canonical(spec, number) for spec, number in zip(store.linears, numbers, strict=True)
+    }
+    return RankPlan(
+        ranks=ranks,
+        shapes={spec.name: (spec.m, spec.n) for spec in store.linears},
+        remove=remove,
+        budget=budget,
+        used=sum(spec.rank_cost(ranks[spec.name]) for spec in store.linears),
+        threshold=threshold,
+        allocator=allocator,
+        scheme=store.identity["scheme"],
+        settings={"min_rank": min_rank, "multiple_of": multiple_of}
+        | chosen
+        | (asdict(settings) if rule.scored else {})
+        | (dict(learned[0]) if learned else {}),
+        analysis=store.digest,
+    )
+
+
+def check_request(
+    linears: Sequence[LinearSpec],
+    remove: float,
+    *,
+    allocator: str,
+    min_rank: int,
+    multiple_of: int,
+    options: Mapping[str, float] | None = None,
+) -> int:
+    """The budget of `linears`; raises InputError when `plan` could not honour these arguments.
+
+    Cheap, so that callers ask before the analysis; with no linears it checks the arguments by themselves.
+    """
+    rule = allocator_of(allocator)
+    chosen = options_of(rule, options or {})
+    if rule.check is not None:
+        rule.check(linears, chosen)
+    budget = budget_of(remove, sum(spec.params for spec in linears))
+    for name, value in (("min_rank", min_rank), ("multiple_of", multiple_of)):
+        if value < 1:
+            raise InputError(f"{name} = {value} is not legal; it must be at least 1.")
+    check_floor(linears, remove, budget, min_rank, multiple_of)
+    return budget

@@ -1,0 +1,116 @@
+"""A rank plan: ranks for one exact budget, without any module or tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from unirank.disk.strictjson import parse_object
+from unirank.errors import InputError
+from unirank.types import DENSE, LinearSpec, Rank
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks for one exact budget; the whole truth about an allocation, without any module or tensor."""
+
+    ranks: Mapping[str, Rank]
+    shapes: Mapping[str, tuple[int, int]]  # (M, N)
+    remove: float
+    budget: int
+    used: int
+    threshold: float | None  # score of the last kept component; None for rules without scores
+    allocator: str
+    scheme: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    analysis: str = ""  # sha256 of the store's identity
+
+    def __post_init__(self) -> None:
+        recount = sum(self.rank_cost(name) for name in self.ranks)
+        if recount != self.used or self.used > self.budget:
+            raise InputError(
+                f"The plan is not sound: its ranks cost {recount} parameters, it says used = {self.used} "
+                f"and budget = {self.budget}; used must equal the recount and be at most the budget."
+            )
+
+    def rank_cost(self, name: str) -> int:
+        m, n = self.shapes[name]
+        rank = self.ranks[name]
+        return m * n if rank == DENSE else min(int(rank) * (m + n), m * n)
+
+    @property
+    def total(self) -> int:
+        return sum(m * n for m, n in self.shapes.values())
+
+    def to_json(self) -> str:
+        record = asdict(self)
+        record["format"] = 1
+        return json.dumps(record, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RankPlan:
+        """Read `to_json`'s output. Raises InputError for anything else."""
+        try:
+            record = parse_object(text)
+            if record.pop("format") != 1:
+                raise ValueError("unknown format")
+            cls._check(record)
+            record["shapes"] = {name: (m, n) for name, (m, n) in record["shapes"].items()}
+            for name, rank in record["ranks"].items():
+                m, n = record["shapes"][name]
+                if rank != DENSE and not (type(rank) is int and 1 <= rank <= min(m, n)):
+                    raise ValueError(f"rank of {name} is {rank!r}, legal is 1 to {min(m, n)} or {DENSE!r}")
+            if record["ranks"].keys() != record["shapes"].keys():
+                raise ValueError("ranks and shapes name different linears")
+            return cls(**record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"This is not a unirank rank plan: {error}.") from error
+
+    @staticmethod
+    def _check(record: Mapping[str, Any]) -> None:
+        """Raise ValueError or KeyError unless every entry has a value that `to_json` could have written."""
+        remove, threshold = record["remove"], record["threshold"]
+        good = {
+            "ranks": isinstance(record["ranks"], dict),
+            "shapes": isinstance(record["shapes"], dict)
+            and all(
+                isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+                for shape in record["shapes"].values()
+            ),
+            "remove": type(remove) in (int, float) and 0 <= remove < 1,
+            "budget": type(record["budget"]) is int,
+            "used": type(record["used"]) is int,
+            "threshold": threshold is None or type(threshold) in (int, float),
+            "allocator": isinstance(record["allocator"], str),
+            "scheme": isinstance(record["scheme"], str),
+            "settings": isinstance(record.get("settings", {}), dict),
+            "analysis": isinstance(record.get("analysis", ""), str),
+        }
+        for key, fine in good.items():
+            if not fine:
+                raise ValueError(f"{key} is {str(record[key])[:80]!r}")
+
+
+def canonical(spec: LinearSpec, rank: Rank) -> Rank:
+    """The rank, or "dense" where its factors would cost as much as the matrix."""
+    return DENSE if spec.rank_cost(rank) == spec.params else rank
+
+
+def budget_of(remove: float, total: int) -> int:
+    """`B = floor((1 - remove) * total)`; raises InputError unless `remove` lies in [0, 1)."""
+    if isinstance(remove, bool) or not isinstance(remove, int | float) or not 0 <= remove < 1:
+        raise InputError(
+            f"remove = {remove!r} is not legal: it is the fraction of the target weights to remove, "
+            "at least 0 and less than 1 (0.2 removes 20 %)."
+        )
+    # Exact arithmetic on the decimal that the user wrote, not on its binary neighbour: (1 - 0.9) * 10 must give 1.
+    return math.floor((1 - Fraction(repr(float(remove)))) * total)

@@ -1,0 +1,54 @@
+"""The page about a checkpoint, gathered, drawn and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from unirank.analysis.store import AnalysisStore
+from unirank.disk.files import write_text
+from unirank.evaluation.perplexity import generate
+from unirank.models.loading import load_pretrained
+from unirank.report.gather import ReportData, gather
+from unirank.report.page import page
+
+PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
+
+
+def samples(
+    checkpoint: Path, dense: str, *, prompts: Sequence[str] = PROMPTS, device: str | None = None
+) -> tuple[tuple[str, str, str], ...]:
+    """Greedy continuations of `prompts` by the dense and the compressed model. Raises like `unirank.load`."""
+    texts = []
+    for name in (dense, str(checkpoint)):
+        model, tokenizer = load_pretrained(name, device=device)
+        texts.append([generate(model, tokenizer, prompt) for prompt in prompts])
+    return tuple(zip(prompts, *texts, strict=True))
+
+
+def write_report(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    store: AnalysisStore | None = None,
+    grid: str | Path | None = None,
+    dense: str | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    device: str | None = None,
+) -> ReportData:
+    """Write the page `out` about a compressed checkpoint.
+
+    Args:
+        store: the analysis it was made from; adds cosines, spectra and effective ranks.
+        grid: a JSON result of `bench_quality.py`, or `demo.json`; adds perplexities.
+        dense: the dense model; adds continuations of `prompts` side by side.
+
+    Raises InputError when one of them is not what it should be, WriteError when the disk refuses.
+    """
+    checkpoint = Path(checkpoint)
+    data = gather(checkpoint, store, Path(grid) if grid is not None else None)
+    if dense is not None:
+        found = samples(checkpoint, dense, prompts=prompts, device=device)
+        data = gather(checkpoint, store, Path(grid) if grid is not None else None, found)
+    write_text(Path(out), page(data))
+    return data

@@ -1,0 +1,142 @@
+"""Texts and token windows, for calibration and for perplexity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unirank.disk.hashing import sha256_text
+from unirank.errors import InputError
+from unirank.models.loading import embedding_rows
+from unirank.text.records import NAMED, is_records, read_documents
+
+BUILTIN = "builtin"
+BUILTIN_HELD_OUT = "builtin-held-out"
+# The first 70 % of Python's documentation calibrates, the last 20 % is held out; the gap between keeps them apart.
+_CALIBRATION_SHARE, _HELD_OUT_SHARE = 0.7, 0.2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, where it came from, and its hash. `split` and `revision` are what was asked of a dataset."""
+
+    name: str
+    content: str
+    split: str | None = None
+    revision: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        return sha256_text(self.content)
+
+
+def read_text(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    split: str | None = None,
+    revision: str | None = None,
+    held_out: bool = False,
+) -> Text:
+    """Read a UTF-8 file, the documentation that ships with Python ("builtin", "builtin-held-out"), or records.
+
+    Records (see `unirank.sources.read_documents`, also for the other arguments) become one text.
+
+    Raises InputError when the file is missing, is not UTF-8 text, or is empty; and like `read_documents`.
+    """
+    if source in (BUILTIN, BUILTIN_HELD_OUT):
+        from pydoc_data.topics import topics
+
+        whole = "\n\n".join(topics[key] for key in sorted(topics))
+        if source == BUILTIN:
+            return Text(source, whole[: int(_CALIBRATION_SHARE * len(whole))])
+        return Text(source, whole[-int(_HELD_OUT_SHARE * len(whole)) :])
+    if is_records(source):
+        documents, separator = read_documents(source, tokenizer, split=split, revision=revision, held_out=held_out)
+        name = Path(source).name if Path(source).is_file() else source
+        return Text(name, separator.join(documents), split, revision)
+    if split is not None or revision is not None:
+        raise InputError(f"The text {source!r} is no dataset, so it has no split and no revision.")
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(
+            f"The text {source!r} is not a file; legal are a path to UTF-8 text, JSON lines or parquet, {BUILTIN!r}, "
+            f"{BUILTIN_HELD_OUT!r}, {', '.join(map(repr, NAMED))}, and a dataset's directory or hub name."
+        )
+    try:
+        content = path.read_text(encoding="utf-8")  # with universal newlines: a CR is no token of its own
+    except UnicodeDecodeError as error:
+        raise InputError(f"The text {source} is not UTF-8: {error}.") from error
+    if not content.strip():
+        raise InputError(f"The text {source} is empty.")
+    return Text(path.name, content)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, model: PreTrainedModel) -> torch.Tensor:
+    """Tokenise the whole text at once, without special tokens: int64 `[tokens]` on the CPU.
+
+    Raises InputError when a token id has no embedding in `model`.
+    """
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    rows = embedding_rows(model)
+    if len(tokens) and int(tokens.max()) >= rows:
+        raise InputError(
+            f"The tokenizer does not fit the model: {text.name} gives token {int(tokens.max())}, "
+            f"the model has {rows} embeddings."
+        )
+    return tokens
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS id when the tokenizer puts one in front by itself (Gemma, Llama 3), else None."""
+    bos = tokenizer.bos_token_id
+    return bos if isinstance(bos, int) and list(tokenizer("a").input_ids)[:1] == [bos] else None
+
+
+def _check_length(tokens: torch.Tensor, window: int, needed: int, name: str) -> None:
+    if window < 2:
+        raise InputError(f"A window of {window} tokens is not legal; at least 2 are needed.")
+    if len(tokens) < needed:
+        raise InputError(
+            f"The text {name} is too short: it has {len(tokens)} tokens, windows of {window} need at least {needed}."
+        )
+
+
+def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
+    return windows if bos is None else torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def calibration_windows(
+    tokens: torch.Tensor, *, windows: int, window: int, seed: int, bos: int | None = None, name: str = "text"
+) -> torch.Tensor:
+    """Windows at uniformly random positions: int64 `[windows, window]`.
+
+    Positions are `torch.randint(0, len - window, (windows,))` under `torch.Generator` seed `seed` (method 8).
+    Raises InputError when the text is shorter than a window.
+    """
+    _check_length(tokens, window, window + 1, name)
+    if windows < 1:
+        raise InputError(f"windows = {windows} is not legal; at least 1 is needed.")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(tokens) - window, (windows,), generator=generator)
+    length = window - (bos is not None)  # BOS counts as one token of the window
+    return _with_bos(torch.stack([tokens[start : start + length] for start in starts.tolist()]), bos)
+
+
+def evaluation_windows(
+    tokens: torch.Tensor, *, window: int, limit: int | None = None, bos: int | None = None, name: str = "text"
+) -> torch.Tensor:
+    """Non-overlapping windows from the start, the short tail dropped: int64 `[W, window]`, at most `limit`.
+
+    Raises InputError when the text is shorter than a window.
+    """
+    _check_length(tokens, window, window, name)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit = {limit} is not legal; at least 1 window is needed.")
+    length = window - (bos is not None)
+    count = len(tokens) // length
+    return _with_bos(tokens[: count * length].view(count, length)[:limit], bos)
