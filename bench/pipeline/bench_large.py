@@ -89,7 +89,7 @@ def timed(arguments: Sequence[str]) -> tuple[dict[str, Any], float, int]:
     """The JSON that a command printed, its seconds and the peak of its resident memory in bytes."""
     with tempfile.TemporaryFile("w+") as printed:
         started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "unirank.cli.main", *arguments, "--json"], stdout=printed)
+        process = subprocess.Popen([sys.executable, "-m", "unirank.cli", *arguments, "--json"], stdout=printed)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)

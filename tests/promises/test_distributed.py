@@ -62,7 +62,7 @@ def arguments(folder: Path, out: str, text_file: Path) -> list[object]:
 
 
 def analyze(folder: Path, processes: int, out: str, text: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return torchrun(processes, "-m", "unirank.cli.main", *arguments(folder, out, text), *more)
+    return torchrun(processes, "-m", "unirank.cli", *arguments(folder, out, text), *more)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -121,17 +121,17 @@ def test_another_number_of_processes_is_another_analysis(place: Path, text_file:
 def test_compress_writes_one_checkpoint(place: Path, text_file: Path) -> None:
     common = ["--calib", text_file, "--windows", 10, "--window", 24, "--batch", 2, "--device", "cpu", "--scheme", "afm"]
     command = ["compress", place / "model", "-r", 0.3, "-o", place / "out", "--store", place / "store-2", *common]
-    done = torchrun(2, "-m", "unirank.cli.main", *command)
+    done = torchrun(2, "-m", "unirank.cli", *command)
     assert done.returncode == 0, done.stderr
     assert unirank.open_compressed(place / "out", device="cpu").plan == unirank.plan(open_store(place / "store-2"), 0.3)
 
 
 def test_too_few_batches_and_other_commands_are_refused(place: Path, text_file: Path) -> None:
     few = [*arguments(place, "few", text_file), "--windows", 2]
-    done = torchrun(2, "-m", "unirank.cli.main", *few)
+    done = torchrun(2, "-m", "unirank.cli", *few)
     assert "2 processes need a batch of windows each, and there are 1 of 2" in done.stderr.replace("\n", " ")
     assert not (place / "few").exists()
-    done = torchrun(2, "-m", "unirank.cli.main", "plan", place / "store-1", "--remove", 0.3)
+    done = torchrun(2, "-m", "unirank.cli", "plan", place / "store-1", "--remove", 0.3)
     assert "torchrun is for `unirank analyze` and `unirank compress`" in done.stderr.replace("\n", " ")
 
 

@@ -26,7 +26,7 @@ USED = """
 import sys, unirank
 assert unirank.__file__.startswith({installed!r}), unirank.__file__
 sys.argv = ["unirank", *{arguments!r}]
-from unirank.cli import main
+from unirank.cli.main import main
 main()
 """
 

@@ -19,7 +19,7 @@ before = itertools.chain([-1e9] * 50, itertools.count(-1e9, -3600))
 time.time = lambda: next(before)
 time.time_ns = lambda: int(next(before) * 1e9)
 """
-RUN = "{clock}\nfrom unirank.cli import main\nmain()"
+RUN = "{clock}\nfrom unirank.cli.main import main\nmain()"
 PLAIN = {"LC_ALL": "C.UTF-8", "TZ": "UTC"}
 # A C locale in which Python may not help itself to UTF-8.
 ASCII = {"LC_ALL": "C", "TZ": "UTC", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -368,7 +368,3 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with exit_codes():
         app()
-
-
-if __name__ == "__main__":
-    main()
