@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from unirank.analysis.calibration import Calibration
 from unirank.disk.hashing import sha256_tensors, sha256_text
+from unirank.errors import InputError
 from unirank.provenance import device_name, versions
 from unirank.text.windows import Text
 from unirank.types import LoadedModel
+
+if TYPE_CHECKING:
+    from unirank.analysis.store import AnalysisStore
 
 
 def weights_hash(loaded: LoadedModel) -> str:
     """SHA-256 over every tensor of the model, in name order: the identity of what was analysed."""
     return sha256_tensors(loaded.state(by_name=True))
+
+
+def check_model(loaded: LoadedModel, store: AnalysisStore) -> None:
+    """Raise InputError unless `store` was made from the model `loaded`: the same linears, and the same weights."""
+    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
+        raise InputError(
+            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
+        )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

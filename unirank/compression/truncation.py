@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unirank.analysis.identity import weights_hash
+from unirank.analysis.identity import check_model
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError, NonFiniteError, UnirankError
 from unirank.models.low_rank import (
@@ -124,10 +124,7 @@ def check_plan(loaded: LoadedModel, store: AnalysisStore, plan: RankPlan) -> Non
     """Raise InputError where `plan` was not made from `store`, or `store` from another model than `loaded`."""
     if plan.analysis != store.digest:
         raise InputError(f"The plan was not made from the store {store.path}; make one with: unirank plan.")
-    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
-        raise InputError(
-            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
-        )
+    check_model(loaded, store)
 
 
 def settle(loaded: LoadedModel, plan: RankPlan, model_before: int) -> TruncateReport:

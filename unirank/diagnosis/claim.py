@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unirank.analysis.identity import weights_hash
+from unirank.analysis.identity import check_model
 from unirank.analysis.store import AnalysisStore
 from unirank.diagnosis.correlation import LEAST, LEVEL, Correlation, spearman
 from unirank.diagnosis.spectra import SECOND_MOMENT, Geometry, Group, stream_spectra, weight_energies
@@ -171,7 +171,7 @@ def diagnose(
         raise InputError("A calibration text is of use only together with the model that was analyzed.")
     if loaded is not None:
         loaded.require_whole("A diagnosis of weights and streams")
-        _require_same_model(store, loaded)
+        check_model(loaded, store)
     token_windows, no_windows = (None, _NO_MODEL) if loaded is None else _windows(store, loaded, text)
 
     cosines: dict[tuple[int, Sublayer], float] = {
@@ -229,13 +229,6 @@ def diagnose(
 
 
 _NO_MODEL = "needs the model that was analyzed: --model"
-
-
-def _require_same_model(store: AnalysisStore, loaded: LoadedModel) -> None:
-    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
-        raise InputError(
-            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
-        )
 
 
 def _windows(store: AnalysisStore, loaded: LoadedModel, text: str | None) -> tuple[torch.Tensor | None, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unirank.analysis.calibration import Calibration, windows_of
-from unirank.analysis.identity import weights_hash
+from unirank.analysis.identity import check_model
 from unirank.analysis.store import AnalysisStore
 from unirank.disk.hashing import sha256_tensors
 from unirank.errors import InputError
@@ -33,10 +33,7 @@ def make_workbench(
             f"The store {store.path} was calibrated on {recorded['text']!r}, a file that it knows by name only; "
             "give its path with --calib."
         )
-    if store.linears != loaded.linears or store.identity["model"]["weights_sha256"] != weights_hash(loaded):
-        raise InputError(
-            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
-        )
+    check_model(loaded, store)
     dataset = {key: recorded.get(key) for key in ("split", "revision")}
     source = read_text(text if text is not None else recorded["text"], loaded.tokenizer, **dataset)
     drawn = Calibration(source.name, recorded["windows"], recorded["window"], recorded["seed"])
