@@ -22,7 +22,7 @@ import unirank
 from tests.support.tiny import WORDS
 from unirank.analysis.store import AnalysisStore
 from unirank.models import embedded
-from unirank.planning.allocator import Workbench
+from unirank.planning.allocator.base import Workbench
 from unirank.types import LoadedModel
 
 

@@ -1,43 +1,82 @@
 """unirank: smaller language models by low-rank decomposition, with one global ranking of all components.
 
 Importing it teaches transformers to load compressed checkpoints. The stages, in order: `load`, `analyze`, `plan`,
-`truncate` (or all in one: `compress`), `evaluate`. `remove` is always the fraction of the decoder linears' weights that
+`apply` (or all in one: `compress`), `evaluate`. `remove` is always the fraction of the decoder linears' weights that
 is removed.
+
+Names are imported when they are first used, so that `import unirank` itself loads neither torch nor transformers.
 """
 
-from importlib.metadata import version as _version
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any
 
-from unirank import ops, reference
-from unirank.analysis.calibration import Calibration
-from unirank.analysis.fill_store import analyze
-from unirank.analysis.scheme import schemes
-from unirank.analysis.store import AnalysisStore, open_store
-from unirank.api import apply, compress
-from unirank.compression.checkpoint import CompressedModel, open_compressed
-from unirank.compression.densified import densify
-from unirank.compression.refine import Refine
-from unirank.compression.truncation import TruncateReport, truncate
-from unirank.diagnosis.claim import Diagnosis, diagnose
-from unirank.diagnosis.correlation import spearman
-from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
-from unirank.evaluation.perplexity import EvalReport, evaluate, generate
-from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
-from unirank.finetuning.tuning import Finetune, finetune
-from unirank.models import quantizer as _hf  # registers the checkpoint format with transformers
-from unirank.models.fused import fuse
-from unirank.models.loading import describe, load
-from unirank.models.low_rank import LowRankLinear
-from unirank.planning.allocator import allocators
-from unirank.planning.imported_ranks import import_plan
-from unirank.planning.measuring import make_workbench
-from unirank.planning.ranks import plan
-from unirank.planning.score import ScoreSettings
-from unirank.rank_plan import RankPlan
-from unirank.recipes import presets
-from unirank.types import Factors, LinearSpec, LoadedModel, effective_rank
+from unirank.models import registration as _registration
 
-__version__ = _version("unirank")
-UniRankConfig = _hf.UniRankConfig
+if TYPE_CHECKING:
+    from unirank import ops, reference
+    from unirank.analysis.calibration import Calibration
+    from unirank.analysis.fill_store import analyze
+    from unirank.analysis.scheme import schemes
+    from unirank.analysis.store import AnalysisStore, open_store
+    from unirank.api import apply, compress
+    from unirank.compression.checkpoint import CompressedModel, open_compressed
+    from unirank.compression.densified import densify
+    from unirank.compression.refine import Refine
+    from unirank.compression.truncation import TruncateReport, truncate
+    from unirank.diagnosis.claim import Diagnosis, diagnose
+    from unirank.diagnosis.correlation import spearman
+    from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
+    from unirank.evaluation.perplexity import EvalReport, evaluate, generate
+    from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
+    from unirank.finetuning.settings import Finetune
+    from unirank.finetuning.tuning import finetune
+    from unirank.models.fused import fuse
+    from unirank.models.loading import describe, load
+    from unirank.models.low_rank import LowRankLinear
+    from unirank.models.quantizer import UniRankConfig
+    from unirank.planning.allocator import allocators
+    from unirank.planning.imported_ranks import import_plan
+    from unirank.planning.measuring import make_workbench
+    from unirank.planning.ranks import plan
+    from unirank.planning.score import ScoreSettings
+    from unirank.rank_plan import RankPlan
+    from unirank.recipes import Preset, presets
+    from unirank.report.write import write_report
+    from unirank.types import Factors, LinearSpec, LoadedModel, effective_rank
+
+# Where each public name is. tests/promises/test_start_up.py holds it against the imports above.
+_HOME = {
+    "analysis.calibration": ("Calibration",),
+    "analysis.fill_store": ("analyze",),
+    "planning.ranks": ("plan",),
+    "analysis.scheme": ("schemes",),
+    "analysis.store": ("AnalysisStore", "open_store"),
+    "api": ("apply", "compress"),
+    "compression.checkpoint": ("CompressedModel", "open_compressed"),
+    "compression.densified": ("densify",),
+    "compression.refine": ("Refine",),
+    "compression.truncation": ("TruncateReport", "truncate"),
+    "diagnosis.claim": ("Diagnosis", "diagnose"),
+    "diagnosis.correlation": ("spearman",),
+    "errors": ("InputError", "NonFiniteError", "StoreError", "UnirankError", "WriteError"),
+    "evaluation.perplexity": ("EvalReport", "evaluate", "generate"),
+    "evaluation.tasks": ("TaskReport", "Tasks", "run_tasks"),
+    "finetuning.settings": ("Finetune",),
+    "finetuning.tuning": ("finetune",),
+    "models.fused": ("fuse",),
+    "models.loading": ("describe", "load"),
+    "models.low_rank": ("LowRankLinear",),
+    "models.quantizer": ("UniRankConfig",),
+    "planning.allocator": ("allocators",),
+    "planning.imported_ranks": ("import_plan",),
+    "planning.measuring": ("make_workbench",),
+    "planning.score": ("ScoreSettings",),
+    "rank_plan": ("RankPlan",),
+    "recipes": ("Preset", "presets"),
+    "report.write": ("write_report",),
+    "types": ("Factors", "LinearSpec", "LoadedModel", "effective_rank"),
+}
+_HOME_OF = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "AnalysisStore",
@@ -52,6 +91,7 @@ __all__ = [
     "LoadedModel",
     "LowRankLinear",
     "NonFiniteError",
+    "Preset",
     "RankPlan",
     "Refine",
     "ScoreSettings",
@@ -88,4 +128,27 @@ __all__ = [
     "schemes",
     "spearman",
     "truncate",
+    "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("unirank")
+    elif name in ("ops", "reference"):
+        return _import_module(f"unirank.{name}")
+    elif name in _HOME_OF:
+        value = getattr(_import_module(f"unirank.{_HOME_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module 'unirank' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_registration.register()

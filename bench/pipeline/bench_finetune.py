@@ -31,7 +31,8 @@ from unirank.cli.terminal import bars
 from unirank.disk.files import write_text
 from unirank.finetuning.adapters import adapted, attach, merge, set_state, train_only
 from unirank.finetuning.loop import run
-from unirank.finetuning.tuning import Schedule, split_windows
+from unirank.finetuning.settings import Schedule
+from unirank.finetuning.tuning import loop_of, split_windows
 from unirank.models.embedded import NAME
 from unirank.models.low_rank import LowRankLinear, make_low_rank
 from unirank.progress import OnProgress
@@ -97,7 +98,7 @@ def retruncate(job: Job) -> dict[str, Any]:
     set_seed(settings.seed)
     peft = attach(model, ranks, rank=settings.rank, alpha=2 * settings.rank, ranks=ranks)
     trainable = train_only(peft, ranks)
-    loop = settings.loop(settings.steps, model.device)
+    loop = loop_of(settings, settings.steps, model.device)
     run(peft, *windows, job.work, loop, teacher=None, stage="fine-tune the product", progress=job.progress)
     merged = merge(peft)
     unmerged = job.score(merged, compressed.tokenizer)  # before the second truncation

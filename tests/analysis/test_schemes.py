@@ -26,7 +26,8 @@ from tests.support.problems import (
     total_energy,
     with_gradients,
 )
-from unirank.analysis.scheme import Problem, scheme, schemes
+from unirank.analysis.scheme import scheme, schemes
+from unirank.analysis.scheme.base import Problem
 from unirank.analysis.scheme.kfac import DAMPING
 from unirank.analysis.scheme.scaled import FLOOR
 from unirank.analysis.scheme.two_sided import Target, damped

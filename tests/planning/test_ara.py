@@ -15,9 +15,11 @@ from tests.support.tiny import WORDS
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import NonFiniteError
 from unirank.evaluation.perplexity import total_nll
-from unirank.planning.allocator import Workbench, ara, swift
+from unirank.layerwise.lending import lent
+from unirank.planning.allocator import ara, swift
+from unirank.planning.allocator.base import Workbench
 from unirank.planning.allocator.masks import Staircase
-from unirank.planning.allocator.measure import lent, replaced, truncated
+from unirank.planning.allocator.measure import replaced, truncated
 from unirank.types import DENSE, LinearSpec, LoadedModel
 
 

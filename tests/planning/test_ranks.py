@@ -17,7 +17,8 @@ from tests.support.components import SHAPES, allocate, cost, make_request, reach
 from tests.support.tiny import build
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError, NonFiniteError
-from unirank.planning.allocator import Request, allocator
+from unirank.planning.allocator import allocator
+from unirank.planning.allocator.base import Request
 from unirank.planning.score import ScoreSettings, assemble, importance_of, score
 from unirank.rank_plan import RankPlan, budget_of
 from unirank.types import DENSE, CosineStat, LinearSpec

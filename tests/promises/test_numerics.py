@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from unirank import ops
-from unirank.analysis.scheme import Problem, scheme
+from unirank.analysis.scheme import scheme
+from unirank.analysis.scheme.base import Problem
 from unirank.errors import NonFiniteError
 from unirank.types import Moment
 

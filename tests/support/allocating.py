@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from unirank.analysis.store import AnalysisStore
-from unirank.planning.allocator import Request, Workbench
-from unirank.planning.allocator.base import options_of
+from unirank.planning.allocator.base import Request, Workbench, options_of
 from unirank.planning.score import ScoreSettings
 from unirank.rank_plan import budget_of
 from unirank.types import LoadedModel

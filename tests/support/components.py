@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from unirank.analysis.store import AnalysisStore
-from unirank.planning.allocator import Request, allocator
+from unirank.planning.allocator import allocator
+from unirank.planning.allocator.base import Request
 from unirank.planning.score import ScoreSettings
 from unirank.rank_plan import budget_of
 from unirank.types import CosineStat, LinearSpec

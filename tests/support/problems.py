@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from unirank.analysis.scheme import Problem, scheme
+from unirank.analysis.scheme import scheme
+from unirank.analysis.scheme.base import Problem
 from unirank.analysis.scheme.kfac import DAMPING
 from unirank.analysis.scheme.scaled import FLOOR
 from unirank.analysis.scheme.two_sided import damped

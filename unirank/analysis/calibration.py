@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unirank.analysis.scheme import Scheme
+from unirank.analysis.scheme.base import Scheme
 from unirank.errors import InputError
 from unirank.text.windows import BUILTIN, Text, bos_of, calibration_windows, tokenize
 from unirank.types import LoadedModel

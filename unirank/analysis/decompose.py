@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from unirank.analysis.scheme import Problem, Scheme
-from unirank.analysis.scheme.base import WORK_DTYPE
+from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
 from unirank.distributed import owners, rank, send_to_zero, size
 from unirank.errors import NonFiniteError, UnirankError
 from unirank.models.structure import weight_of

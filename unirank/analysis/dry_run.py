@@ -16,11 +16,12 @@ import torch
 
 from unirank.analysis.calibration import Calibration, gradient_windows, windows_of
 from unirank.analysis.decompose import decompose_layer
-from unirank.analysis.scheme import Scheme
 from unirank.analysis.scheme import scheme as scheme_of
+from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import create_or_resume
 from unirank.errors import InputError
-from unirank.layerwise.backward import backward_layer, frozen, head_gradient
+from unirank.layerwise.backward import backward_layer, head_gradient
+from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import Recording, Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.models.shards import SHARD_BYTES
@@ -194,7 +195,7 @@ def _work_on_first_layer(
             with torch.no_grad():
                 recording.calls[0][0].run(loaded.model.get_submodule(f"{loaded.layers}.0"), streams.batches[0])
             work.forward = clock.lap()
-            with frozen(loaded.model):
+            with lent(loaded.model):
                 gradients, _ = backward_layer(loaded, 0, recording, streams.batches, streams.batches)
                 work.backward = clock.lap()
                 for ids, hidden in zip(windows, streams.batches[0], strict=True):

@@ -85,7 +85,7 @@ def finetune_command(
             lr=lr,
             rank=rank,
             alpha=alpha,
-            dense=dense,
+            adapt_dense=dense,
             distill=distill,
             temperature=temperature,
             held_out=held_out,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
@@ -31,6 +30,7 @@ from unirank.finetuning.adapters import (
     train_only,
 )
 from unirank.finetuning.loop import Loop, run
+from unirank.finetuning.settings import Finetune
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
 from unirank.progress import OnProgress, silent
@@ -40,102 +40,29 @@ from unirank.types import DENSE
 
 _RECIPE = "finetune.json"
 _LOG, _ADAPTER = "log.json", "adapters.safetensors"  # of a finished phase; the second is written last
-Schedule = Literal["joint", "left-then-right"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
-@dataclass(frozen=True)
-class Finetune:
-    """How to fine-tune. Defaults are **choices**.
-
-    Attributes:
-        steps: optimizer steps, of all phases together.
-        batch: windows a step.
-        micro_batch: windows that run at once; less than `batch` saves memory. None is `batch`.
-        window: tokens a window.
-        lr: peak learning rate of AdamW; a cosine down to 0 in each phase, after `warmup`.
-        warmup: fraction of the steps in which the rate rises.
-        weight_decay: of the adapters.
-        rank: of the adapters, not of the factors.
-        alpha: adapters are scaled by alpha / rank. None is twice the rank.
-        schedule: "joint" trains both factors at once; "left-then-right" the left ones in the first half of the steps,
-            the right ones in the second (SVD-LLM).
-        dense: also adapt the targets that stayed dense.
-        distill: weight in [0, 1] of the divergence from the teacher; the rest is the cross-entropy.
-        temperature: of that divergence.
-        held_out: fraction of the windows, at least one, that is not trained on but tells which step was best.
-        evaluate_every: steps between two looks at them; a checkpoint is kept each time. None is a tenth of the steps.
-        patience: end a phase after so many looks without improvement; 0 never.
-        gradient_checkpointing: compute activations twice, keep fewer.
-        precision: "auto" is bfloat16 on GPUs that have it, else float32; weights and sums stay as they are.
-        seed: of adapters and order.
-    """
-
-    steps: int = 200
-    batch: int = 4
-    micro_batch: int | None = None
-    window: int = 512
-    lr: float = 3e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    rank: int = 16
-    alpha: float | None = None
-    schedule: Schedule = "joint"
-    dense: bool = False
-    distill: float = 0.0
-    temperature: float = 1.0
-    held_out: float = 0.05
-    evaluate_every: int | None = None
-    patience: int = 0
-    gradient_checkpointing: bool = False
-    precision: Precision = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("window", 2), ("rank", 1), ("patience", 0), ("seed", 0)):
-            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
-        for name in ("lr", "temperature"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        _check("distill", self.distill, 0 <= self.distill <= 1, "at least 0 and at most 1")
-        _check("warmup", self.warmup, 0 <= self.warmup < 1, "at least 0 and less than 1")
-        _check("held_out", self.held_out, 0 < self.held_out < 1, "above 0 and less than 1")
-        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
-        micro = self.batch if self.micro_batch is None else self.micro_batch
-        _check("micro_batch", micro, micro >= 1 and self.batch % micro == 0, f"a divisor of batch = {self.batch}")
-        for name, value in (("alpha", self.alpha), ("evaluate_every", self.evaluate_every)):
-            _check(name, value, value is None or value > 0, "above 0")
-        _check("schedule", self.schedule, self.schedule in ("joint", "left-then-right"), "joint or left-then-right")
-        legal = ("auto", "float32", "bfloat16")
-        _check("precision", self.precision, self.precision in legal, ", ".join(legal))
-        if self.schedule == "left-then-right":
-            _check("steps", self.steps, self.steps >= 2, "at least 2 with left-then-right")
-
-    def loop(self, steps: int, device: torch.device) -> Loop:
-        """The settings of one phase."""
-        bf16 = self.precision == "bfloat16"
-        if self.precision == "auto":
-            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        every = self.evaluate_every or max(1, self.steps // 10)
-        return Loop(
-            steps,
-            self.batch,
-            self.micro_batch or self.batch,
-            self.lr,
-            self.warmup,
-            self.weight_decay,
-            min(every, steps),
-            self.patience,
-            self.distill,
-            self.temperature,
-            self.gradient_checkpointing,
-            bf16,
-            self.seed,
-        )
-
-
-def _check(name: str, value: Any, good: bool, legal: str) -> None:
-    if not good or (isinstance(value, float) and not math.isfinite(value)):
-        raise InputError(f"{name} = {value!r} is not legal; it must be {legal}.")
+def loop_of(settings: Finetune, steps: int, device: torch.device) -> Loop:
+    """The settings of one phase of `steps` optimizer steps."""
+    bf16 = settings.precision == "bfloat16"
+    if settings.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    every = settings.evaluate_every or max(1, settings.steps // 10)
+    return Loop(
+        steps,
+        settings.batch,
+        settings.micro_batch or settings.batch,
+        settings.lr,
+        settings.warmup,
+        settings.weight_decay,
+        min(every, steps),
+        settings.patience,
+        settings.distill,
+        settings.temperature,
+        settings.gradient_checkpointing,
+        bf16,
+        settings.seed,
+    )
 
 
 def finetune(
@@ -172,7 +99,7 @@ def finetune(
     if isinstance(compressed, str | Path):
         compressed = open_compressed(compressed, device=device)
     model = compressed.model
-    dense = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE] if settings.dense else []
+    dense = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE] if settings.adapt_dense else []
     names = adapted(model, dense=dense)
     corpus = read_corpus(data, compressed.tokenizer, split=split)
     train, held_out = split_windows(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
@@ -190,7 +117,7 @@ def finetune(
             train_only(peft, chosen)
             folder = work / f"{phase}-{stage}"
             if not (folder / _ADAPTER).is_file():
-                loop = settings.loop(steps, model.device)
+                loop = loop_of(settings, steps, model.device)
                 entries = run(
                     peft, train, held_out, folder, loop, teacher=guide, stage=f"fine-tune, {stage}", progress=progress
                 )

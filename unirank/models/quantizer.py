@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unirank.errors import InputError
-from unirank.models.low_rank import align_weights, make_low_rank
 
 METHOD = "unirank"
 
@@ -47,11 +46,16 @@ class UniRankQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        # Here and not above: this module is imported while transformers itself is being imported (see `registration`).
+        from unirank.models.low_rank import make_low_rank
+
         config: Any = self.quantization_config
         for name, rank in config.ranks.items():
             make_low_rank(model, name, rank, add_bias=name in config.biased)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        from unirank.models.low_rank import align_weights
+
         align_weights(model)
 
     def is_serializable(self, **_: Any) -> bool:
@@ -66,5 +70,8 @@ class UniRankQuantizer(HfQuantizer):
         return True
 
 
-register_quantization_config(METHOD)(UniRankConfig)
-register_quantizer(METHOD)(UniRankQuantizer)
+def register() -> None:
+    """Tell transformers of the method; a second time changes nothing."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(UniRankConfig)
+        register_quantizer(METHOD)(UniRankQuantizer)

@@ -7,9 +7,8 @@ from dataclasses import asdict
 
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError
-from unirank.planning.allocator import Request
 from unirank.planning.allocator import allocator as allocator_of
-from unirank.planning.allocator.base import Workbench, check_floor, options_of
+from unirank.planning.allocator.base import Request, Workbench, check_floor, options_of
 from unirank.planning.score import ScoreSettings
 from unirank.rank_plan import RankPlan, budget_of, canonical
 from unirank.types import LinearSpec, Rank

@@ -1,19 +1,32 @@
-"""Decomposition schemes, one file each. To add one: write the file, add its line here and its row to docs/method.md."""
+"""Decomposition schemes, one file each. To add one: write the file, add its line here and its row to docs/method.md.
+
+A file is imported when its scheme is asked for, so that names cost nothing.
+"""
 
 from __future__ import annotations
 
-from unirank.analysis.scheme import afm, kfac, scaled, svd, whiten
-from unirank.analysis.scheme.base import Problem, Scheme
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from unirank.errors import InputError
 
-_REGISTRY: dict[str, Scheme] = {
-    scheme.name: scheme
-    for scheme in (svd.SCHEME, scaled.ASVD, scaled.AWSVD, scaled.FWSVD, whiten.SCHEME, afm.SCHEME, kfac.SCHEME)
+if TYPE_CHECKING:
+    from unirank.analysis.scheme.base import Scheme
+
+# Name -> file, and the record in it.
+_REGISTRY = {
+    "svd": ("svd", "SCHEME"),
+    "asvd": ("scaled", "ASVD"),
+    "awsvd": ("scaled", "AWSVD"),
+    "fwsvd": ("scaled", "FWSVD"),
+    "whiten": ("whiten", "SCHEME"),
+    "afm": ("afm", "SCHEME"),
+    "kfac": ("kfac", "SCHEME"),
 }
 
 
 def schemes() -> tuple[str, ...]:
-    """Names of all decomposition schemes."""
+    """Names of all schemes."""
     return tuple(_REGISTRY)
 
 
@@ -21,7 +34,5 @@ def scheme(name: str) -> Scheme:
     """The scheme of that name; raises InputError with the legal names."""
     if name not in _REGISTRY:
         raise InputError(f"The scheme {name!r} does not exist; legal values: {', '.join(_REGISTRY)}.")
-    return _REGISTRY[name]
-
-
-__all__ = ["Problem", "Scheme", "scheme", "schemes"]
+    file, record = _REGISTRY[name]
+    return getattr(import_module(f"{__name__}.{file}"), record)

@@ -1,42 +1,33 @@
-"""Allocators, one file each. To add one: write the file, add its line here and its row to docs/method.md."""
+"""Allocators, one file each. To add one: write the file, add its line here and its row to docs/method.md.
+
+A file is imported when its allocator is asked for, so that names cost nothing.
+"""
 
 from __future__ import annotations
 
-from unirank.errors import InputError
-from unirank.planning.allocator import (
-    ara,
-    bi,
-    curvature,
-    d_rank,
-    lems,
-    softmax,
-    svdllm_v2,
-    swift,
-    tolerance,
-    typed,
-    uniform,
-    unirank,
-    zs_svd,
-)
-from unirank.planning.allocator.base import Allocator, Request, Workbench
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-_REGISTRY: dict[str, Allocator] = {
-    module.ALLOCATOR.name: module.ALLOCATOR
-    for module in (
-        unirank,
-        curvature,
-        zs_svd,
-        uniform,
-        typed,
-        d_rank,
-        svdllm_v2,
-        tolerance,
-        bi,
-        softmax,
-        swift,
-        lems,
-        ara,
-    )
+from unirank.errors import InputError
+
+if TYPE_CHECKING:
+    from unirank.planning.allocator.base import Allocator
+
+# Name -> file.
+_REGISTRY = {
+    "unirank": "unirank",
+    "curvature": "curvature",
+    "zs-svd": "zs_svd",
+    "uniform": "uniform",
+    "typed": "typed",
+    "d-rank": "d_rank",
+    "svdllm-v2": "svdllm_v2",
+    "tolerance": "tolerance",
+    "bi": "bi",
+    "softmax": "softmax",
+    "swift": "swift",
+    "lems": "lems",
+    "ara": "ara",
 }
 
 
@@ -49,7 +40,4 @@ def allocator(name: str) -> Allocator:
     """The allocator of that name; raises InputError with the legal names."""
     if name not in _REGISTRY:
         raise InputError(f"The allocator {name!r} does not exist; legal values: {', '.join(_REGISTRY)}.")
-    return _REGISTRY[name]
-
-
-__all__ = ["Allocator", "Request", "Workbench", "allocator", "allocators"]
+    return import_module(f"{__name__}.{_REGISTRY[name]}").ALLOCATOR
