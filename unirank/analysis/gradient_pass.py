@@ -8,7 +8,8 @@ import torch
 
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import NonFiniteError
-from unirank.layerwise.backward import backward_layer, frozen, head_gradient
+from unirank.layerwise.backward import backward_layer, head_gradient
+from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import Recording, layers_of, record
 from unirank.progress import OnProgress, silent
 from unirank.types import LoadedModel
@@ -32,7 +33,7 @@ def gradient_pass(
     if remaining == 0:
         progress(_STAGE, steps, steps)
         return
-    with frozen(loaded.model):
+    with lent(loaded.model):
         recording = record(loaded, windows, batch=batch)
         if not store.has_scratch("backward", remaining) or _forward_done(store) < remaining:
             remaining = count  # not started, or what a killed run needs was deleted since

@@ -21,8 +21,9 @@ from unirank.analysis.scheme.two_sided import Target, damped, solve
 from unirank.analysis.store import AnalysisStore
 from unirank.compression.truncation import TruncateReport, check_plan, settle
 from unirank.errors import InputError, NonFiniteError
-from unirank.layerwise.recording import LayerCall, layers_of, record
-from unirank.layerwise.trace import trace_layer
+from unirank.layerwise.products import cross_moment
+from unirank.layerwise.recording import LayerCall, record
+from unirank.layerwise.trace import traced_layer
 from unirank.models.low_rank import LowRankLinear, count_parameters, make_low_rank
 from unirank.models.structure import weight_of
 from unirank.progress import OnProgress, silent
@@ -83,7 +84,7 @@ class _Pair:
 
     def add(self, dense: torch.Tensor, own: torch.Tensor) -> None:
         ops.gram_accumulate_(self.own, self.own_sum, own)
-        self.cross += (dense.T @ own).double()
+        self.cross += cross_moment(dense, own)
         self.dense_sum += dense.sum(0, dtype=WORK_DTYPE)
         self.tokens += len(own)
 
@@ -137,29 +138,26 @@ def refit(
     recording = record(loaded, windows, batch=batch)
     dense_stream, own_stream = list(recording.start.batches), list(recording.start.batches)
     probe = recording.start.probe
-    layers = layers_of(loaded)
-    for index, layer in enumerate(layers):
-        prefix = f"{loaded.layers}.{index}"
-        specs = [spec for spec in loaded.linears if spec.layer == index]
-        trace, probe = trace_layer(layer, prefix, specs, recording.probe_calls[index].run, probe)
+    for index in range(loaded.layer_count):
+        layer, probe = traced_layer(loaded, index, recording, probe)
         calls = [call[index] for call in recording.calls]
-        original = copy.deepcopy(layer)
+        original = copy.deepcopy(layer.module)
         metrics = gradients(index) if gradients else {}
-        groups = _groups(specs, trace.input_of)
+        groups = _groups(layer.specs, layer.trace.input_of)
         wanted = {
             owner: [spec for spec in members if settings.dense or ranks[spec.name] != DENSE]
             for owner, members in groups.items()
         }
         owners = [owner for owner in groups if wanted[owner]]
-        paths = {owner: owner.removeprefix(prefix + ".") for owner in owners}
+        paths = {owner: layer.path_of(owner) for owner in owners}
         seen, dense_stream = _inputs(original, calls, dense_stream, paths)
         for owner in owners:
-            pair = _measure(layer, calls, own_stream, paths[owner], seen.pop(owner))
+            pair = _measure(layer.module, calls, own_stream, paths[owner], seen.pop(owner))
             for spec in wanted[owner]:
                 g = metrics[spec.name].g if metrics else None
                 _fit(loaded, spec, ranks[spec.name], pair, g, settings)
-        own_stream = [call.run(layer, x) for call, x in zip(calls, own_stream, strict=True)]
-        progress("refine", index + 1, len(layers))
+        own_stream = [call.run(layer.module, x) for call, x in zip(calls, own_stream, strict=True)]
+        progress("refine", index + 1, loaded.layer_count)
 
 
 def _groups(specs: Sequence[LinearSpec], input_of: Mapping[str, str]) -> dict[str, list[LinearSpec]]:

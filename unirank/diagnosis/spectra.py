@@ -12,9 +12,9 @@ from torch.nn.functional import cosine_similarity, normalize
 from unirank import ops
 from unirank.analysis.scheme.base import WORK_DTYPE, eigh_descending
 from unirank.errors import NonFiniteError
-from unirank.layerwise.recording import layers_of, record
+from unirank.layerwise.recording import record
 from unirank.layerwise.statistics import SublayerStreams
-from unirank.layerwise.trace import trace_layer
+from unirank.layerwise.trace import traced_layer
 from unirank.models.structure import weight_of
 from unirank.progress import OnProgress
 from unirank.types import SUBLAYERS, LoadedModel, Sublayer
@@ -118,16 +118,14 @@ def stream_spectra(
     progress("spectra of the streams", 0, loaded.layer_count)
     recording = record(loaded, windows, batch=batch)
     streams = recording.start
-    for index, layer in enumerate(layers_of(loaded)):
-        prefix = f"{loaded.layers}.{index}"
-        specs = [spec for spec in loaded.linears if spec.layer == index]
-        trace, streams.probe = trace_layer(layer, prefix, specs, recording.probe_calls[index].run, streams.probe)
-        caught = SublayerStreams(layer, trace)
+    for index in range(loaded.layer_count):
+        layer, streams.probe = traced_layer(loaded, index, recording, streams.probe)
+        caught = SublayerStreams(layer)
         width, device = streams.probe.shape[-1], streams.probe.device
         running: dict[Sublayer, _Sublayer] = {sublayer: _Sublayer(width, device) for sublayer in SUBLAYERS}
         with caught.hooked():
             for position, hidden in enumerate(streams.batches):
-                output = recording.calls[position][index].run(layer, hidden)
+                output = recording.calls[position][index].run(layer.module, hidden)
                 pairs = caught.pairs(hidden, output)
                 for sublayer in SUBLAYERS:
                     running[sublayer].add(*(stream.reshape(-1, width) for stream in pairs[sublayer]))

@@ -7,8 +7,8 @@ its input is the next one's. Every file appears whole, so a killed pass resumes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,21 +17,10 @@ from torch.nn import functional as F
 
 from unirank import ops
 from unirank.errors import InputError, NonFiniteError
-from unirank.layerwise.recording import Recording, layers_of, shadowed
+from unirank.layerwise.head import head_logits
+from unirank.layerwise.products import cross_moment
+from unirank.layerwise.recording import Recording, layers_of
 from unirank.types import Gradient, LoadedModel
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters take no gradients meanwhile, so that autograd keeps nothing for them."""
-    taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in taking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in taking:
-            parameter.requires_grad_(True)
 
 
 def head_gradient(
@@ -42,16 +31,9 @@ def head_gradient(
     Raises NonFiniteError when the loss is NaN or infinity; names the window, which is the `position`-th.
     """
     leaf = hidden.detach().requires_grad_()
-    output = (leaf,) if recording.returns_tuple else leaf
-
-    def forward(*_args: Any, **_kwargs: Any) -> Any:
-        return output
-
     ids = ids.to(hidden.device)
-    with ExitStack() as stack, torch.enable_grad():
-        for layer in layers_of(loaded):
-            stack.enter_context(shadowed(layer, forward))
-        logits = loaded.model(input_ids=ids, use_cache=False).logits
+    with torch.enable_grad():
+        logits = head_logits(loaded, recording, ids, leaf)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
         if not bool(loss.isfinite()):
             raise NonFiniteError(f"The loss of calibration window {position} is NaN or infinity.")
@@ -113,7 +95,7 @@ class _Sums:
             ops.gram_accumulate_(self._g, self._sum, flat)
             by_window = flat.view(self.windows, -1, self._m), x.reshape(self.windows, -1, x.shape[-1])
             for g_window, x_window in zip(*by_window, strict=True):
-                weight = (g_window.float().T @ x_window.float()).double()
+                weight = cross_moment(g_window, x_window)
                 self._weight += weight
                 self._rows += weight.square().sum(1)
             self._windows += self.windows

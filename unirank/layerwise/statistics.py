@@ -19,8 +19,8 @@ from torch import nn
 from unirank import ops
 from unirank.distributed import sum_in_order
 from unirank.errors import NonFiniteError
-from unirank.layerwise.recording import Recording, Streams, layers_of
-from unirank.layerwise.trace import LayerTrace, trace_layer
+from unirank.layerwise.recording import Recording, Streams
+from unirank.layerwise.trace import TracedLayer, traced_layer
 from unirank.types import CosineStat, LayerStats, LoadedModel, Moment
 
 
@@ -44,27 +44,24 @@ def calibrate_layer(
         NonFiniteError: an input, an output or a statistic is NaN or infinity; names the linear or the layer.
         InputError: the layer's structure is not understood (see `trace_layer`).
     """
-    layer = layers_of(loaded)[index]
-    prefix = f"{loaded.layers}.{index}"
-    specs = [spec for spec in loaded.linears if spec.layer == index]
-    trace, streams.probe = trace_layer(layer, prefix, specs, recording.probe_calls[index].run, streams.probe)
-    grams = _Grams(layer, prefix, trace, enabled=moments, mean_abs=mean_abs)
-    cosines = _Cosines(layer, prefix, trace, device=streams.probe.device)
+    layer, streams.probe = traced_layer(loaded, index, recording, streams.probe)
+    grams = _Grams(layer, enabled=moments, mean_abs=mean_abs)
+    cosines = _Cosines(layer, device=streams.probe.device)
     with grams.hooked(), cosines.hooked():
         for position, kept in enumerate(list(streams.batches)):
             hidden = kept.to(streams.probe.device)
-            output = recording.calls[position][index].run(layer, hidden)
+            output = recording.calls[position][index].run(layer.module, hidden)
             cosines.add(hidden, output)
             streams.put(position, output)
-    return LayerStats(index, grams.finish(), trace.input_of, cosines.finish())
+    return LayerStats(index, grams.finish(), layer.trace.input_of, cosines.finish())
 
 
 class _Grams:
     """One running Gram matrix per distinct input of the layer's linears."""
 
-    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, *, enabled: bool, mean_abs: bool) -> None:
-        self._owners = sorted(set(trace.input_of.values())) if enabled else []
-        self._modules = {name: layer.get_submodule(name.removeprefix(prefix + ".")) for name in self._owners}
+    def __init__(self, layer: TracedLayer, *, enabled: bool, mean_abs: bool) -> None:
+        self._owners = sorted(set(layer.trace.input_of.values())) if enabled else []
+        self._modules = {name: layer.module.get_submodule(layer.path_of(name)) for name in self._owners}
         self._gram: dict[str, torch.Tensor] = {}
         self._sum: dict[str, torch.Tensor] = {}
         self._abs: dict[str, torch.Tensor] | None = {} if mean_abs else None
@@ -106,8 +103,8 @@ class _Grams:
 class SublayerStreams:
     """The streams that enter and leave each sublayer and the whole block, caught while the layer runs."""
 
-    def __init__(self, layer: nn.Module, trace: LayerTrace) -> None:
-        self._layer, self._trace = layer, trace
+    def __init__(self, layer: TracedLayer) -> None:
+        self._layer, self._trace = layer.module, layer.trace
         self._seen: dict[str, torch.Tensor] = {}
 
     @contextmanager
@@ -136,20 +133,24 @@ class SublayerStreams:
         return hook
 
     def pairs(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The streams in and out by key, after the block ran from `x` to `y`, all `[B, T, D]`."""
+        """The streams in and out by key, after the block ran from `x` to `y`, all `[B, T, D]`.
+
+        They are in the model's dtype, but for the sublayers of parallel blocks: at least float32.
+        """
         pairs = {"block": (x, y)}
         if self._trace.middle is not None:
             middle = self._seen.pop("middle")
             return pairs | {"attention": (x, middle), "mlp": (middle, y)}
-        # parallel sublayers both start from x
+        # Parallel sublayers both start from x. The model never makes these sums, so its dtype must not round them.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         return pairs | {key: (x, x + self._seen.pop(key).view_as(x)) for key in self._trace.last_linear}
 
 
 class _Cosines:
     """Cosines between the streams that enter and leave each sublayer, and the whole block."""
 
-    def __init__(self, layer: nn.Module, prefix: str, trace: LayerTrace, device: torch.device) -> None:
-        self._prefix, self._streams = prefix, SublayerStreams(layer, trace)
+    def __init__(self, layer: TracedLayer, device: torch.device) -> None:
+        self._prefix, self._streams = layer.prefix, SublayerStreams(layer)
         self._state = {key: torch.zeros(3, dtype=torch.float64, device=device) for key in ("attention", "mlp", "block")}
         self.hooked = self._streams.hooked
 

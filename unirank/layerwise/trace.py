@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from unirank.errors import InputError
-from unirank.types import SUBLAYERS, LinearSpec
+from unirank.layerwise.recording import Recording, layers_of
+from unirank.types import SUBLAYERS, LinearSpec, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,34 @@ class LayerTrace:
     last_linear: dict[
         str, str
     ]  # sublayer -> its last linear to run (path in the layer); its output is f_s(x) if parallel
+
+
+@dataclass(frozen=True)
+class TracedLayer:
+    """One decoder layer, its targets, and how data flows through it."""
+
+    module: nn.Module
+    prefix: str  # its path from the model's root
+    specs: list[LinearSpec]
+    trace: LayerTrace
+
+    def path_of(self, name: str) -> str:
+        """The path inside the layer of a linear that is named from the model's root."""
+        return name.removeprefix(self.prefix + ".")
+
+
+def traced_layer(
+    loaded: LoadedModel, index: int, recording: Recording, probe: torch.Tensor
+) -> tuple[TracedLayer, torch.Tensor]:
+    """Layer `index`, traced by the probe's hidden states `[1, T, D]` that enter it; and those that leave it.
+
+    Raises InputError like `trace_layer`.
+    """
+    module = layers_of(loaded)[index]
+    prefix = f"{loaded.layers}.{index}"
+    specs = [spec for spec in loaded.linears if spec.layer == index]
+    trace, left = trace_layer(module, prefix, specs, recording.probe_calls[index].run, probe)
+    return TracedLayer(module, prefix, specs, trace), left
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from unirank.errors import InputError, NonFiniteError
+from unirank.layerwise.lending import lent
 from unirank.planning.allocator.base import Allocator, Request, check_floor
 from unirank.planning.allocator.masks import MaskedFactors, Staircase, masked_factors
-from unirank.planning.allocator.measure import first_windows, lent, replaced, whole, workbench_of
+from unirank.planning.allocator.measure import first_windows, replaced, whole, workbench_of
 from unirank.planning.allocator.targets import ranks_from_targets
 
 _STAGE = "train ranks"

@@ -9,9 +9,10 @@ import torch
 
 from unirank.disk.hashing import sha256_tensors
 from unirank.errors import InputError
+from unirank.layerwise.lending import lent
 from unirank.planning.allocator.base import Allocator, Request, Workbench, check_floor
 from unirank.planning.allocator.knapsack import knapsack
-from unirank.planning.allocator.measure import divergences, first_windows, lent, low_rank_of, whole, workbench_of
+from unirank.planning.allocator.measure import divergences, first_windows, low_rank_of, whole, workbench_of
 from unirank.types import LinearSpec
 
 _STAGE = "measure each linear"

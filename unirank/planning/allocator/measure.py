@@ -1,15 +1,14 @@
 """Measuring a model that is only lent: modules are put in the place of its linears and taken out again.
 
-Nothing is written into a weight. Whatever happens in between, an exception or Ctrl-C, the modules, their parameters'
-`requires_grad` and their training modes are then what they were.
+Nothing is written into a weight. Whatever happens in between, an exception or Ctrl-C, the modules are then what they
+were; `unirank.layerwise.lending` answers for their flags.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -17,7 +16,8 @@ from torch.nn import functional as F
 
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError, NonFiniteError
-from unirank.layerwise.recording import Recording, layers_of, record, shadowed
+from unirank.layerwise.head import head_logits
+from unirank.layerwise.recording import layers_of, record
 from unirank.models.low_rank import LowRankLinear, align_weights, lost_output
 from unirank.models.structure import weight_of
 from unirank.planning.allocator.base import Request, Workbench
@@ -82,24 +82,6 @@ def _bias_of(linear: nn.Module) -> torch.Tensor | None:
 
 
 @contextmanager
-def lent(model: nn.Module) -> Iterator[None]:
-    """The model evaluates, and its parameters take no gradients, meanwhile."""
-    taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    try:
-        for parameter in taking:
-            parameter.requires_grad_(False)
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for parameter in taking:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Modules by name stand in the place of the model's own meanwhile."""
     originals = {name: model.get_submodule(name) for name in modules}
@@ -154,7 +136,7 @@ def divergences(
     def onward(first: int, hidden: torch.Tensor) -> torch.Tensor:
         for layer, call in zip(layers[first:], calls[first:], strict=True):
             hidden = call.run(layer, hidden)
-        return _logits(loaded, recording, ids, hidden)
+        return head_logits(loaded, recording, ids[None], hidden)[0]
 
     entering = recording.start.batches[0]
     dense = onward(0, entering).float().log_softmax(-1)
@@ -169,19 +151,6 @@ def divergences(
                 measured(spec)
         entering = call.run(layer, entering)
     return results
-
-
-def _logits(loaded: LoadedModel, recording: Recording, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`[T, vocabulary]` from `hidden [1, T, D]`, what leaves the last decoder layer."""
-    output = (hidden,) if recording.returns_tuple else hidden
-
-    def forward(*_args: Any, **_kwargs: Any) -> Any:
-        return output
-
-    with ExitStack() as stack:
-        for layer in layers_of(loaded):
-            stack.enter_context(shadowed(layer, forward))
-        return loaded.model(input_ids=ids[None].to(hidden.device), use_cache=False).logits[0]
 
 
 def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from unirank.evaluation.perplexity import total_nll
+from unirank.layerwise.lending import lent
 from unirank.planning.allocator.base import Allocator, Request, check_floor
-from unirank.planning.allocator.measure import first_windows, lent, truncated, whole, workbench_of
+from unirank.planning.allocator.measure import first_windows, truncated, whole, workbench_of
 from unirank.planning.allocator.targets import ranks_from_targets
 from unirank.rank_plan import budget_of
 
