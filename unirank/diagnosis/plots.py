@@ -17,13 +17,13 @@ _MARKERS = {"attention": "o", "mlp": "^"}
 
 
 def require_matplotlib() -> None:
-    """Raise InputError when matplotlib is not installed; called before the work whose pictures are wanted."""
+    """Raise InputError when matplotlib is not installed; to be called before any expensive work."""
     if find_spec("matplotlib") is None:
         raise InputError("Pictures need matplotlib, which is not installed: pip install 'unirank[plot]'.")
 
 
 def check_folder(out: Path, *, overwrite: bool = False) -> None:
-    """Whether `save` can succeed; cheap. Raises InputError without matplotlib or for a directory not to be replaced."""
+    """Check cheaply that `save` can succeed: InputError without matplotlib, or if `out` must not be replaced."""
     require_matplotlib()
     check_output(out, marker=RESULTS, overwrite=overwrite)
 
@@ -66,7 +66,7 @@ def _figure(title: str, readings: list[Reading]) -> Any:
     figure = Figure(figsize=(4.2 * columns + 1.2, 3.3 * rows + 1.0), layout="constrained")
     figure.suptitle(f"Effective rank and cosine: {title}")
     layers = Normalize(0, max(point.layer for reading in readings for point in reading.points))
-    # Cosines crowd below 1; the distance from 1 on a log axis spreads them. It ends where a cosine is exactly 1.
+    # Cosines crowd below 1; their distance from 1 on a log axis spreads them. A cosine of exactly 1 has no place there.
     spread = all(point.cosine < 1 for reading in readings for point in reading.points)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     panels = list(grid.flat)

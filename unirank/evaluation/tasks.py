@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unirank.errors import InputError, NonFiniteError
 from unirank.progress import OnProgress, silent
 
-# Where lm-eval draws its own bars, which would fight with ours and cannot be turned off by an argument.
+# Where lm-eval draws its own bars. They would overwrite ours, and no argument turns them off.
 _DRAWS_BARS = ("api.task", "api.model", "models.huggingface")
 
 
@@ -31,7 +31,7 @@ class TaskResult:
         filter: lm-eval's name of how answers were read from outputs; "none" for likelihoods.
         stderr: standard error of the mean; None where lm-eval has none.
         n: documents; None for a group that does not count them.
-        fewshot: examples in the prompt, as they were and not only as they were asked for; None for a group.
+        fewshot: examples that were in the prompt, which may be fewer than were asked for; None for a group.
         task_version: of the task's definition.
     """
 
@@ -72,13 +72,13 @@ class Tasks:
         names: tasks, groups or tags of lm-eval.
         include: a directory of further task definitions (YAML), which come before lm-eval's own.
 
-    Raises InputError: lm-eval is not installed, no name, an unknown name (says what is near), no such directory.
+    Raises InputError: lm-eval is not installed, no name, an unknown name (says which are similar), no such directory.
     """
 
     def __init__(self, names: Sequence[str], *, include: str | Path | None = None) -> None:
         require_lm_eval()
         if not names or not all(names):
-            raise InputError("No task was named; name at least one, separated by commas.")
+            raise InputError("No task is given; tasks= needs at least one name, such as arc_easy.")
         if include is not None and not Path(include).is_dir():
             raise InputError(f"The task directory {include} does not exist.")
         self.names = list(dict.fromkeys(names))
@@ -95,20 +95,20 @@ class Tasks:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
                 near += [task for task in known if name.lower() in task.lower() and task not in near][: 5 - len(near)]
-                hint = f"near it are {', '.join(near)}" if near else "no name is near it"
+                hint = f"similar names are {', '.join(near)}" if near else "no name is similar"
                 raise InputError(f"The task {name!r} does not exist in lm-eval {version('lm-eval')}; {hint}.")
 
     def load(self, fewshot: int | None) -> list[Any]:
-        """lm-eval's objects, with documents. Raises InputError when documents or few-shot examples cannot be had."""
+        """lm-eval's objects, with documents. Raises InputError when they cannot be read, or a task has no examples."""
         objects: list[Any] = []
         for name in self.names:
             try:
                 found = self._manager.load([name])
-            except (OSError, ValueError) as error:  # what datasets raises without a network or for a bad file
+            except (OSError, ValueError) as error:  # what datasets raises without a network, or for a bad file
                 raise InputError(f"The documents of the task {name!r} cannot be read: {_first_line(error)}.") from error
             for task, definition in found["tasks"].items():
                 if fewshot and definition.get_config("num_fewshot") == 0:
-                    raise InputError(f"The task {task} is defined without few-shot examples; leave --fewshot out.")
+                    raise InputError(f"The task {task} is defined without few-shot examples; leave fewshot= out.")
             groups = found.get("groups", {})
             objects += [groups[name]] if name in groups else list(found["tasks"].values())
         return objects
@@ -129,7 +129,7 @@ def run_tasks(
     Args:
         tasks: a `Tasks`, or names.
         fewshot: examples in the prompt; None takes each task's own number.
-        limit: the first so many documents of each task; None takes all. For trying out: such numbers are no results.
+        limit: only the first `limit` documents of each task; None takes all. For trials: such numbers are no results.
         batch: requests that run together; another batch rounds differently.
 
     Raises:
@@ -213,7 +213,7 @@ def _results(found: dict[str, Any]) -> Iterator[TaskResult]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's log messages below errors, and the bars of datasets, are kept back."""
+    """Hide lm-eval's log messages below errors, and the progress bars of datasets."""
     datasets: Any = import_module("datasets")
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, not datasets.are_progress_bars_disabled()
@@ -254,7 +254,7 @@ def _bars(progress: OnProgress) -> Iterator[None]:
     before = {}
     for name in _DRAWS_BARS:
         module = _lm_eval(name)
-        if hasattr(module, "tqdm"):  # in another version it may draw elsewhere, and then draws as it likes
+        if hasattr(module, "tqdm"):  # another version may draw elsewhere; its bars then stay as they are
             before[module] = module.tqdm
             module.tqdm = Bar
     try:

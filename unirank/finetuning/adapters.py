@@ -41,7 +41,7 @@ def attach(
 
     Args:
         rank: of the adapters.
-        ranks: other ranks by name; their alpha follows, so that the scale is the same everywhere.
+        ranks: other ranks by name; their alpha is adapted, so that the scale is the same everywhere.
 
     Raises InputError when peft is not installed.
     """
@@ -111,4 +111,4 @@ def set_state(model: Any, state: Mapping[str, torch.Tensor]) -> None:
 
     unknown = set_peft_model_state_dict(model, dict(state)).unexpected_keys
     if unknown:
-        raise InputError(f"The adapters are of another model: it has no {unknown[0]}.")
+        raise InputError(f"The adapters belong to another model: this one has no {unknown[0]}.")

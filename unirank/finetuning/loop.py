@@ -1,4 +1,4 @@
-"""The loop of fine-tuning: transformers' Trainer, with distillation, and an end as soon as a number is not finite."""
+"""The loop of fine-tuning: transformers' Trainer, with distillation. It stops as soon as a number is not finite."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def run(
         disable_tqdm=True,
         **(_checkpointing() if loop.gradient_checkpointing else {}),
     )
-    # Beside several GPUs the Trainer would split every batch over all of them; the model is on one.
+    # If there are several GPUs, the Trainer would split every batch over all of them; the model is on one.
     setattr(arguments, "_n_gpu", min(arguments.n_gpu, 1))  # noqa: B010 - no public name sets it
     cached = model.config.use_cache  # the Trainer switches it off, and the model would be saved that way
     trainer = _Trainer(
@@ -144,8 +144,8 @@ def _checkpointing() -> dict[str, Any]:
 def _newest(folder: Path, steps: int) -> str | None:
     """The newest whole checkpoint from which steps are to be made; those that a killed run left otherwise are deleted.
 
-    One at the end of a run is not resumed: the Trainer would make a step more. From the one before it, the last steps
-    are made again, to the same bits.
+    A checkpoint at the end of a run is not resumed, because the Trainer would make one more step. The run resumes at
+    the one before, and makes the last steps again, to the same bits.
     """
     found = []
     for path in folder.glob("checkpoint-*"):
@@ -197,7 +197,7 @@ class _Watch(TrainerCallback):
 
 
 def _stopped(model: Any, folder: str, what: str, step: int) -> NonFiniteError:
-    """Keep the adapters, which no step has touched since they were good, and say where they are."""
+    """Save the adapters, which no step has changed since they were good, and say where they are."""
     kept = Path(folder) / "last-good"
     model.save_pretrained(kept)
     return NonFiniteError(
@@ -211,7 +211,7 @@ class _Trainer(Trainer):
 
     def prepare(self, loop: Loop, teacher: PreTrainedModel | None) -> None:
         self._loop, self._teacher = loop, teacher
-        self.model_accepts_loss_kwargs = False  # our loss is a mean, which the Trainer has to divide when it adds up
+        self.model_accepts_loss_kwargs = False  # our loss is a mean; the Trainer divides it when it accumulates
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

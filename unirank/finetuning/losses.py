@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from unirank.errors import InputError
 
-NOTHING = -100  # a label that counts for nothing
+NOTHING = -100  # a label that is not counted
 # Entries that are worked on at once, in float32: 16 MiB, which a processor's last cache holds. (choice)
 _CHUNK = 1 << 22
 
@@ -30,14 +30,14 @@ def token_loss(
 
     Args:
         logits: floating `[N, V]`, of any dtype.
-        labels: int64 `[N]`, the token that each row predicts; -100 for a row that counts for nothing.
+        labels: int64 `[N]`, the token that each row predicts; -100 for a row that is not counted.
         teacher: logits `[N, V]` of the teacher; no gradient flows to it. Needed if and only if `distill` is not 0.
         distill: d, the share of the divergence.
         temperature: T, above 0.
 
-    Returns the mean over the rows that count, nats a token, float32 scalar; NaN when none does.
+    Returns the mean over the counted rows, nats a token, float32 scalar; NaN when no row is counted.
 
-    Raises InputError for shapes that do not fit, and for a teacher without a share or a share without one.
+    Raises InputError for shapes that do not fit, and when only one of `teacher` and `distill` is given.
 
     Source: distillation of Hinton et al. (arXiv 1503.02531), section 2; the chunks are a choice.
     """
@@ -48,8 +48,8 @@ def token_loss(
     if (teacher is None) != (distill == 0) or (teacher is not None and teacher.shape != logits.shape):
         got = "none" if teacher is None else f"of shape {list(teacher.shape)}"
         raise InputError(
-            f"Teacher logits are {got} and distill is {distill}; legal are none with distill = 0, "
-            f"or the logits' {list(logits.shape)} with more."
+            f"Teacher logits are {got} and distill is {distill}; with distill = 0 there must be none, "
+            f"with distill above 0 their shape must be the logits', {list(logits.shape)}."
         )
     return _TokenLoss.apply(logits, labels, teacher, distill, temperature)  # pyright: ignore[reportReturnType]
 

@@ -14,20 +14,20 @@ from unirank.models.low_rank import LowRankLinear, SharedInput
 
 @torch.no_grad()
 def fuse(model: PreTrainedModel) -> list[tuple[str, ...]]:
-    """Multiply the down-projections that share an input at once, in place; returns the groups, by name.
+    """Compute down-projections that share an input in one product, in place; returns the groups, by name.
 
     For inference: under gradients, `torch.compile` or adapters on a `right`, and after the model was moved or cast,
     each layer computes its own product as before. Which layers share an input is seen in a run of two tokens. The
     weights become rows of one matrix, with the same names and values; logits change by rounding only.
 
-    Raises InputError when the model is not compressed, or a part of it is offloaded.
+    Raises InputError when the model is not compressed, or a part of it is not in memory.
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not names:
         raise InputError("The model has no low-rank layers, so there is nothing to fuse; compress it first.")
     for module, name in names.items():
         if module.right.weight.is_meta:
-            raise InputError(f"The weights of {name} are offloaded; only a model that is in memory can be fused.")
+            raise InputError(f"The weights of {name} are not in memory; load the whole model before it is fused.")
         unfuse_layer(module)
     calls: list[tuple[LowRankLinear, torch.Tensor]] = []  # holds the tensors, so that no two have one identity
 

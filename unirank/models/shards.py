@@ -18,9 +18,9 @@ SHARD_BYTES = 2**30
 
 
 def save_shards(model: PreTrainedModel, pages: Paging, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """What `model.save_pretrained(folder)` writes, of a model whose meta tensors `pages` reads.
+    """Write what `model.save_pretrained(folder)` writes, for a model whose meta tensors are read by `pages`.
 
-    A shard is closed before it would pass `shard_bytes`; a tensor larger than that has one of its own. Raises OSError
+    A shard ends before it would exceed `shard_bytes`; a tensor larger than that gets a shard of its own. Raises OSError
     or SafetensorError when the disk refuses.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -41,7 +41,7 @@ def save_shards(model: PreTrainedModel, pages: Paging, folder: Path, *, shard_by
 def write_shards(
     sizes: dict[str, int], read: Callable[[str], torch.Tensor], folder: Path, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Safetensors files and, where there are several, their index, as transformers names them.
+    """Write safetensors files and, if there are several, their index, named as transformers names them.
 
     Args:
         sizes: bytes of every tensor by name, in the order in which they are written.
@@ -52,7 +52,7 @@ def write_shards(
     if len(groups) == 1:
         names = ["model.safetensors"]
     for name, group in zip(names, groups, strict=True):
-        # No name for the shard: it would keep it in memory while the next one is read.
+        # The shard gets no name: a name would keep it in memory while the next one is read.
         save_file(
             {key: read(key).detach().to("cpu").contiguous() for key in group}, folder / name, metadata={"format": "pt"}
         )

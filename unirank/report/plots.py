@@ -16,13 +16,13 @@ _SIZE = (6.4, 4.0)  # inches
 
 
 def check_plots(out: Path, *, overwrite: bool = False) -> None:
-    """Whether `save_plots` can succeed; cheap. Raises InputError without matplotlib or for what is not to replace."""
+    """Check cheaply that `save_plots` can succeed: InputError without matplotlib, or if `out` must not be replaced."""
     require_matplotlib()
     check_output(out, marker=CONTENTS, overwrite=overwrite)
 
 
 def save_plots(data: ReportData, out: Path, *, overwrite: bool = False) -> list[Path]:
-    """Write every chart that `data` has numbers for into the directory `out`, all or nothing, and a list of them.
+    """Write every chart that `data` has numbers for, and a list of them, into the directory `out`: all or nothing.
 
     The same data gives the same bytes. Raises like `check_plots`, and WriteError when the disk refuses.
     """
@@ -81,7 +81,7 @@ def _lines(
 ) -> Any:
     figure, axes = _figure()
     for label, curve in found.items():
-        # What a log axis has no place for is left out; the curve ends there.
+        # A log axis has no place for 0; the curve ends there.
         points = [point for point in curve if point[1] > 0 or not log]
         axes.plot(*zip(*points, strict=True), label=label, marker="o" if dots else None, markersize=3.5)
     if log:
