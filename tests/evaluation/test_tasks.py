@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from unirank import InputError, NonFiniteError, Tasks, run_tasks
 from unirank.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "tests" / "tasks"
+FOLDER = ROOT / "tests" / "data" / "tasks"
 TASK = "unirank_next_word"
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -51,6 +52,13 @@ def likelihoods(model, tokenizer, document: dict) -> list[float]:
         ids = tokenizer(f"{document['start']} {choice}", return_tensors="pt")["input_ids"]
         found.append(float(model(input_ids=ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]))
     return found
+
+
+def test_the_task_names_a_file_of_the_repository() -> None:
+    """Also where lm-eval is not installed, and every other test here is skipped."""
+    named = re.findall(r"\S+\.jsonl", (FOLDER / "next_word.yaml").read_text())
+    assert [ROOT / name for name in named] == [FOLDER / "next_word.jsonl"]
+    assert (FOLDER / "next_word.jsonl").is_file()
 
 
 def test_accuracy_is_that_of_likelihoods_computed_here(lm_eval, tokenizer, documents) -> None:
