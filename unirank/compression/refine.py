@@ -9,84 +9,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from unirank import ops
-from unirank.analysis.scheme.base import WORK_DTYPE
-from unirank.analysis.scheme.two_sided import Target, damped, solve
 from unirank.analysis.store import AnalysisStore
+from unirank.compression.second_fit import Pair, Refine, fit
 from unirank.compression.truncation import TruncateReport, check_plan, settle
-from unirank.errors import InputError, NonFiniteError
-from unirank.layerwise.products import cross_moment
 from unirank.layerwise.recording import LayerCall, record
 from unirank.layerwise.trace import traced_layer
-from unirank.models.low_rank import LowRankLinear, count_parameters, make_low_rank
-from unirank.models.structure import weight_of
+from unirank.models.low_rank import count_parameters
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
 from unirank.types import DENSE, Gradient, LinearSpec, LoadedModel, Rank
-
-# Of a moment's mean diagonal: what is left below it when the mean is taken out is rounding, for Gram matrices multiply
-# in float32 (docs/numerics.md; measured with one token everywhere: 1e-7).
-_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Refine:
-    """How the second pass fits.
-
-    Attributes:
-        mix: `b` in [0, 1]. 1 aims at the dense model's outputs (AA-SVD), 0 at the dense weights on the new inputs
-            (re-whitening, SVD-LLM at high ratios), between them SAES-SVD's mixture.
-        damping: of the inputs' mean diagonal; pulls the fit to the dense weight (**choice**), so that it never follows
-            directions that few tokens show.
-        metric: fit in the output metric of `kfac`; needs a store with gradients.
-        metric_damping: of the output gradients' mean diagonal, where gradients give the output metric.
-        centred: fit the centred streams and restore the mean output with a bias (`afm`).
-        dense: also fit the linears that keep their full rank.
-    """
-
-    mix: float = 0.5
-    damping: float = 1e-2
-    metric: bool = False
-    metric_damping: float = 1e-2
-    centred: bool = False
-    dense: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mix <= 1:
-            raise InputError(f"mix = {self.mix} is not legal; it lies between 0 and 1.")
-        for name in ("damping", "metric_damping"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name} = {getattr(self, name)} is not legal; it is above 0 and at most 1.")
-
-
-@dataclass
-class _Pair:
-    """Running sums over tokens of an input of the dense (`x`) and of the compressed (`x'`) stream, float64."""
-
-    own: torch.Tensor  # x' x'ᵀ
-    cross: torch.Tensor  # x x'ᵀ
-    own_sum: torch.Tensor
-    dense_sum: torch.Tensor
-    tokens: int = 0
-
-    @classmethod
-    def zeros(cls, n: int, device: torch.device) -> _Pair:
-        def make(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=WORK_DTYPE, device=device)
-
-        return cls(make(n, n), make(n, n), make(n), make(n))
-
-    def add(self, dense: torch.Tensor, own: torch.Tensor) -> None:
-        ops.gram_accumulate_(self.own, self.own_sum, own)
-        self.cross += cross_moment(dense, own)
-        self.dense_sum += dense.sum(0, dtype=WORK_DTYPE)
-        self.tokens += len(own)
 
 
 def refine(
@@ -109,7 +45,7 @@ def refine(
     check_plan(loaded, store, plan)
     before = count_parameters(loaded.model)
     gradients = store.gradients if settings.metric else None
-    batch = store.identity["calibration"]["batch"]
+    batch = store.identity.calibration.batch
     refit(loaded, plan.ranks, windows, settings, batch=batch, gradients=gradients, progress=progress)
     return settle(loaded, plan, before)
 
@@ -133,7 +69,7 @@ def refit(
         batch: windows that run together.
         gradients: of a layer; then the fit is in the output metric of `kfac`.
 
-    Raises NonFiniteError when a fit is NaN or infinity; names the linear.
+    Raises NonFiniteError when a fit is NaN or infinity, also in the dtype of the model; names the linear.
     """
     recording = record(loaded, windows, batch=batch)
     dense_stream, own_stream = list(recording.start.batches), list(recording.start.batches)
@@ -155,7 +91,7 @@ def refit(
             pair = _measure(layer.module, calls, own_stream, paths[owner], seen.pop(owner))
             for spec in wanted[owner]:
                 g = metrics[spec.name].g if metrics else None
-                _fit(loaded, spec, ranks[spec.name], pair, g, settings)
+                fit(loaded, spec, ranks[spec.name], pair, g, settings)
         own_stream = [call.run(layer.module, x) for call, x in zip(calls, own_stream, strict=True)]
         progress("refine", index + 1, loaded.layer_count)
 
@@ -211,8 +147,8 @@ def _measure(
     stream: Sequence[torch.Tensor],
     path: str,
     dense: Sequence[torch.Tensor],
-) -> _Pair:
-    pair = _Pair.zeros(dense[0].shape[1], dense[0].device)
+) -> Pair:
+    pair = Pair.zeros(dense[0].shape[1], dense[0].device)
     for call, x, dense_input in zip(calls, stream, dense, strict=True):
 
         def catch(own: torch.Tensor, _dense: torch.Tensor = dense_input) -> None:
@@ -222,46 +158,3 @@ def _measure(
         with _caught(layer.get_submodule(path), catch), suppress(_Reached):
             call.run(layer, x)
     return pair
-
-
-def _fit(
-    loaded: LoadedModel, spec: LinearSpec, rank: Rank, pair: _Pair, g: torch.Tensor | None, settings: Refine
-) -> None:
-    """Put the best map of that rank from `x'` to `W (b x + (1 - b) x')` in the place of the linear."""
-    module = loaded.model.get_submodule(spec.name)
-    dense = weight_of(module)
-    weight = dense.to(WORK_DTYPE)
-    own, cross = pair.own / pair.tokens, pair.cross / pair.tokens
-    own_mean, dense_mean = pair.own_sum / pair.tokens, pair.dense_sum / pair.tokens
-    if settings.centred:
-        scale = own.diagonal().mean()
-        own, cross = own - torch.outer(own_mean, own_mean), cross - torch.outer(dense_mean, own_mean)
-        if own.diagonal().mean() <= _ROUNDING * scale:  # one and the same input in every token: the rest is rounding
-            own, cross = torch.zeros_like(own), torch.zeros_like(cross)
-    ridge = damped(own, settings.damping) - own
-    aim = settings.mix * cross + (1 - settings.mix) * own + ridge
-    factor, failed = torch.linalg.cholesky_ex(own + ridge)
-    if bool(failed):
-        raise NonFiniteError(f"The moment of the inputs of {spec.name} is not positive definite, so it has no fit.")
-    best = torch.cholesky_solve((weight @ aim).T, factor).T
-    if rank == DENSE:
-        low, right = best, None
-    else:
-        metric = None if g is None else damped(g, settings.metric_damping)
-        (factors,) = solve([Target(best, own + ridge, metric, int(rank))])
-        low, right = factors.left, factors.right
-    if not low.isfinite().all():
-        raise NonFiniteError(f"The second fit of {spec.name} gave NaN or infinity.")
-    lost = None
-    if settings.centred:
-        mean = settings.mix * dense_mean + (1 - settings.mix) * own_mean
-        lost = weight @ mean - (low @ own_mean if right is None else low @ (right @ own_mean))
-    if right is None:
-        dense.copy_(low)
-        return
-    new = make_low_rank(loaded.model, spec.name, int(rank), add_bias=settings.centred)
-    assert isinstance(new, LowRankLinear)
-    new.left.weight.copy_(low)
-    new.right.weight.copy_(right)
-    if lost is not None and new.left.bias is not None:
-        new.left.bias.add_(lost)

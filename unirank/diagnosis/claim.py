@@ -15,14 +15,12 @@ from typing import Any
 import torch
 
 from unirank.analysis.identity import check_model
+from unirank.analysis.redraw import redrawn_windows
 from unirank.analysis.store import AnalysisStore
 from unirank.diagnosis.correlation import LEAST, LEVEL, Correlation, spearman
 from unirank.diagnosis.spectra import SECOND_MOMENT, Geometry, Group, stream_spectra, weight_energies
-from unirank.disk.hashing import sha256_tensors
 from unirank.errors import InputError, NonFiniteError
 from unirank.progress import OnProgress, silent
-from unirank.text.records import NAMED
-from unirank.text.windows import BUILTIN, bos_of, calibration_windows, read_text, tokenize
 from unirank.types import SUBLAYERS, LinearSpec, LoadedModel, Sublayer, effective_rank
 
 _WINDOWS = 8
@@ -149,7 +147,9 @@ def diagnose(
         store: a finished store. Its energies give reading (b) (whitened spectra for the scheme `whiten`), and (a) for
             the scheme `svd`.
         loaded: the model that was analysed, for (a), (c) and (d). None: these are listed as missing.
-        text: the calibration text, for (c) and (d); None takes Python's documentation where the store was made from it.
+        text: the calibration text, for (c) and (d), as `Calibration.text` named it; None takes a builtin or named one
+            from the store, and lists (c) and (d) as missing, with the reason, where that does not give the store's
+            windows.
         windows: how many of the store's calibration windows run for (c) and (d); None takes 8, or all of fewer.
             Their ranks are biased low unless these hold many more tokens than the stream is wide.
         permutations: of the permutation tests, see `spearman`.
@@ -161,14 +161,14 @@ def diagnose(
         NonFiniteError: a spectrum is NaN or infinite; names the linear or the sublayer.
     """
     store.require_complete()
-    calibration = store.identity["calibration"]
-    windows = min(_WINDOWS, calibration["windows"]) if windows is None else windows
-    if not 1 <= windows <= calibration["windows"]:
-        raise InputError(f"windows = {windows} is not legal; the store was made from {calibration['windows']}.")
+    calibration = store.identity.calibration
+    windows = min(_WINDOWS, calibration.windows) if windows is None else windows
+    if not 1 <= windows <= calibration.windows:
+        raise InputError(f"windows = {windows} is not legal; the store was made from {calibration.windows}.")
     if permutations < 1:
         raise InputError(f"permutations = {permutations} is not legal; at least 1 is needed.")
     if text is not None and loaded is None:
-        raise InputError("A calibration text is of use only together with the model that was analyzed.")
+        raise InputError("text= is of use only together with the model that was analyzed, loaded=.")
     if loaded is not None:
         loaded.require_whole("A diagnosis of weights and streams")
         check_model(loaded, store)
@@ -179,7 +179,7 @@ def diagnose(
     }
     table = _Readings(cosines, permutations, seed)
     energies = store.energies()
-    scheme = store.identity["scheme"]
+    scheme = store.identity.scheme
     last = _last_linears(store)
     about: dict[str, Any] = {
         "store": str(store.path),
@@ -197,11 +197,11 @@ def diagnose(
     else:
         table.miss("weights", _NO_MODEL)
     if scheme == "svd":
-        table.miss("scheme", "the scheme svd has no spectra but the weights' own; analyze with --scheme whiten")
+        table.miss("scheme", "the scheme svd has no spectra but the weights' own; analyze with scheme=whiten")
     else:
         table.add_linears("scheme", store.linears, energies, last)
         if scheme != "whiten":
-            table.miss("scheme", f"whitened spectra: the scheme is {scheme}; analyze with --scheme whiten")
+            table.miss("scheme", f"whitened spectra: the scheme is {scheme}; analyze with scheme=whiten")
     geometry: list[Geometry] = []
     if loaded is None or token_windows is None:
         for group in ("outputs", "stream"):
@@ -209,7 +209,7 @@ def diagnose(
     else:
         chosen = token_windows[:windows]
         spectra: dict[tuple[Group, str], dict[tuple[int, Sublayer], torch.Tensor]] = {}
-        for layer, found in stream_spectra(loaded, chosen, calibration["batch"], progress):
+        for layer, found in stream_spectra(loaded, chosen, calibration.batch, progress):
             for sublayer, seen in found.items():
                 geometry.append(seen.geometry)
                 for key, spectrum in seen.spectra.items():
@@ -228,33 +228,17 @@ def diagnose(
     )
 
 
-_NO_MODEL = "needs the model that was analyzed: --model"
+_NO_MODEL = "needs the model that was analyzed, as loaded="
 
 
 def _windows(store: AnalysisStore, loaded: LoadedModel, text: str | None) -> tuple[torch.Tensor | None, str]:
-    """The store's calibration windows, int64 `[W, T]`; or None and the reason."""
-    calibration = store.identity["calibration"]
-    if text is None and calibration["text"] not in (BUILTIN, *NAMED):
-        return None, f"needs the calibration text {calibration['text']}: --calib FILE"
-    dataset = {key: calibration.get(key) for key in ("split", "revision")}
-    content = read_text(text or calibration["text"], loaded.tokenizer, **dataset)
-    if content.sha256 != calibration["text_sha256"]:
-        if text is None:
-            return None, f"the text {content.name} is another here than where the store was made (another version)"
-        raise InputError(f"The text {text} is not the one that the store was made from ({calibration['text']}).")
-    windows = calibration_windows(
-        tokenize(loaded.tokenizer, content, loaded.model),
-        windows=calibration["windows"],
-        window=calibration["window"],
-        seed=calibration["seed"],
-        bos=bos_of(loaded.tokenizer),
-        name=content.name,
-    )
-    if sha256_tensors([("windows", windows)]) != calibration["windows_sha256"]:
-        raise InputError(
-            f"The tokenizer of {loaded.source} makes other windows of {content.name} than the store was made from."
-        )
-    return windows, ""
+    """The store's calibration windows, int64 `[W, T]`; or None and why the recorded text does not give them here."""
+    try:
+        return redrawn_windows(loaded, store, text=text), ""
+    except InputError as error:
+        if text is not None:
+            raise
+        return None, str(error).removesuffix(".")
 
 
 def _last_linears(store: AnalysisStore) -> set[str]:
