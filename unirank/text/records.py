@@ -1,9 +1,8 @@
-"""Records of text: JSON lines, parquet, and what `datasets` loads, with short names for the field's usual corpora."""
+"""Records of text: local files, and what `datasets` loads, with short names for the field's usual corpora."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from unirank.errors import InputError
-
-_LINES = (".jsonl", ".ndjson")
-_TABLES = (".parquet",)
+from unirank.text.conversations import messages_of, write_out
+from unirank.text.files import LEGAL, holds_records, kind_of, read_records
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ NAMED = {
 
 
 def is_records(source: str) -> bool:
-    """Whether `source` names records, not a plain text file: a short name, a directory, a table, a hub name."""
+    """Whether `source` names records, not plain text: a short name, a directory, a file of records, a hub name."""
     path = Path(source)
     if source in NAMED or path.is_dir():
         return True
-    if path.suffix in (*_LINES, *_TABLES):
-        return path.is_file()
+    if path.is_file():
+        return holds_records(path)
     name = source.partition(":")[0]
     return not path.exists() and not path.suffix and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
@@ -70,22 +68,29 @@ def read_documents(
     """The documents of `source`, in order, empty ones left out, and what stands between two of them.
 
     Args:
-        source: "wikitext2", "c4", "ptb"; a `.jsonl` or `.parquet` file; or what `datasets.load_dataset` takes: a
+        source: "wikitext2", "c4", "ptb"; a file: JSON lines (`.jsonl`, `.ndjson`), a JSON array (`.json`), a table with
+            a header (`.csv`, `.tsv`), each also as `.gz`, or `.parquet`; or what `datasets.load_dataset` takes: a
             directory, or a hub name, with a configuration behind a colon (`Salesforce/wikitext:wikitext-2-raw-v1`).
-        tokenizer: its chat template writes conversations out.
+        tokenizer: its chat template writes conversations out. A template that prints the date prints the same one
+            always (see `conversations.CLOCK`), so that the same records are the same text tomorrow.
         split: of a dataset; None is "train", or with `held_out` the corpus's own split for perplexity ("test" where
-            nothing else is known).
-        revision: of a dataset on the hub.
+            nothing else is known). A file has none.
+        revision: of a dataset on the hub. A file and a directory have none.
 
     A record is a document by one of: `text`; `messages`, a conversation of `role` and `content`; `prompt` and
-    `completion`, or `instruction`, `input` (may be absent) and `output`, which are taken as one turn each.
+    `completion`, or `instruction`, `input` (may be absent) and `output`, which are taken as one turn each; `prompt` and
+    `completion` that are both lists of messages are one conversation.
 
-    Raises InputError for what is not there, not such records, a conversation without a chat template, and no text.
+    Raises InputError for what is not there, not such records, a conversation without a chat template or that the
+    template refuses, a split or revision of what has none, and no text.
     """
+    require_dataset(source, split, revision)
     named = NAMED.get(source)
     path = Path(source)
-    if path.is_file() and path.suffix in _LINES:
-        records = _json_lines(path)
+    if path.is_file() and kind_of(path) == "text":
+        raise InputError(f"The text {source} is plain text and holds no records; legal are {LEGAL}.")
+    if path.is_file() and kind_of(path) != "parquet":
+        records = read_records(path)
     else:
         records = _dataset(source, named, split, revision, held_out)
     column = named.column if named is not None else "text"
@@ -102,17 +107,17 @@ def read_documents(
     return tuple(documents), named.separator if named is not None else "\n\n"
 
 
-def _json_lines(path: Path) -> Iterable[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"The text {path} is not UTF-8: {error}.") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"Line {number} of {path} is not JSON: {error}.") from error
+def require_dataset(source: str, split: str | None, revision: str | None) -> None:
+    """Raise InputError for a split or a revision of what has none: they would be ignored, yet recorded."""
+    got = ", ".join(
+        f"{name}={value!r}" for name, value in (("split", split), ("revision", revision)) if value is not None
+    )
+    if not got:
+        return
+    if Path(source).is_file() or not is_records(source):
+        raise InputError(f"The text {source!r} is no dataset, so it has no split and no revision; got {got}.")
+    if revision is not None and Path(source).is_dir():
+        raise InputError(f"The text {source!r} is a directory, so it has no revision; got {got}.")
 
 
 def _dataset(
@@ -134,7 +139,7 @@ def _dataset(
     options: dict[str, Any] = {"revision": revision or named.revision}
     try:
         if Path(source).is_file():
-            return load_dataset("parquet", data_files=source, split=split or "train")
+            return load_dataset("parquet", data_files=source, split="train")  # what `datasets` calls the only one
         if named.limit is not None:
             stream = load_dataset(named.path, named.configuration, split=chosen, streaming=True, **options)
             return list(itertools.islice(stream, named.limit))
@@ -149,19 +154,6 @@ def _document(record: Any, tokenizer: PreTrainedTokenizerBase | None, column: st
         raise TypeError(f"it is a {type(record).__name__}, not an object")
     if isinstance(record.get(column), str):
         return record[column]
-    messages = record.get("messages")
-    if messages is None:
-        messages = _turns(record)
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise ValueError("it is a conversation, and the tokenizer has no chat template")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-
-def _turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    if "prompt" in record and "completion" in record:
-        asked, answer = record["prompt"], record["completion"]
-    elif "instruction" in record and "output" in record:
-        asked, answer = "\n\n".join(filter(None, (record["instruction"], record.get("input")))), record["output"]
-    else:
-        raise KeyError("it has neither text, nor messages, nor prompt and completion, nor instruction and output")
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    if record.get(column) is not None:
+        raise TypeError(f"its {column} is a {type(record[column]).__name__}, not a string")
+    return write_out(messages_of(record), tokenizer)

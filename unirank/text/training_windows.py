@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.disk.hashing import sha256_text
 from unirank.text.records import is_records, read_documents
-from unirank.text.windows import Text, bos_of, evaluation_windows, read_text, tokenize
+from unirank.text.windows import Text, bos_of, check_window, evaluation_windows, read_text, tokenize
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def read_corpus(source: str, tokenizer: PreTrainedTokenizerBase, *, split: str |
     Raises InputError like `read_text` and `read_documents`.
     """
     if not is_records(source):
-        text = read_text(source)
+        text = read_text(source, split=split)
         return Corpus(text.name, (text.content,))
     documents, _ = read_documents(source, tokenizer, split=split)
     return Corpus(Path(source).name if Path(source).exists() else source, documents)
@@ -43,8 +43,9 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
     """Documents one behind the other, an EOS between them, cut into windows: int64 `[W, window]`, the tail dropped.
 
     A tokenizer that begins texts with BOS gets it at the start of every window. Raises InputError when there is less
-    than one window, or a token without an embedding.
+    than one window, a window longer than the model's positions, or a token without an embedding.
     """
+    check_window(model, window, "Finetune.window")
     eos = tokenizer.eos_token_id
     parts: list[torch.Tensor] = []
     for document in corpus.documents:

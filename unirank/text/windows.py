@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.disk.hashing import sha256_text
 from unirank.errors import InputError
 from unirank.models.loading import embedding_rows
-from unirank.text.records import NAMED, is_records, read_documents
+from unirank.text.files import LEGAL, kind_of, read_prose
+from unirank.text.records import NAMED, is_records, read_documents, require_dataset
 
 BUILTIN = "builtin"
 BUILTIN_HELD_OUT = "builtin-held-out"
@@ -43,10 +45,13 @@ def read_text(
 ) -> Text:
     """Read a UTF-8 file, the documentation that ships with Python ("builtin", "builtin-held-out"), or records.
 
-    Records (see `unirank.sources.read_documents`, also for the other arguments) become one text.
+    Records (see `unirank.text.records.read_documents`, also for the other arguments) become one text. A text file may
+    be gzipped (".gz").
 
-    Raises InputError when the file is missing, is not UTF-8 text, or is empty; and like `read_documents`.
+    Raises InputError when the file is missing, is not UTF-8 text, is empty, or holds data that is no prose; when a
+    split or revision is given for what has none; and like `read_documents`.
     """
+    require_dataset(source, split, revision)
     if source in (BUILTIN, BUILTIN_HELD_OUT):
         from pydoc_data.topics import topics
 
@@ -54,25 +59,17 @@ def read_text(
         if source == BUILTIN:
             return Text(source, whole[: int(_CALIBRATION_SHARE * len(whole))])
         return Text(source, whole[-int(_HELD_OUT_SHARE * len(whole)) :])
+    path = Path(source)
     if is_records(source):
         documents, separator = read_documents(source, tokenizer, split=split, revision=revision, held_out=held_out)
-        name = Path(source).name if Path(source).is_file() else source
-        return Text(name, separator.join(documents), split, revision)
-    if split is not None or revision is not None:
-        raise InputError(f"The text {source!r} is no dataset, so it has no split and no revision.")
-    path = Path(source)
+        return Text(path.name if path.is_file() else source, separator.join(documents), split, revision)
     if not path.is_file():
         raise InputError(
-            f"The text {source!r} is not a file; legal are a path to UTF-8 text, JSON lines or parquet, {BUILTIN!r}, "
-            f"{BUILTIN_HELD_OUT!r}, {', '.join(map(repr, NAMED))}, and a dataset's directory or hub name."
+            f"The text {source!r} is not a file; legal are a path to {LEGAL}, {BUILTIN!r}, {BUILTIN_HELD_OUT!r}, "
+            f"{', '.join(map(repr, NAMED))}, and a dataset's directory or hub name."
         )
-    try:
-        content = path.read_text(encoding="utf-8")  # with universal newlines: a CR is no token of its own
-    except UnicodeDecodeError as error:
-        raise InputError(f"The text {source} is not UTF-8: {error}.") from error
-    if not content.strip():
-        raise InputError(f"The text {source} is empty.")
-    return Text(path.name, content)
+    kind_of(path)  # refuses data that is not read
+    return Text(path.name, read_prose(path))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, model: PreTrainedModel) -> torch.Tensor:
@@ -95,6 +92,53 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS id when the tokenizer puts one in front by itself (Gemma, Llama 3), else None."""
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) and list(tokenizer("a").input_ids)[:1] == [bos] else None
+
+
+def longest_window(model: PreTrainedModel) -> int | None:
+    """How many tokens a window may have: as many as the model's table of positions has places; None without a table.
+
+    Such a table is an embedding of positions (GPT-2, OPT), or a buffer that is as long as the configuration's
+    `max_position_embeddings` and read by position (GPT-J). A rotary model computes its positions and runs beyond that
+    number, so it has no longest window.
+    """
+    table = _position_table(model)
+    return table[1] if table is not None else None
+
+
+def fitting_window(model: PreTrainedModel, usual: int) -> int:
+    """The window of a user who said nothing: `usual` tokens, or the model's longest window where that is shorter."""
+    longest = longest_window(model)
+    return usual if longest is None else min(usual, longest)
+
+
+def check_window(model: PreTrainedModel, window: int, name: str = "window") -> None:
+    """Raise InputError for a window, which the caller calls `name`, that is longer than `longest_window`."""
+    table = _position_table(model)
+    if table is not None and window > table[1]:
+        raise InputError(
+            f"{name} = {window} is not legal: {type(model).__name__} has a table of {table[1]} positions ({table[0]}), "
+            f"so a window has at most {table[1]} tokens."
+        )
+
+
+def _position_table(model: PreTrainedModel) -> tuple[str, int] | None:
+    """Name and places of the shortest table of absolute positions, found by its length; None where there is none."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    tables: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
+            # Some begin behind the padding index (RoBERTa); some have 2 places more, which they skip (OPT, BART).
+            rows, skipped = module.num_embeddings, 0 if module.padding_idx is None else module.padding_idx + 1
+            if positions <= rows <= positions + 2:
+                tables[name] = min(positions, rows - skipped)
+        shapes = [tuple(buffer.shape) for buffer in module.buffers(recurse=False)]
+        for leaf, buffer in module.named_buffers(prefix=name, recurse=False):
+            # Two of one shape are the cosines and sines of a rotary cache, which grows (**choice**).
+            if buffer.dim() == 2 and buffer.shape[0] == positions and shapes.count(tuple(buffer.shape)) == 1:
+                tables[leaf] = positions
+    return min(tables.items(), key=lambda item: item[1], default=None)
 
 
 def _check_length(tokens: torch.Tensor, window: int, needed: int, name: str) -> None:
