@@ -8,7 +8,7 @@ import torch
 
 from unirank.analysis.scheme.base import Scheme
 from unirank.errors import InputError
-from unirank.text.windows import BUILTIN, Text, bos_of, calibration_windows, tokenize
+from unirank.text.windows import BUILTIN, Text, bos_of, calibration_windows, check_window, tokenize
 from unirank.types import LoadedModel
 
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
@@ -58,7 +58,8 @@ def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
 
 
 def windows_of(loaded: LoadedModel, text: Text, calibration: Calibration) -> torch.Tensor:
-    """The calibration windows, int64 `[W, T]`. Raises InputError like `calibration_windows`."""
+    """The calibration windows, int64 `[W, T]`. Raises InputError like `calibration_windows` and `check_window`."""
+    check_window(loaded.model, calibration.window, "Calibration.window")
     tokens = tokenize(loaded.tokenizer, text, loaded.model)
     bos = bos_of(loaded.tokenizer)
     return calibration_windows(

@@ -94,7 +94,9 @@ def evaluate_command(
     split: Annotated[
         str | None, typer.Option(help="Split of a dataset; default: its own for perplexity, test where unknown.")
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens a window. Default: 1024.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens a window. Default: 1024, or the model's positions.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Use the first so many windows, or documents of each task; default: all.")
     ] = None,
@@ -148,7 +150,7 @@ def evaluate_command(
                 network,
                 tokenizer,
                 text=BUILTIN_HELD_OUT if text is None else text,
-                window=1024 if window is None else window,
+                window=window,
                 limit=limit,
                 split=split,
                 stage=f"perplexity, {Path(name).name}",

@@ -11,10 +11,21 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unirank.errors import NonFiniteError
+from unirank.errors import InputError, NonFiniteError
 from unirank.models.low_rank import count_parameters
 from unirank.progress import OnProgress, silent
-from unirank.text.windows import BUILTIN_HELD_OUT, bos_of, evaluation_windows, read_text, tokenize
+from unirank.text.windows import (
+    BUILTIN_HELD_OUT,
+    bos_of,
+    check_window,
+    evaluation_windows,
+    fitting_window,
+    longest_window,
+    read_text,
+    tokenize,
+)
+
+WINDOW = 1024  # tokens, where the user says nothing and the model has so many positions (**choice**)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text: str = BUILTIN_HELD_OUT,
-    window: int = 1024,
+    window: int | None = None,
     limit: int | None = None,
     split: str | None = None,
     stage: str = "perplexity",
@@ -61,15 +72,18 @@ def evaluate(
 
     Args:
         text: path or builtin name, see `read_text`.
-        window: tokens a window, non-overlapping; a BOS counts as one of them.
+        window: tokens a window, non-overlapping; a BOS counts as one of them. None is 1024, or as many as the model has
+            positions where these are fewer.
         limit: use the first `limit` windows; None uses all.
         split: of a dataset; None is its own split for perplexity.
         stage: name in the progress report.
 
     Raises:
-        InputError: the text is unusable or shorter than a window.
+        InputError: the text is unusable or shorter than a window; the window is longer than the model's positions.
         NonFiniteError: the loss of a window is NaN or infinity; names the window.
     """
+    window = fitting_window(model, WINDOW) if window is None else window
+    check_window(model, window)
     content = read_text(text, tokenizer, split=split, held_out=True)
     tokens = tokenize(tokenizer, content, model)
     bos = bos_of(tokenizer)
@@ -116,9 +130,20 @@ def total_nll(
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, tokens: int = 40) -> str:
-    """Greedy continuation of `prompt` by at most `tokens` tokens (a sample to look at, not a measurement)."""
+    """Greedy continuation of `prompt` by at most `tokens` tokens (a sample to look at, not a measurement).
+
+    It ends earlier where the model's table of positions ends (see `longest_window`). Raises InputError for a prompt
+    that is longer than that table.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length, longest = inputs["input_ids"].shape[1], longest_window(model)
+    if longest is not None:
+        if length > longest:
+            raise InputError(
+                f"The prompt has {length} tokens; {type(model).__name__} has positions for at most {longest}."
+            )
+        tokens = min(tokens, longest - length + 1)  # the last token is not read
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     run = cast("Callable[..., torch.Tensor]", model.generate)
     output = run(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True))

@@ -36,6 +36,7 @@ from unirank.models.low_rank import align_weights, count_target
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
 from unirank.text.training_windows import Corpus, pack, read_corpus
+from unirank.text.windows import check_window
 from unirank.types import DENSE
 
 _RECIPE = "finetune.json"
@@ -172,6 +173,7 @@ def _teacher(
         raise InputError(
             f"The teacher has {sizes[0]} tokens and the compressed model {sizes[1]}; they must be the same."
         )
+    check_window(teacher, settings.window, "Finetune.window")
     return teacher.eval().requires_grad_(False)
 
 
