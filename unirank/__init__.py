@@ -15,10 +15,10 @@ from unirank.models import registration as _registration
 if TYPE_CHECKING:
     from unirank import ops, reference
     from unirank.analysis.calibration import Calibration
-    from unirank.analysis.fill_store import analyze
+    from unirank.analysis.needs import Needs
     from unirank.analysis.scheme import schemes
     from unirank.analysis.store import AnalysisStore, open_store
-    from unirank.api import apply, compress
+    from unirank.api import analyze, apply, compress, dry_run, plan
     from unirank.compression.checkpoint import CompressedModel, open_compressed
     from unirank.compression.densified import densify
     from unirank.compression.refine import Refine
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
     from unirank.planning.allocator import allocators
     from unirank.planning.imported_ranks import import_plan
     from unirank.planning.measuring import make_workbench
-    from unirank.planning.ranks import plan
     from unirank.planning.score import ScoreSettings
     from unirank.rank_plan import RankPlan
-    from unirank.recipes import Preset, presets
+    from unirank.recipes import Preset, presets, recipe
     from unirank.report.write import write_report
     from unirank.types import Factors, LinearSpec, LoadedModel, effective_rank
+
+    __version__: str
 
 # Where each public name is. tests/promises/test_start_up.py holds it against the imports above.
 _HOME = {
     "analysis.calibration": ("Calibration",),
-    "analysis.fill_store": ("analyze",),
-    "planning.ranks": ("plan",),
+    "analysis.needs": ("Needs",),
     "analysis.scheme": ("schemes",),
     "analysis.store": ("AnalysisStore", "open_store"),
-    "api": ("apply", "compress"),
+    "api": ("analyze", "apply", "compress", "dry_run", "plan"),
     "compression.checkpoint": ("CompressedModel", "open_compressed"),
     "compression.densified": ("densify",),
     "compression.refine": ("Refine",),
@@ -72,7 +72,7 @@ _HOME = {
     "planning.measuring": ("make_workbench",),
     "planning.score": ("ScoreSettings",),
     "rank_plan": ("RankPlan",),
-    "recipes": ("Preset", "presets"),
+    "recipes": ("Preset", "presets", "recipe"),
     "report.write": ("write_report",),
     "types": ("Factors", "LinearSpec", "LoadedModel", "effective_rank"),
 }
@@ -90,6 +90,7 @@ __all__ = [
     "LinearSpec",
     "LoadedModel",
     "LowRankLinear",
+    "Needs",
     "NonFiniteError",
     "Preset",
     "RankPlan",
@@ -110,6 +111,7 @@ __all__ = [
     "densify",
     "describe",
     "diagnose",
+    "dry_run",
     "effective_rank",
     "evaluate",
     "finetune",
@@ -123,6 +125,7 @@ __all__ = [
     "ops",
     "plan",
     "presets",
+    "recipe",
     "reference",
     "run_tasks",
     "schemes",

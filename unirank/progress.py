@@ -13,3 +13,8 @@ class OnProgress(Protocol):
 
 def silent(stage: str, done: int, total: int) -> None:
     """The default: report nothing."""
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB, for people."""
+    return f"{size / 2**30:.2f} GiB"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from unirank.analysis.scheme import scheme as scheme_of
-from unirank.compression.refine import Refine
 from unirank.errors import InputError
 from unirank.planning.allocator import allocator as allocator_of
-from unirank.planning.score import ScoreSettings
+
+if TYPE_CHECKING:
+    from unirank.compression.refine import Refine
+    from unirank.planning.score import ScoreSettings
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Preset:
         refine: the second pass, or None.
     """
 
-    scheme: str
-    allocator: str
+    scheme: str = "whiten"
+    allocator: str = "unirank"
     settings: ScoreSettings | None = None
     options: Mapping[str, float] = field(default_factory=dict)
     refine: Refine | None = None
@@ -32,11 +35,21 @@ class Preset:
     @property
     def needs_gradients(self) -> bool:
         """Whether the analysis must run backward."""
-        return (
-            scheme_of(self.scheme).needs_gradient
-            or allocator_of(self.allocator).gradients
-            or (self.refine is not None and self.refine.metric)
-        )
+        return bool(self.needs_gradients_for)
+
+    @property
+    def needs_gradients_for(self) -> str:
+        """What needs gradients, in words; empty where nothing does."""
+        if scheme_of(self.scheme).needs_gradient:
+            return f"the scheme {self.scheme}"
+        if allocator_of(self.allocator).gradients:
+            return f"the allocator {self.allocator}"
+        return "the second pass" if self.refine is not None and self.refine.metric else ""
+
+    @property
+    def measures(self) -> bool:
+        """Whether the allocator runs the dense model."""
+        return allocator_of(self.allocator).measures
 
     @property
     def needs_tokens(self) -> bool:
@@ -46,15 +59,28 @@ class Preset:
     @property
     def needs_tokens_for(self) -> str:
         """What needs them, in words."""
-        parts = [f"the allocator {self.allocator}"] if allocator_of(self.allocator).measures else []
+        parts = [f"the allocator {self.allocator}"] if self.measures else []
         return " and ".join([*parts, "the second pass"] if self.refine is not None else parts)
 
 
-_PRESETS: dict[str, Preset] = {
-    "unirank": Preset("whiten", "unirank"),
-    "fast": Preset("afm", "lems", refine=Refine(centred=True)),
-    "best": Preset("kfac", "lems", refine=Refine(centred=True, metric=True)),
-}
+def _unirank() -> Preset:
+    return Preset()
+
+
+def _fast() -> Preset:
+    from unirank.compression.refine import Refine
+
+    return Preset("afm", "lems", refine=Refine(centred=True))
+
+
+def _best() -> Preset:
+    from unirank.compression.refine import Refine
+
+    return Preset("kfac", "lems", refine=Refine(centred=True, metric=True))
+
+
+# Made when they are asked for, so that names cost nothing.
+_PRESETS = {"unirank": _unirank, "fast": _fast, "best": _best}
 
 
 def presets() -> tuple[str, ...]:
@@ -66,4 +92,30 @@ def preset(name: str) -> Preset:
     """The preset of that name; raises InputError with the legal names."""
     if name not in _PRESETS:
         raise InputError(f"The preset {name!r} does not exist; legal values: {', '.join(_PRESETS)}.")
-    return _PRESETS[name]
+    return _PRESETS[name]()
+
+
+def recipe(
+    name: str | None = None,
+    *,
+    scheme: str | None = None,
+    allocator: str | None = None,
+    settings: ScoreSettings | None = None,
+    options: Mapping[str, float] | None = None,
+    refine: Refine | None = None,
+) -> Preset:
+    """The preset `name`, or the parts that are given; the parts that are not are those of `unirank`, the paper.
+
+    Raises InputError for names that do not exist, and for parts beside a preset, which sets them all.
+    """
+    parts = {"scheme": scheme, "allocator": allocator, "settings": settings, "options": options, "refine": refine}
+    given = {part: value for part, value in parts.items() if value is not None}
+    if name is not None:
+        if given:
+            other = next(iter(given))
+            raise InputError(f"preset = {name!r} sets {', '.join(parts)}; {other}= is given too: leave one of them out.")
+        return preset(name)
+    found = Preset(**given)
+    scheme_of(found.scheme)
+    allocator_of(found.allocator)
+    return found

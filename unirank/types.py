@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-import torch
-
+from unirank.disk.strictjson import Damaged, build, number
 from unirank.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,13 +55,13 @@ class LinearSpec:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LinearSpec:
-        """Read what `dataclasses.asdict` gave. Raises ValueError, KeyError or TypeError for anything else."""
-        spec = cls(**record)
+        """Read what `dataclasses.asdict` gave. Raises Damaged for anything else."""
+        spec = build(cls, record)
         whole = all(type(size) is int for size in (spec.layer, spec.m, spec.n))
         if not (whole and spec.layer >= 0 and spec.m > 0 and spec.n > 0 and spec.sublayer in SUBLAYERS):
-            raise ValueError(f"the linear {str(spec.name)[:80]!r} is not legal")
+            raise Damaged(f"the linear {str(spec.name)[:80]!r} is not legal")
         if not (isinstance(spec.name, str) and isinstance(spec.kind, str)):
-            raise ValueError("a linear has no name")
+            raise Damaged("a linear has no name")
         return spec
 
     def rank_cost(self, rank: Rank) -> int:
@@ -81,6 +80,10 @@ class Paging(Protocol):
         """From now on `tensor(name)` is what `make()` gives."""
         ...
 
+    def stamp(self, name: str) -> Hashable:
+        """Changes when `tensor(name)` does; None where nothing tells."""
+        ...
+
     def resident(self, model: nn.Module, index: int) -> AbstractContextManager[None]:
         """Layer `index` of `model` is in memory inside."""
         ...
@@ -96,6 +99,8 @@ class LoadedModel:
     linears: tuple[LinearSpec, ...]  # in execution order of layers, then module order
     source: str  # what the caller asked for
     pages: Paging | None = None  # of a model that is read layer by layer
+    # What `analysis.identity.weights_hash` found, by kind, with what tells whether it still holds.
+    hashes: dict[str, tuple[Any, str]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def resident(self, index: int) -> AbstractContextManager[None]:
         """The weights of layer `index` are in memory inside; those of a model loaded as a whole always are."""
@@ -111,6 +116,16 @@ class LoadedModel:
         """Raise InputError where `what` needs all layers in memory and they are not."""
         if self.pages is not None:
             raise InputError(f"{what} needs the whole model in memory; load it without streaming.")
+
+    def require_dense(self) -> None:
+        """Raise InputError where targets were replaced by low-rank ones since the model was loaded."""
+        # A low-rank linear holds a guard in the place of the weight matrix: a vector.
+        weights: list[Any] = [self.model.get_submodule(spec.name).weight for spec in self.linears]
+        if any(weight.dim() != 2 for weight in weights):
+            raise InputError(
+                f"The model {self.source} was compressed in place by an earlier apply, truncate or refine; load it "
+                "again, or compress a copy with apply(..., copy=True)."
+            )
 
     @property
     def layer_count(self) -> int:
@@ -152,12 +167,12 @@ class CosineStat:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CosineStat:
-        """Read what `dataclasses.asdict` gave. Raises ValueError, KeyError or TypeError for anything else."""
-        stat = cls(**record)
+        """Read what `dataclasses.asdict` gave. Raises Damaged for anything else."""
+        stat = build(cls, record)
         if not (type(stat.tokens) is int and stat.tokens > 0):
-            raise ValueError(f"cosines over {str(stat.tokens)[:80]} tokens")
-        if not all(type(sum_) in (int, float) and math.isfinite(sum_) for sum_ in (stat.total, stat.total_of_squares)):
-            raise ValueError("a sum of cosines is no number")
+            raise Damaged(f"cosines over {str(stat.tokens)[:80]} tokens")
+        for key in ("total", "total_of_squares"):
+            number(getattr(stat, key), key)
         return stat
 
     @property
@@ -205,4 +220,5 @@ def effective_rank(weights: torch.Tensor) -> float:
     total = weights.sum()
     if total <= 0:
         return 0.0
-    return math.exp(-float(torch.special.xlogy(weights / total, weights / total).sum()))
+    shares = weights / total
+    return math.exp(-float(shares.xlogy(shares).sum()))

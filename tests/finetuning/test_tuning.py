@@ -269,12 +269,12 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(compressed, coun
             unirank.finetune(model, str(data), dataclasses.replace(QUICK, **changes), work=work, device="cpu")
         assert not work.exists()
     with pytest.raises(InputError, match="A teacher has nothing to teach with distill = 0"):
-        tuned(compressed, counting, work, teacher="dense")
+        tuned(compressed, counting, work, against="dense")
     with pytest.raises(InputError, match="The teacher cannot be loaded"):
-        tuned(compressed, counting, work, dataclasses.replace(QUICK, distill=0.5), teacher=str(tmp_path / "nowhere"))
+        tuned(compressed, counting, work, dataclasses.replace(QUICK, distill=0.5), against=str(tmp_path / "nowhere"))
     other = build("llama", vocab_size=50)
     with pytest.raises(InputError, match="The teacher has 50 tokens and the compressed model 96"):
-        tuned(compressed, counting, work, dataclasses.replace(QUICK, distill=0.5), teacher=other)
+        tuned(compressed, counting, work, dataclasses.replace(QUICK, distill=0.5), against=other)
 
 
 def test_a_model_without_low_rank_layers_is_refused(compressed: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from unirank.analysis.scheme.base import Scheme
 from unirank.errors import InputError
 from unirank.text.windows import BUILTIN, Text, bos_of, calibration_windows, check_window, tokenize
 from unirank.types import LoadedModel
+
+if TYPE_CHECKING:
+    from unirank.analysis.scheme.base import Scheme
 
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
@@ -19,8 +24,8 @@ class Calibration:
     """Which tokens calibrate.
 
     Attributes:
-        text: "builtin" (Python's documentation), a path to UTF-8 text, or records (see `unirank.sources`): "wikitext2",
-            "c4", "ptb", JSON lines, parquet, a dataset's directory or hub name.
+        text: "builtin" (Python's documentation), a path to UTF-8 text, or records (see `unirank.text.records`):
+            "wikitext2", "c4", "ptb", JSON lines, parquet, a dataset's directory or hub name.
         windows: number of windows, at random positions.
         window: tokens a window.
         seed: of the positions.
@@ -38,6 +43,25 @@ class Calibration:
     split: str | None = None
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str | os.PathLike):
+            raise InputError(f"Calibration.text = {self.text!r} is not legal; it is a path or a name.")
+        object.__setattr__(self, "text", os.fspath(self.text))
+
+
+def calibration_of(given: Calibration | str | Path | None) -> Calibration:
+    """What was given for a calibration: as it is, or its text alone. None is the default.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(given, str | os.PathLike):
+        return Calibration(os.fspath(given))
+    if given is not None and not isinstance(given, Calibration):
+        raise InputError(
+            f"calibration = {given!r} is not legal; it is a unirank.Calibration, or a text's path or name."
+        )
+    return given or Calibration()
+
 
 def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
     """How many windows run backward. Raises InputError for numbers that are not legal or too small for `scheme`."""
@@ -47,13 +71,11 @@ def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
     count = min(GRADIENT_WINDOWS, calibration.windows) if asked is None and scheme.needs_gradient else asked or 0
     if not 0 <= count <= calibration.windows:
         raise InputError(
-            f"gradient_windows = {count} (--gradients) is not legal; "
+            f"Calibration.gradient_windows = {count} is not legal; "
             f"it is at least 0 and at most windows = {calibration.windows}."
         )
     if scheme.needs_gradient and count == 0:
-        raise InputError(
-            f"The scheme {scheme.name} needs gradients; gradient_windows (--gradients) must be at least 1."
-        )
+        raise InputError(f"The scheme {scheme.name} needs gradients; Calibration.gradient_windows must be at least 1.")
     return count
 
 

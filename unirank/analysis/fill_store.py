@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from unirank.analysis.calibration import Calibration, gradient_windows, windows_of
+from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.gradient_pass import gradient_pass
-from unirank.analysis.identity import _identity
-from unirank.analysis.scheme import Scheme
+from unirank.analysis.identity import make_identity, weights_hash
 from unirank.analysis.scheme import scheme as scheme_of
+from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import MANIFEST, AnalysisStore, create_or_resume, open_store
 from unirank.disk.files import check_output, locked
 from unirank.distributed import barrier, from_zero, process_group, rank, share, size
@@ -27,12 +27,12 @@ from unirank.text.windows import read_text
 from unirank.types import LoadedModel
 
 
-def analyze(
+def fill_store(
     loaded: LoadedModel,
     store_path: str | Path,
     *,
     scheme: str = "whiten",
-    calibration: Calibration | None = None,
+    calibration: Calibration | str | Path | None = None,
     gradients_from: str | Path | None = None,
     hidden_limit: int | None = None,
     overwrite: bool = False,
@@ -47,36 +47,42 @@ def analyze(
             runs; None is a quarter of the memory that is free. It changes no byte of the store.
 
     Raises:
-        InputError: unknown scheme, unusable text, an output directory that is not a store.
+        InputError: unknown scheme, unusable text, an output directory that is not a store, a model that was compressed.
         StoreError: the store, or that of the gradients, belongs to other inputs; says what differs.
         NonFiniteError: names the layer or linear.
         WriteError: the disk refused; finished layers stay and the next run resumes.
     """
-    calibration = calibration or Calibration()
+    loaded.require_dense()
+    calibration = calibration_of(calibration)
     chosen = scheme_of(scheme)
     source = open_store(gradients_from) if gradients_from is not None else None
     if source is not None:
         source.require_gradients()
         if calibration.gradient_windows is None:
-            count = source.identity["calibration"]["gradient_windows"]
+            count = source.identity.calibration.gradient_windows
             calibration = dataclasses.replace(calibration, gradient_windows=count)
     backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
     windows = windows_of(loaded, text, calibration)
-    identity = _identity(loaded, text, windows, calibration, backward, scheme)
+    weights = weights_hash(loaded)
+    identity = make_identity(loaded, text, windows, calibration, backward, scheme, weights_sha256=weights)
+
+    def weights_like(recorded: str) -> str:
+        return weights_hash(loaded, like=recorded)
+
     if source is not None:
-        source.check_shared(identity)
+        source.check_shared(identity, weights_like)
     place = Path(store_path)
     if not place.is_dir():  # else create_or_resume looks into it
         check_output(place, marker=MANIFEST, overwrite=True)
     with process_group():
         if size() > 1:
-            identity |= {"processes": size()}
+            identity = dataclasses.replace(identity, processes=size())
             _check_processes(windows, calibration.batch)
         with locked(place) if rank() == 0 else nullcontext():
             store = AnalysisStore(place, identity, loaded.linears)
             if rank() == 0:
-                store = create_or_resume(place, identity, loaded.linears, overwrite=overwrite)
+                store = create_or_resume(place, identity, loaded.linears, overwrite=overwrite, weights=weights_like)
                 if source is not None:
                     store.share_gradients(source)
             barrier()
@@ -91,7 +97,7 @@ def _check_processes(windows: torch.Tensor, batch: int) -> None:
     if batches < size():
         raise InputError(
             f"{size()} processes need a batch of windows each, and there are {batches} of {batch}; "
-            "use fewer processes, more --windows or a smaller --batch."
+            "use fewer processes, more windows or a smaller batch (Calibration.windows, Calibration.batch)."
         )
 
 
@@ -115,7 +121,7 @@ def _fill(
     if backward:  # also with all layers done: one of its files may have been lost since
         if size() > 1 and from_zero(store.layers_without_gradients()):
             raise InputError(
-                "Gradients are made by one process: run it without torchrun, and give its store with --gradients-from."
+                "Gradients are made by one process: run it without torchrun, and give its store with gradients_from=."
             )
         gradient_pass(loaded, windows[:backward], store, batch=batch, progress=progress)
     progress(stage, first, count)
@@ -154,7 +160,7 @@ def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:
     """Of the hidden states between two layers, and of the copy that the writer holds."""
     embedding = loaded.model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
-    width = loaded.model.config.get_text_config().hidden_size
+    width = getattr(loaded.model.config.get_text_config(), "hidden_size", embedding.shape[1])  # Blt states none
     return 2 * windows.numel() * width * embedding.element_size()
 
 

@@ -8,73 +8,91 @@ from typing import Annotated, Any
 
 import typer
 
-from unirank.analysis.store import MANIFEST, open_store
-from unirank.cli import options as flags
-from unirank.cli import views as tables
+from unirank.cli import options, views
 from unirank.cli.terminal import run_session
-from unirank.compression.checkpoint import PLAN_FILE, PROVENANCE_FILE, open_compressed
-from unirank.compression.densified import densify, save_dense
-from unirank.disk.files import beside, check_output
 from unirank.errors import InputError
-from unirank.finetuning.tuning import Finetune, finetune
-from unirank.models.low_rank import count_parameters
-from unirank.report.plots import check_plots, save_plots
-from unirank.report.write import PROMPTS, write_report
+from unirank.finetuning.settings import Finetune
 
 _D = Finetune()
+_TRAINING, _ADAPTERS, _HELD_OUT = "Training", "Adapters", "Held-out text"
 
 
 def finetune_command(
-    model: Annotated[str, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.")],
-    data: Annotated[
+    model: options.Compressed,
+    text: Annotated[
         str,
-        typer.Option(
-            help="Training text: a UTF-8 file; records as .jsonl or .parquet (text, messages, prompt and completion, "
+        options.option(
+            "Training text: a UTF-8 file; records as .jsonl or .parquet (text, messages, prompt and completion, "
             "or instruction and output); a directory or hub name for `datasets`, where needed as NAME:CONFIGURATION."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the fine-tuned checkpoint.")],
-    split: Annotated[str | None, typer.Option(help="Split of a dataset. Default: train.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _D.steps,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = _D.batch,
+    out: Annotated[Path, options.out("Directory of the fine-tuned checkpoint.")],
+    steps: Annotated[int, options.option("Optimizer steps.")] = _D.steps,
+    against: Annotated[
+        str | None,
+        options.option("The dense model, the teacher of --distill. Default: the one the checkpoint says it came from."),
+    ] = None,
+    split: Annotated[str | None, options.option("Split of a dataset. Default: train.", group=_TRAINING)] = None,
+    batch: Annotated[int, options.option("Windows a step.", group=_TRAINING)] = _D.batch,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Windows that run at once; fewer need less memory. Default: all of a step.")
-    ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window; documents are packed.")] = _D.window,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _D.lr,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters (the factors keep theirs).")] = _D.rank,
-    alpha: Annotated[float | None, typer.Option(help="Adapters count alpha / rank. Default: twice the rank.")] = None,
-    schedule: Annotated[str, typer.Option(help="joint, or left-then-right (SVD-LLM's).")] = _D.schedule,
-    dense: Annotated[bool, typer.Option("--dense", help="Also adapt the linears that stayed dense.")] = False,
+        int | None,
+        options.option("Windows that run at once; fewer need less memory. Default: all of a step.", group=_TRAINING),
+    ] = _D.micro_batch,
+    window: Annotated[int, options.option("Tokens a window; documents are packed.", group=_TRAINING)] = _D.window,
+    lr: Annotated[float, options.option("Peak learning rate.", group=_TRAINING)] = _D.lr,
+    warmup: Annotated[
+        float, options.option("Fraction of the steps in which the rate rises.", group=_TRAINING)
+    ] = _D.warmup,
+    weight_decay: Annotated[float, options.option("Weight decay of the adapters.", group=_TRAINING)] = _D.weight_decay,
     distill: Annotated[
-        float, typer.Option(help="Share of the loss that is the divergence from the dense model, 0 to 1.")
+        float,
+        options.option("Share of the loss that is the divergence from the dense model, 0 to 1.", group=_TRAINING),
     ] = _D.distill,
-    temperature: Annotated[float, typer.Option(help="Of that divergence.")] = _D.temperature,
-    teacher: Annotated[
-        str | None, typer.Option(help="The dense model; default: the one the checkpoint says it came from.")
-    ] = None,
-    held_out: Annotated[float, typer.Option(help="Fraction of the windows that is not trained on.")] = _D.held_out,
+    temperature: Annotated[float, options.option("Of that divergence.", group=_TRAINING)] = _D.temperature,
+    seed: Annotated[int, options.option("Seed of adapters and order.", group=_TRAINING)] = _D.seed,
+    rank: Annotated[int, options.option("Rank of the adapters (the factors keep theirs).", group=_ADAPTERS)] = _D.rank,
+    alpha: Annotated[
+        float | None, options.option("Adapters count alpha / rank. Default: twice the rank.", group=_ADAPTERS)
+    ] = _D.alpha,
+    schedule: Annotated[str, options.option("joint, or left-then-right (SVD-LLM's).", group=_ADAPTERS)] = _D.schedule,
+    adapt_dense: Annotated[
+        bool, options.option("Also adapt the linears that stayed dense.", "--adapt-dense", group=_ADAPTERS)
+    ] = _D.adapt_dense,
+    held_out: Annotated[
+        float, options.option("Fraction of the windows that is not trained on.", group=_HELD_OUT)
+    ] = _D.held_out,
     evaluate_every: Annotated[
-        int | None, typer.Option(help="Steps between looks at the held-out loss, and checkpoints. Default: a tenth.")
-    ] = None,
-    patience: Annotated[int, typer.Option(help="Looks without improvement that end it; 0: never.")] = _D.patience,
+        int | None,
+        options.option("Steps between looks at the held-out loss, and checkpoints. Default: a tenth.", group=_HELD_OUT),
+    ] = _D.evaluate_every,
+    patience: Annotated[
+        int, options.option("Looks without improvement that end it; 0: never.", group=_HELD_OUT)
+    ] = _D.patience,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
-    ] = False,
+        bool, options.option("Less memory for more time.", "--gradient-checkpointing", group="Model")
+    ] = _D.gradient_checkpointing,
     precision: Annotated[
-        str, typer.Option(help="Of the arithmetic: float32, bfloat16, or auto (bfloat16 on GPUs that have it).")
+        str,
+        options.option("Of the arithmetic: float32, bfloat16, or auto (bfloat16 on GPUs that have it).", group="Model"),
     ] = _D.precision,
-    seed: Annotated[int, typer.Option(help="Seed of adapters and order.")] = _D.seed,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
     work: Annotated[
         Path | None,
-        typer.Option(help="Keep training checkpoints here. Default: OUT with -training appended, deleted at the end."),
+        options.option(
+            "Keep training checkpoints here. Default: OUT with -training appended, deleted at the end.",
+            group="Output",
+        ),
     ] = None,
-    dtype: flags.Dtype = "auto",
-    device: flags.Device = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Fine-tune a compressed checkpoint with LoRA on its factors. Ranks stay; an interrupted run resumes."""
+    from unirank.compression.card import PLAN_FILE
+    from unirank.compression.checkpoint import open_compressed
+    from unirank.disk.files import beside, check_output
+    from unirank.finetuning.tuning import finetune
+
     with run_session(as_json) as session:
         chosen: dict[str, Any] = {"schedule": schedule, "precision": precision}
         settings = Finetune(
@@ -83,9 +101,11 @@ def finetune_command(
             micro_batch=micro_batch,
             window=window,
             lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
             rank=rank,
             alpha=alpha,
-            adapt_dense=dense,
+            adapt_dense=adapt_dense,
             distill=distill,
             temperature=temperature,
             held_out=held_out,
@@ -101,24 +121,30 @@ def finetune_command(
         compressed = open_compressed(model, dtype=dtype, device=device)
         folder = work or beside(out, "-training")
         tuned = finetune(
-            compressed, data, settings, work=folder, teacher=teacher, split=split, progress=session.progress
+            compressed, text, settings, work=folder, against=against, split=split, progress=session.progress
         )
         tuned.save(out, overwrite=overwrite)
         if work is None:
             shutil.rmtree(folder)
         record = {"out": str(out), "report": tuned.report.as_dict(), "training": dict(tuned.training or {})}
-        session.show(record, *tables.finetune_view(tuned, out))
+        session.show(record, *views.finetune_view(tuned, out))
 
 
 def densify_command(
-    model: Annotated[str, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.")],
+    model: options.Compressed,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the plain checkpoint.")],
-    dtype: flags.Dtype = "auto",
-    device: flags.Device = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a plain checkpoint of the original class, as large as the original, for tools without unirank."""
+    from unirank.compression.card import PROVENANCE_FILE
+    from unirank.compression.checkpoint import open_compressed
+    from unirank.compression.densified import densify, save_dense
+    from unirank.disk.files import check_output
+    from unirank.models.low_rank import count_parameters
+
     with run_session(as_json) as session:
         check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
         if out.resolve() == Path(model).resolve():
@@ -134,41 +160,48 @@ def densify_command(
 
 
 def report_command(
-    model: Annotated[Path, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page to write. Default: COMPRESSED with .html appended.")
+    model: options.Compressed,
+    out: Annotated[Path | None, options.out("The page to write. Default: COMPRESSED with .html appended.")] = None,
+    against: Annotated[str | None, options.option("The dense model, for texts side by side.")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        options.option("With --against: continue this; repeatable. Default: three.", "--prompt"),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(help="Its analysis store, for cosines and spectra. Default: COMPRESSED-analysis, if there."),
+        options.option("Its analysis store, for cosines and spectra. Default: COMPRESSED-analysis, if there."),
     ] = None,
     grid: Annotated[
-        Path | None, typer.Option(help="JSON of `unirank demo` or bench_quality.py, for perplexities.")
-    ] = None,
-    dense: Annotated[str | None, typer.Option(help="The dense model, for texts side by side.")] = None,
-    prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", help="With --dense: continue this; repeatable. Default: three.")
+        Path | None, options.option("JSON of `unirank demo` or bench_quality.py, for perplexities.")
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option(help="Also write the charts into this directory, as PNG and SVG (needs the extra `plot`)."),
+        options.option(
+            "Also write the charts into this directory, as PNG and SVG (needs the extra `plot`).", group="Output"
+        ),
     ] = None,
-    device: flags.Device = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """One self-contained HTML page about a compressed checkpoint: ranks, cosines, spectra, and how to make it again."""
-    with run_session(as_json) as session:
-        if prompts and dense is None:
-            raise InputError("--prompt needs --dense: the texts stand side by side.")
+    from unirank.analysis.store import MANIFEST, open_store
+    from unirank.disk.files import beside
+    from unirank.report.plots import check_plots, save_plots
+    from unirank.report.write import PROMPTS, write_report
+
+    with run_session(as_json, models=against is not None) as session:
+        if prompts and against is None:
+            raise InputError("--prompt needs --against: the texts stand side by side.")
         if plots is not None:
             check_plots(plots, overwrite=overwrite)
-        default = beside(model, "-analysis")
+        checkpoint = Path(model)
+        default = beside(checkpoint, "-analysis")
         where = store or (default if (default / MANIFEST).is_file() else None)
-        page = out or beside(model, ".html")
+        page = out or beside(checkpoint, ".html")
         analysis = open_store(where) if where is not None else None
         data = write_report(
-            model, page, store=analysis, grid=grid, dense=dense, prompts=prompts or PROMPTS, device=device
+            checkpoint, page, store=analysis, grid=grid, against=against, prompts=prompts or PROMPTS, device=device
         )
         drawn = [] if plots is None else save_plots(data, plots, overwrite=overwrite)
         size = page.stat().st_size

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from unirank.analysis.calibration import Calibration
-from unirank.analysis.fill_store import analyze
-from unirank.api import apply
+from unirank.api import analyze, apply, plan
 from unirank.compression.truncation import TruncateReport
 from unirank.disk.files import bytes_on_disk, check_output, make_directory, write_json
 from unirank.evaluation.perplexity import EvalReport, evaluate, generate
 from unirank.models.embedded import NAME
 from unirank.models.loading import load
-from unirank.planning.ranks import plan
 from unirank.progress import OnProgress, silent
 from unirank.provenance import default_device, meta
 from unirank.rank_plan import RankPlan, budget_of
@@ -108,7 +106,7 @@ def demo(
     total = budget_of(0, sum(spec.params for spec in loaded.linears))
     rows, checkpoints = [], []
     with clock.time("evaluate"):
-        report = _evaluate(loaded, "dense", limit, progress)
+        report = _evaluate(loaded.model, loaded.tokenizer, "dense", limit, progress)
     sample = generate(loaded.model, loaded.tokenizer, PROMPT)
     rows.append(
         DemoRow(
@@ -133,18 +131,16 @@ def demo(
             start = time.perf_counter()
             with clock.time("plan"):
                 ranks = plan(store, fraction, allocator=allocator)
-            with clock.time("load"):
-                loaded = load(model, device=device)
             with clock.time("truncate"):
-                compressed = apply(loaded, store, ranks)
+                compressed = apply(loaded, store, ranks, copy=True)
             with clock.time("save"):
                 target = out / f"{name}-{allocator}-{round(fraction * 100):02d}"
                 compressed.save(target, overwrite=True)
             seconds = time.perf_counter() - start
             with clock.time("evaluate"):
-                report = _evaluate(loaded, label, limit, progress)
+                report = _evaluate(compressed.model, loaded.tokenizer, label, limit, progress)
             with clock.time("generate"):
-                sample = generate(loaded.model, loaded.tokenizer, PROMPT)
+                sample = generate(compressed.model, loaded.tokenizer, PROMPT)
             rows.append(_row(name, ranks, report, compressed.report, bytes_on_disk(target), seconds, sample))
             if allocator == "unirank":
                 checkpoints.append(target)
@@ -157,8 +153,8 @@ def demo(
     return result
 
 
-def _evaluate(loaded: LoadedModel, label: str, limit: int, progress: OnProgress) -> EvalReport:
-    return evaluate(loaded.model, loaded.tokenizer, limit=limit, stage=f"perplexity, {label}", progress=progress)
+def _evaluate(model: Any, tokenizer: Any, label: str, limit: int, progress: OnProgress) -> EvalReport:
+    return evaluate(model, tokenizer, limit=limit, stage=f"perplexity, {label}", progress=progress)
 
 
 def _row(

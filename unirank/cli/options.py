@@ -1,74 +1,160 @@
-"""Options of the command line that several commands share, and the texts that explain them."""
+"""Options that several commands share, the groups of `--help` that they stand in, and the texts that explain them.
+
+Nothing here may import torch or transformers: `--help` shows it.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from unirank.analysis.scheme import schemes
-from unirank.models.embedded import NAME
 from unirank.planning.allocator import allocators
 from unirank.recipes import presets
-from unirank.text.records import NAMED
-from unirank.text.windows import BUILTIN
+
+# Names of texts and of the embedded model, which live in modules that import transformers. A test compares them.
+BUILTIN, BUILTIN_HELD_OUT, EMBEDDED, NAMED = "builtin", "builtin-held-out", "smollm2-135m", ("wikitext2", "c4", "ptb")
+
+# Groups of --help. What has none comes first, under "Options".
+_CALIBRATION, _RECIPE, _RANKS, _MODEL, _OUTPUT = "Calibration", "Recipe", "Ranks", "Model", "Output"
+
+
+def option(text: str, *names: str, group: str | None = None, metavar: str | None = None) -> typer.models.OptionInfo:
+    """An option with its help, in a group of --help."""
+    return typer.Option(*names, help=text, rich_help_panel=group, metavar=metavar)
+
 
 REMOVE_HELP = (
     "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
     "Embeddings and lm_head are neither touched nor counted."
 )
+TEXT_HELP = (
+    f"{BUILTIN!r} (Python's documentation), a UTF-8 file, records as .jsonl or .parquet, {', '.join(NAMED)}, or a "
+    "dataset's directory or hub name, where needed as NAME:CONFIGURATION"
+)
 
-PRESET_HELP = (
-    f"A recipe in the place of scheme, allocator and their options: {', '.join(presets())}. unirank is the paper, "
-    "fast the best without gradients, best the best."
-)
-REFINE_HELP = (
-    "A second pass fits every linear again to what really enters it: 1 aims at the dense model's outputs, 0 at the "
-    "dense weights, 0.5 is a good start. Takes about as long as the analysis."
-)
-Model = Annotated[str, typer.Argument(help=f"Directory, hub name, or {NAME!r} (embedded, no network).")]
-Remove = Annotated[float | None, typer.Option("--remove", "-r", help=REMOVE_HELP)]
-RANKS_HELP = "Ranks from this JSON file in the place of --remove: a plan (also of another store), or names and ranks."
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that unirank made before.")]
-Scheme = Annotated[str, typer.Option(help=f"Decomposition scheme: {', '.join(schemes())}.")]
-AllocatorName = Annotated[str, typer.Option("--allocator", help=f"Allocator: {', '.join(allocators())}.")]
-CALIB_HELP = (
-    f"Calibration text: {BUILTIN!r} (Python's documentation), a UTF-8 file, .jsonl or .parquet records, "
-    f"{', '.join(NAMED)}, or a dataset's directory or hub name, where needed as NAME:CONFIGURATION."
-)
-SPLIT_HELP = "Split of a calibration dataset. Default: train."
-Split = Annotated[str | None, typer.Option(help=SPLIT_HELP)]
-Revision = Annotated[str | None, typer.Option(help="Revision of a calibration dataset on the hub.")]
-Calib = Annotated[str, typer.Option(help=CALIB_HELP)]
-Windows = Annotated[int, typer.Option(help="Calibration windows.")]
-Window = Annotated[int, typer.Option(help="Tokens a calibration window.")]
-Seed = Annotated[int, typer.Option(help="Seed of the window positions.")]
-Batch = Annotated[int, typer.Option(help="Windows that run together; fewer need less memory.")]
-GRADIENTS_HELP = "How many calibration windows also run backward; default: 0, or 32 for schemes that need gradients."
-Gradients = Annotated[int | None, typer.Option(help=GRADIENTS_HELP)]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-Device = Annotated[str | None, typer.Option(help="Torch device; default: a GPU when there is one.")]
-MinRank = Annotated[int, typer.Option(help="Least rank of a matrix.")]
-MultipleOf = Annotated[int, typer.Option(help="Ranks are multiples of this (8, 16 or 64 suit tensor cores).")]
-Importance = Annotated[str, typer.Option(help="Where importance is measured: sublayer, block, none.")]
-Distance = Annotated[str, typer.Option(help="Importance from the cosine: cosine (1 - cos), angular (arccos / pi).")]
-Gamma = Annotated[float, typer.Option(help="Importance to this power.")]
-Local = Annotated[str, typer.Option(help="Local score: energy, sigma, absolute, global-only.")]
-PerParameter = Annotated[bool, typer.Option("--per-parameter", help="Divide scores by M + N.")]
+# -- what to compress, and how much: the first group ------------------------------------------------------------------
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"Directory, hub name, or {EMBEDDED!r} (embedded).")]
+Store = Annotated[Path, typer.Argument(metavar="STORE", help="Directory that `unirank analyze` made.")]
+Compressed = Annotated[
+    str, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.", show_default=False)
+]
+Remove = Annotated[float | None, option(REMOVE_HELP, "--remove", "-r")]
+RanksFile = Annotated[
+    Path | None,
+    option(
+        "Instead of --remove: ranks from this JSON file, a plan (also of another store) or names and ranks.", "--ranks"
+    ),
+]
+Preset = Annotated[
+    str | None,
+    option(
+        f"A recipe that sets scheme, allocator and second pass: {', '.join(presets())}. unirank is the paper, fast the "
+        "best without gradients, best the best. Default: unirank."
+    ),
+]
+Calib = Annotated[str | None, option(f"Calibration text: {TEXT_HELP}. Default: {BUILTIN}.")]
+Against = Annotated[str | None, option("The dense model: directory or hub name.")]
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+Windows = Annotated[int | None, option("Calibration windows. Default: 64.", group=_CALIBRATION)]
+Window = Annotated[int | None, option("Tokens a calibration window. Default: 512.", group=_CALIBRATION)]
+Seed = Annotated[int | None, option("Seed of the window positions. Default: 0.", group=_CALIBRATION)]
+Batch = Annotated[
+    int | None, option("Windows that run together; fewer need less memory. Default: 8.", group=_CALIBRATION)
+]
+Gradients = Annotated[
+    int | None,
+    option(
+        "How many calibration windows also run backward. Default: 0, or 32 where gradients are needed.",
+        group=_CALIBRATION,
+    ),
+]
+Split = Annotated[str | None, option("Split of a calibration dataset. Default: train.", group=_CALIBRATION)]
+TextRevision = Annotated[str | None, option("Revision of a calibration dataset on the hub.", group=_CALIBRATION)]
+
+# -- recipe: how matrices are decomposed and what follows -------------------------------------------------------------
+Scheme = Annotated[str | None, option(f"Decomposition scheme: {', '.join(schemes())}. Default: whiten.", group=_RECIPE)]
+Refine = Annotated[
+    float | None,
+    option(
+        "A second pass fits every linear again to what really enters it: 1 aims at the dense model's outputs, 0 at the "
+        "dense weights, 0.5 is a good start. Takes about as long as the analysis.",
+        metavar="MIX",
+        group=_RECIPE,
+    ),
+]
+RefineDamping = Annotated[float | None, option("With --refine: damping of the inputs. Default: 0.01.", group=_RECIPE)]
+RefineMetric = Annotated[
+    bool, option("With --refine: fit in the output metric of kfac; needs gradients.", "--refine-metric", group=_RECIPE)
+]
+RefineMetricDamping = Annotated[
+    float | None, option("With --refine-metric: its damping. Default: 0.01.", group=_RECIPE)
+]
+RefineCentred = Annotated[
+    bool, option("With --refine: restore the mean output with a bias.", "--refine-centred", group=_RECIPE)
+]
+RefineDense = Annotated[
+    bool, option("With --refine: also fit the linears that stay dense.", "--refine-dense", group=_RECIPE)
+]
+
+# -- ranks: how the budget is shared out ------------------------------------------------------------------------------
+Allocator = Annotated[str | None, option(f"Allocator: {', '.join(allocators())}. Default: unirank.", group=_RANKS)]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the allocator; repeatable.")
+    list[str] | None,
+    option("An option of the allocator; repeatable.", "--set", metavar="NAME=VALUE", group=_RANKS),
+]
+MinRank = Annotated[int, option("Least rank of a matrix.", group=_RANKS)]
+MultipleOf = Annotated[int, option("Ranks are multiples of this (8, 16 or 64 suit tensor cores).", group=_RANKS)]
+Importance = Annotated[
+    str | None, option("Where importance is measured: sublayer, block, none. Default: sublayer.", group=_RANKS)
+]
+Distance = Annotated[
+    str | None,
+    option("Importance from the cosine: cosine (1 - cos), angular (arccos / pi). Default: cosine.", group=_RANKS),
+]
+Gamma = Annotated[float | None, option("Importance to this power. Default: 1.", group=_RANKS)]
+Local = Annotated[
+    str | None, option("Local score: energy, sigma, absolute, global-only. Default: energy.", group=_RANKS)
+]
+PerParameter = Annotated[bool, option("Divide scores by M + N.", "--per-parameter", group=_RANKS)]
+
+# -- model: how it is loaded ------------------------------------------------------------------------------------------
+Dtype = Annotated[str, option("auto (the checkpoint's), float32, bfloat16, float16.", group=_MODEL)]
+Device = Annotated[str | None, option("Torch device. Default: a GPU when there is one.", group=_MODEL)]
+ModelRevision = Annotated[str | None, option("Revision of the model on the hub.", group=_MODEL)]
+TrustRemoteCode = Annotated[
+    bool,
+    option(
+        "Run modelling code that the checkpoint brings. Only for code that you have read.",
+        "--trust-remote-code",
+        group=_MODEL,
+    ),
 ]
 Stream = Annotated[
     bool,
-    typer.Option(
+    option(
+        "For models larger than memory: decoder layers stay in the checkpoint's files and are read one at a time.",
         "--stream",
-        help="For models larger than memory: decoder layers stay in the checkpoint's files and are read one at a time.",
+        group=_MODEL,
     ),
 ]
+
+# -- output -----------------------------------------------------------------------------------------------------------
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run", help="Work on one layer only, and print what all of them will need: memory, disk and time."
+    option(
+        "Work on one layer only, and print what all of them will need: memory, disk and time.",
+        "--dry-run",
+        group=_OUTPUT,
     ),
 ]
+Overwrite = Annotated[bool, option("Replace an output that unirank made before.", "--overwrite", group=_OUTPUT)]
+Json = Annotated[bool, option("Print one JSON object for machines.", "--json", group=_OUTPUT)]
+
+
+def out(text: str) -> typer.models.OptionInfo:
+    """`--out`, with what stands there."""
+    return option(text, "--out", "-o")

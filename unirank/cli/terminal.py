@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +14,14 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from unirank.distributed import is_distributed, rank
 from unirank.errors import InputError, UnirankError
 from unirank.progress import OnProgress, silent
+
+
+def _process() -> int | None:
+    """This process's number under torchrun, else None. (`unirank.distributed` would import torch.)"""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 class Session:
@@ -57,23 +52,29 @@ class Session:
 
 
 @contextmanager
-def run_session(as_json: bool, *, parallel: bool = False) -> Iterator[Session]:
+def run_session(as_json: bool, *, parallel: bool = False, models: bool = True) -> Iterator[Session]:
     """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130.
 
-    `parallel` commands may be run by torchrun; process 0 shows progress and result. Raises InputError for others.
-    """
-    if is_distributed() and not parallel:
-        raise InputError("torchrun is for `unirank analyze` and `unirank compress`; run this command by itself.")
-    from transformers.utils import logging
+    Args:
+        parallel: the command may be run by torchrun; process 0 shows progress and result.
+        models: it loads models, so that transformers has to be kept quiet.
 
-    logging.disable_progress_bar()
+    Raises InputError under torchrun where the command is not `parallel`.
+    """
+    process = _process()
+    if process is not None and not parallel:
+        raise InputError("torchrun is for `unirank analyze` and `unirank compress`; run this command by itself.")
+    if models:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
     errors = Console(stderr=True)
     try:
-        with bars(errors, enabled=rank() == 0 and not as_json and errors.is_terminal) as progress:
+        with bars(errors, enabled=not process and not as_json and errors.is_terminal) as progress:
             session = Session(as_json, progress)
             yield session
-        if rank() == 0:
+        if not process:
             session.print()
     except (KeyboardInterrupt, Exception) as error:
         if not _was_interrupted(error):
@@ -92,14 +93,40 @@ def exit_codes() -> Iterator[None]:
         if _was_interrupted(error):  # before a session began, or after it
             raise SystemExit(130) from None
         if isinstance(error, UnirankError):
-            sentence, code = str(error), error.exit_code
+            sentence, code = in_flags(str(error)), error.exit_code
         elif _is_out_of_memory(error):
             sentence, code = f"Out of memory: {(str(error).splitlines() or ['no room.'])[0]} {_LESS}", 1
         else:
             raise
-    process = f"process {rank()}: " if is_distributed() else ""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {process}{escape(sentence)}")
+    process = _process()
+    who = "" if process is None else f"process {process}: "
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {who}{escape(sentence)}")
     raise SystemExit(code)
+
+
+# Arguments whose option is not their name. The library writes `name=`, `name=True` or `Calibration.name`.
+_FLAGS = {
+    "Calibration.text": "--calib",
+    "Calibration.gradient_windows": "--gradients",
+    "Calibration.revision": "--text-revision",
+    "calibration=": "--calib",
+    "text=": "--calib",
+    "options=": "--set",
+    "refine=": "--refine",
+    "workbench=": "--against",
+    "tokenizer=": "a tokenizer",
+}
+_ARGUMENT = re.compile(r"\bCalibration\.\w+|(?<![\w.(-])[a-z_]+=(?:True\b|(?=[\s,.;:)]|$))")
+
+
+def in_flags(sentence: str) -> str:
+    """A sentence of the library, with its arguments as the options of the command line."""
+
+    def flag(found: re.Match[str]) -> str:
+        name = found[0].removesuffix("True")
+        return _FLAGS.get(name) or "--" + name.removeprefix("Calibration.").rstrip("=").replace("_", "-")
+
+    return _ARGUMENT.sub(flag, sentence)
 
 
 _LESS = (
@@ -127,17 +154,19 @@ def bars(console: Console, *, enabled: bool = True) -> Iterator[OnProgress]:
     if not enabled:
         yield silent
         return
+    from rich import progress as rich
+
     columns = (
-        SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description:<30}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        rich.SpinnerColumn(finished_text="[green]✓"),
+        rich.TextColumn("{task.description:<30}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=False) as progress:
-        tasks: dict[str, TaskID] = {}
+    with rich.Progress(*columns, console=console, transient=False) as progress:
+        tasks: dict[str, rich.TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

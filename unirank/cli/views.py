@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from unirank.analysis.dry_run import Estimate
-from unirank.analysis.store import AnalysisStore
-from unirank.cli.demo import PROMPT, DemoResult
-from unirank.compression.checkpoint import CompressedModel
-from unirank.diagnosis.claim import GROUPS, Diagnosis
-from unirank.rank_plan import RankPlan
+from unirank.progress import gib
 from unirank.types import DENSE, SUBLAYERS
+
+if TYPE_CHECKING:
+    from unirank.analysis.needs import Needs
+    from unirank.analysis.store import AnalysisStore
+    from unirank.cli.demo import DemoResult
+    from unirank.compression.checkpoint import CompressedModel
+    from unirank.diagnosis.claim import Diagnosis
+    from unirank.rank_plan import RankPlan
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -148,6 +151,8 @@ def samples(records: Sequence[dict[str, Any]]) -> list[Text]:
 
 def diagnosis_view(diagnosis: Diagnosis) -> list[Any]:
     """The readings and what each says, what could not be read, the spectra, the geometry, the damping."""
+    from unirank.diagnosis.claim import GROUPS
+
     table = _table(
         "effective rank against the cosine between a sublayer's input and output",
         "effective rank of",
@@ -246,6 +251,8 @@ def demo_record(result: DemoResult) -> dict[str, Any]:
 
 def demo_view(result: DemoResult) -> list[Any]:
     """The table, one sample a row, seconds a stage, how to load."""
+    from unirank.cli.demo import PROMPT
+
     first = result.rows[0]
     table = _table(
         f"{first.model}: perplexity on the held-out part of Python's documentation",
@@ -275,22 +282,18 @@ def demo_view(result: DemoResult) -> list[Any]:
     return [table, said, Text(f"Seconds per stage, summed: {seconds}"), *load_hint(result.checkpoints)]
 
 
-def estimate_view(found: Estimate) -> tuple[Any, ...]:
+def needs_view(found: Needs) -> tuple[Any, ...]:
     """What a run will need, beside what is there."""
     table = Table(box=None, show_header=False)
     rows = {
         "time": _duration(found.seconds),
-        "memory": f"{_gib(found.memory)} of {_gib(found.available_memory)} ({found.device})",
-        "as a whole, streamed": f"{_gib(found.whole_memory)}, {_gib(found.stream_memory)}",
-        "disk": f"{_gib(found.disk)} of {_gib(found.available_disk)}",
+        "memory": f"{gib(found.memory)} of {gib(found.available_memory)} ({found.device})",
+        "as a whole, streamed": f"{gib(found.whole_memory)}, {gib(found.stream_memory)}",
+        "disk": f"{gib(found.disk)} of {gib(found.available_disk)}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return (f"Estimate from one of {found.layers} layers:", table)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _duration(seconds: float) -> str:

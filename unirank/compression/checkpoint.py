@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unirank.analysis.identity import check_identity
+from unirank.analysis.identity import Identity
 from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, check_training, render_card
 from unirank.compression.truncation import TruncateReport
 from unirank.disk.files import check_output, staged_directory, write_json, write_text
 from unirank.disk.hashing import sha256_files
-from unirank.disk.strictjson import parse_object
+from unirank.disk.strictjson import Damaged, entry, number, read_object
 from unirank.errors import InputError
 from unirank.evaluation.perplexity import EvalReport
 from unirank.models.loading import load_paged, load_pretrained
@@ -32,11 +32,12 @@ class CompressedModel:
     tokenizer: PreTrainedTokenizerBase
     plan: RankPlan
     report: TruncateReport
-    identity: Mapping[str, Any]  # of the analysis
+    identity: Identity  # of the analysis
     source: str
     training: Mapping[str, Any] | None = None  # of `unirank.finetune`
     evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
     pages: Paging | None = None  # of a model that was loaded with `stream`
+    scratch: object = field(default=None, repr=False, compare=False)  # a temporary store that lives as long as this
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
@@ -75,7 +76,7 @@ class CompressedModel:
 
     def provenance(self) -> dict[str, Any]:
         """Where the model comes from, for JSON."""
-        record = {"analysis": self.identity, "report": self.report.as_dict(), "source": self.source}
+        record = {"analysis": self.identity.as_dict(), "report": self.report.as_dict(), "source": self.source}
         return record if self.training is None else record | {"training": self.training}
 
 
@@ -85,7 +86,7 @@ class Record:
 
     plan: RankPlan
     report: TruncateReport
-    identity: Mapping[str, Any]
+    identity: Identity
     source: str
     training: Mapping[str, Any] | None
     evaluations: tuple[Mapping[str, Any], ...]
@@ -109,17 +110,19 @@ def read_record(path: Path) -> Record:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path / PLAN_FILE} cannot be read: {error}.") from error
     try:
-        record = parse_object((path / PROVENANCE_FILE).read_text(encoding="utf-8"))
-        report = TruncateReport.from_dict(record["report"])
-        check_identity(record["analysis"])
+        record = read_object(path / PROVENANCE_FILE)
+        report = TruncateReport.from_dict(entry(record, "report", dict))
+        identity = Identity.from_dict(entry(record, "analysis", dict))
         training = record.get("training")
         if training is not None:
             check_training(training)
-        source = str(record["source"])
-        files = {str(name): str(digest) for name, digest in dict(record["files"]).items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        source = entry(record, "source", str)
+        files = entry(record, "files", dict)
+        for name in files:
+            entry(files, name, str)
+    except Damaged as error:
         raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
-    return Record(plan, report, record["analysis"], source, training, _evaluations(path), files)
+    return Record(plan, report, identity, source, training, _evaluations(path), files)
 
 
 def check_weights(path: Path, record: Record) -> None:
@@ -140,15 +143,14 @@ def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not file.is_file():
         return ()
     try:
-        entries = parse_object(file.read_text(encoding="utf-8"))["evaluations"]
         return tuple(
             {
-                "report": asdict(EvalReport.from_dict(entry["report"])),
-                "dense": None if entry["dense"] is None else float(entry["dense"]),
+                "report": asdict(EvalReport.from_dict(entry(one, "report", dict))),
+                "dense": None if entry(one, "dense", int, float, type(None)) is None else number(one["dense"], "dense"),
             }
-            for entry in entries
+            for one in entry(read_object(file), "evaluations", list)
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Damaged as error:
         raise InputError(f"{file} is damaged: {error}.") from error
 
 
@@ -164,10 +166,10 @@ def add_evaluation(path: Path, report: EvalReport, *, dense: EvalReport | None =
     Raises InputError when `path` is no checkpoint, WriteError when the disk refuses.
     """
     record = read_record(path)
-    entry = {"report": asdict(report), "dense": None if dense is None else dense.perplexity}
+    added = {"report": asdict(report), "dense": None if dense is None else dense.perplexity}
     same = ("text_sha256", "window", "windows", "dtype")
-    kept = [old for old in record.evaluations if any(old["report"][key] != entry["report"][key] for key in same)]
-    record = replace(record, evaluations=(*kept, entry))
+    kept = [old for old in record.evaluations if any(old["report"][key] != added["report"][key] for key in same)]
+    record = replace(record, evaluations=(*kept, added))
     write_json(path / EVALUATIONS_FILE, {"evaluations": list(record.evaluations)})
     write_text(path / "README.md", _card(record))
 

@@ -105,7 +105,7 @@ def _groups(specs: Sequence[LinearSpec], input_of: Mapping[str, str]) -> dict[st
     return groups
 
 
-class _Reached(Exception):  # noqa: N818 - control flow: what lies behind is not needed
+class _Reached(BaseException):  # noqa: N818 - control flow, which must pass whoever explains the errors of layers
     """A layer got as far as the input that was asked for."""
 
 

@@ -72,20 +72,23 @@ def finetune(
     settings: Finetune | None = None,
     *,
     work: str | Path,
-    teacher: PreTrainedModel | str | None = None,
+    against: PreTrainedModel | str | None = None,
     split: str | None = None,
     device: str | None = None,
     progress: OnProgress = silent,
+    teacher: PreTrainedModel | str | None = None,
 ) -> CompressedModel:
     """Fine-tune a compressed model with LoRA on its factors; ranks and parameter count stay exactly as they are.
 
     Args:
         compressed: a checkpoint of ours, or such a model in memory, which is changed in place.
-        data: see `unirank.corpus.read_corpus`; `split` likewise.
+        data: see `unirank.text.training_windows.read_corpus`; `split` likewise.
         work: directory of the Trainer's checkpoints. A run that was interrupted resumes there when everything else is
             the same, and ends with the same weights. It can go when the result is saved.
-        teacher: the dense model, for `settings.distill`; None takes the one that the checkpoint names as its source.
+        against: the dense model, the teacher of `settings.distill`; None takes the one that the checkpoint names as its
+            source.
         device: where to load a checkpoint; None takes the GPU when there is one.
+        teacher: what `against` was called until 0.1; for one release.
 
     Returns the model with `training`: settings, hashes, the log of losses, held-out loss (nats a token) before and
     after, and `merge_difference`, the largest difference that merging made to a logit of the first held-out window,
@@ -104,7 +107,7 @@ def finetune(
     names = adapted(model, dense=dense)
     corpus = read_corpus(data, compressed.tokenizer, split=split)
     train, held_out = split_windows(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
-    guide = _teacher(compressed, teacher, settings)
+    guide = _teacher(compressed, against if teacher is None else teacher, settings)
     recipe = _identity(compressed, corpus, settings, train, held_out, guide)
     check_output(work, marker=_RECIPE, overwrite=True)
     with locked(work):
@@ -167,7 +170,7 @@ def _teacher(
         try:
             teacher, _ = load_pretrained(name, dtype=dtype, device=str(compressed.model.device))
         except InputError as error:
-            raise InputError(f"The teacher cannot be loaded; name the dense model with teacher: {error}") from error
+            raise InputError(f"The teacher cannot be loaded; name the dense model with against=: {error}") from error
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, compressed.model)]
     if sizes[0] != sizes[1]:
         raise InputError(

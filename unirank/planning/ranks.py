@@ -14,7 +14,7 @@ from unirank.rank_plan import RankPlan, budget_of, canonical
 from unirank.types import LinearSpec, Rank
 
 
-def plan(
+def plan_ranks(
     store: AnalysisStore,
     remove: float,
     *,
@@ -49,12 +49,13 @@ def plan(
     chosen = options_of(rule, options or {})
     if rule.measures and workbench is None:
         raise InputError(
-            f"The allocator {allocator} measures the model, so a plan needs the model; give it with --model."
+            f"The allocator {allocator} measures the model, so a plan needs the dense model; give it with against= or "
+            "workbench=."
         )
     if rule.gradients and not store.has_gradients:
         raise InputError(
             f"The allocator {allocator} needs gradients and the store {store.path} has none; "
-            "analyze with --gradients N."
+            "make one that has them with: unirank analyze MODEL -o STORE --gradients 32."
         )
     store.require_complete()
     request = Request(
@@ -82,7 +83,7 @@ def plan(
         used=sum(spec.rank_cost(ranks[spec.name]) for spec in store.linears),
         threshold=threshold,
         allocator=allocator,
-        scheme=store.identity["scheme"],
+        scheme=store.identity.scheme,
         settings={"min_rank": min_rank, "multiple_of": multiple_of}
         | chosen
         | (asdict(settings) if rule.scored else {})

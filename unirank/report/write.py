@@ -16,11 +16,11 @@ PROMPTS = ("The capital of France is", "Water boils when", "def fibonacci(n):")
 
 
 def samples(
-    checkpoint: Path, dense: str, *, prompts: Sequence[str] = PROMPTS, device: str | None = None
+    checkpoint: Path, against: str, *, prompts: Sequence[str] = PROMPTS, device: str | None = None
 ) -> tuple[tuple[str, str, str], ...]:
     """Greedy continuations of `prompts` by the dense and the compressed model. Raises like `unirank.load`."""
     texts = []
-    for name in (dense, str(checkpoint)):
+    for name in (against, str(checkpoint)):
         model, tokenizer = load_pretrained(name, device=device)
         texts.append([generate(model, tokenizer, prompt) for prompt in prompts])
     return tuple(zip(prompts, *texts, strict=True))
@@ -32,7 +32,7 @@ def write_report(
     *,
     store: AnalysisStore | None = None,
     grid: str | Path | None = None,
-    dense: str | None = None,
+    against: str | None = None,
     prompts: Sequence[str] = PROMPTS,
     device: str | None = None,
 ) -> ReportData:
@@ -41,14 +41,14 @@ def write_report(
     Args:
         store: the analysis it was made from; adds cosines, spectra and effective ranks.
         grid: a JSON result of `bench_quality.py`, or `demo.json`; adds perplexities.
-        dense: the dense model; adds continuations of `prompts` side by side.
+        against: the dense model; adds continuations of `prompts` side by side.
 
     Raises InputError when one of them is not what it should be, WriteError when the disk refuses.
     """
     checkpoint = Path(checkpoint)
     data = gather(checkpoint, store, Path(grid) if grid is not None else None)
-    if dense is not None:
-        found = samples(checkpoint, dense, prompts=prompts, device=device)
+    if against is not None:
+        found = samples(checkpoint, against, prompts=prompts, device=device)
         data = gather(checkpoint, store, Path(grid) if grid is not None else None, found)
     write_text(Path(out), page(data))
     return data

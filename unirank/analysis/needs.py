@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import torch
 
-from unirank.analysis.calibration import Calibration, gradient_windows, windows_of
+from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of
 from unirank.analysis.decompose import decompose_layer
+from unirank.analysis.identity import Identity, make_identity
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import create_or_resume
@@ -25,13 +26,13 @@ from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import Recording, Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.models.shards import SHARD_BYTES
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, gib, silent
 from unirank.text.windows import read_text
 from unirank.types import LoadedModel
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Needs:
     """What a run needs. Bytes and seconds; memory and disk are peaks of the run, `available_*` what is there now.
 
     Attributes:
@@ -57,36 +58,32 @@ class Estimate:
     def require_fit(self) -> None:
         """Raise InputError, with what would fit, where memory or disk is short."""
         if self.memory > self.available_memory:
-            advice = "a shorter --window, a smaller --batch, fewer --windows or a machine with more"
+            advice = "a shorter Calibration.window, a smaller Calibration.batch, fewer Calibration.windows or a machine with more"
             if self.stream_memory <= self.available_memory:
-                advice = f"--stream needs {_gib(self.stream_memory)}"
+                advice = f"stream=True needs {gib(self.stream_memory)}"
             raise InputError(
-                f"It needs {_gib(self.memory)} of memory, and {_gib(self.available_memory)} are free; {advice}."
+                f"It needs {gib(self.memory)} of memory, and {gib(self.available_memory)} are free; {advice}."
             )
         if self.disk > self.available_disk:
             raise InputError(
-                f"It needs {_gib(self.disk)} on the disk, and {_gib(self.available_disk)} are free; "
-                "fewer --windows need less, or choose another place."
+                f"It needs {gib(self.disk)} on the disk, and {gib(self.available_disk)} are free; "
+                "fewer Calibration.windows need less, or choose another place."
             )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"fits": self.fits}
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
-
-
-def estimate(
+def dry_run(
     loaded: LoadedModel,
     place: Path,
     *,
     scheme: str = "whiten",
-    calibration: Calibration | None = None,
+    calibration: Calibration | str | Path | None = None,
     stream: bool = False,
     remove: float | None = None,
     progress: OnProgress = silent,
-) -> Estimate:
+) -> Needs:
     """Do the work of one batch on the first layer, and scale it to the whole analysis.
 
     The peak of the process so far counts as needed, so this is best the first thing that a process does.
@@ -99,12 +96,16 @@ def estimate(
 
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
-    calibration = calibration or Calibration()
+    loaded.require_dense()
+    calibration = calibration_of(calibration)
     chosen = scheme_of(scheme)
     backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
     windows = windows_of(loaded, text, calibration)
-    one = _work_on_first_layer(loaded, windows[: calibration.batch], chosen, backward > 0, _existing(place), progress)
+    identity = make_identity(loaded, text, windows, calibration, backward, scheme, weights_sha256="estimate")
+    one = _work_on_first_layer(
+        loaded, windows[: calibration.batch], chosen, identity, backward > 0, _existing(place), progress
+    )
     batches = max(1.0, len(windows) / calibration.batch)
     share = backward / len(windows)
     params = sum(spec.params for spec in loaded.linears)
@@ -131,7 +132,7 @@ def estimate(
         disk += out
         seconds += 2 * out * one.write / (one.layer_bytes + one.stream_bytes)  # read once more and written
         streamed = max(streamed, one.resting + 2 * min(SHARD_BYTES, out))
-    return Estimate(
+    return Needs(
         seconds=seconds,
         memory=int(streamed if stream else whole),
         whole_memory=int(whole),
@@ -166,7 +167,13 @@ class _Work:
 
 
 def _work_on_first_layer(
-    loaded: LoadedModel, windows: torch.Tensor, scheme: Scheme, backward: bool, place: Path, progress: OnProgress
+    loaded: LoadedModel,
+    windows: torch.Tensor,
+    scheme: Scheme,
+    identity: Identity,
+    backward: bool,
+    place: Path,
+    progress: OnProgress,
 ) -> _Work:
     stage, steps = "measure one layer", 5
     progress(stage, 0, steps)
@@ -206,7 +213,7 @@ def _work_on_first_layer(
         factors = decompose_layer(loaded, stats, scheme, gradients)
         work.decompose = clock.lap()
         progress(stage, 3, steps)
-        store = create_or_resume(scratch / "store", {"estimate": True}, loaded.linears)
+        store = create_or_resume(scratch / "store", identity, loaded.linears)
         clock.lap()
         store.write_scratch("forward", 0, streams.batches)
         work.write_stream = clock.lap()

@@ -11,11 +11,11 @@ import pytest
 import unirank
 from tests.support.command_line import Run
 from unirank import InputError
-from unirank.analysis import dry_run as module
-from unirank.analysis.dry_run import Estimate, estimate
+from unirank.analysis import needs as module
+from unirank.analysis.needs import Needs, dry_run
 
 GIB = 2**30
-ROOMY = Estimate(10.0, 2 * GIB, 2 * GIB, GIB, GIB, 4 * GIB, 4 * GIB, 3, "cpu")
+ROOMY = Needs(10.0, 2 * GIB, 2 * GIB, GIB, GIB, 4 * GIB, 4 * GIB, 3, "cpu")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_disk_is_what_the_store_takes(
     scheme: str, streamed, calibration: unirank.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(tmp_path)
-    found = estimate(streamed, tmp_path / "new" / "store", scheme=scheme, calibration=calibration)
+    found = dry_run(streamed, tmp_path / "new" / "store", scheme=scheme, calibration=calibration)
     assert files(tmp_path) == before
     assert found.layers == 3
     assert 0 < found.seconds < 60
@@ -47,7 +47,7 @@ def test_the_disk_is_what_the_store_takes(
 
 def test_more_windows_need_more(streamed, calibration: unirank.Calibration, tmp_path: Path) -> None:
     one, two = (
-        estimate(streamed, tmp_path, calibration=dataclasses.replace(calibration, windows=windows))
+        dry_run(streamed, tmp_path, calibration=dataclasses.replace(calibration, windows=windows))
         for windows in (2, 100)
     )
     hidden = calibration.window * 32 * 4
@@ -56,8 +56,8 @@ def test_more_windows_need_more(streamed, calibration: unirank.Calibration, tmp_
 
 
 def test_the_checkpoint_counts(streamed, calibration: unirank.Calibration, tmp_path: Path) -> None:
-    without = estimate(streamed, tmp_path, calibration=calibration)
-    found = estimate(streamed, tmp_path, calibration=calibration, remove=0.5)
+    without = dry_run(streamed, tmp_path, calibration=calibration)
+    found = dry_run(streamed, tmp_path, calibration=calibration, remove=0.5)
     linears = sum(spec.params for spec in streamed.linears)
     others = sum(p.numel() for p in streamed.model.parameters()) - linears
     assert found.disk - without.disk == 4 * (linears // 2 + others)
@@ -67,8 +67,8 @@ def test_the_checkpoint_counts(streamed, calibration: unirank.Calibration, tmp_p
     ("changes", "words"),
     [
         ({}, None),
-        ({"available_memory": GIB}, r"needs 2\.00 GiB of memory, and 1\.00 GiB are free; --stream needs 1\.00 GiB"),
-        ({"available_memory": GIB // 2}, r"0\.50 GiB are free; a shorter --window, a smaller --batch"),
+        ({"available_memory": GIB}, r"needs 2\.00 GiB of memory, and 1\.00 GiB are free; stream=True needs 1\.00 GiB"),
+        ({"available_memory": GIB // 2}, r"0\.50 GiB are free; a shorter Calibration\.window, a smaller Calibration\.batch"),
         ({"available_disk": GIB // 4}, r"needs 1\.00 GiB on the disk, and 0\.25 GiB are free"),
     ],
 )

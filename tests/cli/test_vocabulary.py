@@ -1,0 +1,155 @@
+"""One word for one thing: what the library offers the command line offers, under one name; old spellings still work."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import unirank
+from tests.support.command_line import Run
+from unirank.cli import options
+from unirank.cli.main import _OLD, app
+from unirank.cli.terminal import in_flags
+from unirank.models.embedded import NAME
+from unirank.text import records, windows
+
+COMMANDS = {command.name: command.callback for command in app.registered_commands}
+# An argument of the library whose option has another name, or none because a directory on the disk takes its place.
+NAMES = {
+    "options": "set_",
+    "calibration": "calib",
+    "revision": "model_revision",
+    "store": "store",
+    "text": "calib",
+    "gradient_windows": "gradients",
+    "mix": "refine",
+}
+# Objects in memory, which a command line cannot name; what a command does by itself.
+IN_MEMORY = {"tokenizer", "settings", "workbench", "progress", "copy", "hidden_limit", "windows", "loaded", "pages"}
+
+
+def parameters(function: object) -> set[str]:
+    return set(inspect.signature(function).parameters)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["analyze", "plan", "compress"])
+def test_the_command_has_every_argument_of_the_function(name: str) -> None:
+    own = parameters(getattr(unirank, name)) - IN_MEMORY
+    if name == "analyze":
+        own -= {"store"}  # its --out
+    flags = parameters(COMMANDS[name]) | {"out"}
+    for argument in own:
+        assert NAMES.get(argument, argument) in flags, argument
+    assert {field.name for field in dataclasses.fields(unirank.ScoreSettings)} <= flags or name == "analyze"
+
+
+def test_every_field_of_the_settings_is_an_option() -> None:
+    calibration = {NAMES.get(field.name, field.name) for field in dataclasses.fields(unirank.Calibration)}
+    calibration = calibration - {"model_revision"} | {"text_revision"}
+    assert calibration <= parameters(COMMANDS["analyze"])
+    assert calibration <= parameters(COMMANDS["compress"])
+    refine = {field.name for field in dataclasses.fields(unirank.Refine)} - {"mix"}
+    assert {"refine", *(f"refine_{name}" for name in refine)} <= parameters(COMMANDS["compress"])
+    assert {field.name for field in dataclasses.fields(unirank.Finetune)} <= parameters(COMMANDS["finetune"])
+
+
+def test_the_dense_model_and_texts_have_one_name_each() -> None:
+    for name, command in COMMANDS.items():
+        own = parameters(command)
+        assert not own & {"dense", "teacher", "data", "plan"}, name
+        assert ("calib" in own) == (name in ("analyze", "plan", "compress", "diagnose"))
+        assert ("against" in own) == (name in ("plan", "eval", "finetune", "report", "diagnose"))
+        assert ("text" in own) == (name in ("eval", "finetune"))
+
+
+def test_names_that_help_shows_are_the_librarys() -> None:
+    assert (options.BUILTIN, options.BUILTIN_HELD_OUT) == (windows.BUILTIN, windows.BUILTIN_HELD_OUT)
+    assert options.EMBEDDED == NAME
+    assert tuple(records.NAMED) == options.NAMED
+
+
+def test_old_spellings_work_and_stand_in_no_help(
+    run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for name, old in _OLD.items():
+        shown = set(re.findall(r"--[a-z-]+", run_unirank(name, "--help")[1]))
+        assert set(old.values()) <= shown
+        assert not set(old) & shown, name
+    calibrate = ["--calib", text_file, "--windows", 4, "--window", 24, "--device", "cpu"]
+    store, ranks = tmp_path / "store", tmp_path / "ranks.json"
+    assert run_unirank("analyze", model_dir, "-o", store, *calibrate)[0] == 0
+    asked = ["plan", store, "-r", "0.3", "--allocator", "lems", "--set", "windows=1", "--set", "tokens=8", "--json"]
+    one, other = (
+        run_unirank(*asked, flag, model_dir, "--calib", text_file, "--device", "cpu", "-o", ranks)
+        for flag in ("--model", "--against")
+    )
+    assert one == other
+    assert one[0] == 0
+    code, _, err = run_unirank("compress", model_dir, f"--plan={ranks}", "-o", tmp_path / "out", "--store", store)
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "out" / "rank_plan.json").read_text())["ranks"] == json.loads(one[1])["ranks"]
+
+
+def test_help_has_groups_and_the_common_options_come_first(run_unirank: Run) -> None:
+    code, out, _ = run_unirank("compress", "-h")
+    assert code == 0
+    groups = re.findall(r"╭─ ([A-Z][a-z]+)", out)
+    assert groups == ["Arguments", "Options", "Calibration", "Recipe", "Ranks", "Model", "Output"]
+    first = out.split("Calibration ─")[0]
+    assert set(re.findall(r"--[a-z-]+", first)) >= {"--out", "--remove", "--ranks", "--preset", "--calib"}
+    assert "--windows" not in first
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("needs the dense model; give it with against= or workbench=.", "give it with --against or --against."),
+        ("pass overwrite=True to replace it.", "pass --overwrite to replace it."),
+        ("Calibration.gradient_windows must be at least 1", "--gradients must be at least 1"),
+        ("a shorter Calibration.window", "a shorter --window"),
+        ("Exactly one of remove= and ranks= is needed; both were given.", "--remove and --ranks is needed"),
+        ("remove = 1.5 is not legal", "remove = 1.5 is not legal"),
+        ("sha256=abc is", "sha256=abc is"),
+    ],
+)
+def test_arguments_of_a_message_become_options(said: str, shown: str) -> None:
+    assert shown in in_flags(said)
+
+
+def test_presets_work_wherever_a_scheme_and_an_allocator_do(
+    run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibrate = ["--calib", text_file, "--windows", 4, "--window", 24, "--device", "cpu"]
+    for preset, scheme in (("unirank", "whiten"), ("fast", "afm"), ("best", "kfac")):
+        store = tmp_path / preset
+        code, out, err = run_unirank("analyze", model_dir, "-o", store, "--preset", preset, *calibrate, "--json")
+        assert (code, err) == (0, "")
+        identity = json.loads(out)["identity"]
+        assert identity["scheme"] == scheme
+        assert bool(identity["calibration"]["gradient_windows"]) == (preset == "best")
+        measuring = ["--against", model_dir, "--calib", text_file, "--device", "cpu"]
+        code, out, err = run_unirank("plan", store, "-r", "0.3", "--preset", preset, *measuring, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["allocator"] == ("unirank" if preset == "unirank" else "lems")
+        small = ["compress", model_dir, "-r", "0.3", "-o", tmp_path / f"{preset}-small", "--store", store]
+        code, _, err = run_unirank(*small, "--preset", preset, "--calib", text_file, *calibrate[2:])
+        assert (code, err) == (0, "")
+    for preset, store, lacks in (("fast", "unirank", "scheme whiten, and afm is needed"), ("best", "fast", "kfac")):
+        for command in (["plan"], ["compress", model_dir, "-o", tmp_path / "no"]):
+            place = [tmp_path / store] if command == ["plan"] else ["--store", tmp_path / store]
+            code, out, err = run_unirank(*command, *place, "-r", "0.3", "--preset", preset)
+            assert (code, out) == (3, "")
+            assert lacks in err
+            assert f"unirank analyze MODEL -o NEW-STORE --scheme {'afm' if preset == 'fast' else 'kfac'}" in err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_command_that_is_typed_wrong_names_the_option(run_unirank: Run, model_dir: Path, tmp_path: Path) -> None:
+    code, _, err = run_unirank("compress", model_dir, "-o", tmp_path / "x", "-r", "0.2", "--refine-metric")
+    assert code == 2
+    assert "--refine-metric needs --refine MIX" in err
