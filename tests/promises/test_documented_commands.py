@@ -16,7 +16,14 @@ from tests.support.tiny import WORDS, build
 from unirank.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/tutorial.md", "docs/finetuning.md", "docs/serving.md", "docs/large-models.md")
+PAGES = (
+    "README.md",
+    "docs/tutorial.md",
+    "docs/how-to-choose.md",
+    "docs/finetuning.md",
+    "docs/serving.md",
+    "docs/large-models.md",
+)
 
 
 def steps(page: str) -> list[tuple[str, str]]:
