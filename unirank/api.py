@@ -66,11 +66,11 @@ def compress(
     Args:
         model: a path or hub name; or a model in memory, which is changed in place unless `copy` is set.
         remove: the fraction of the decoder linears' weight parameters to remove, in [0, 1).
-        ranks: in the place of `remove`: a plan, a JSON file of one, or names and ranks (see `unirank.import_plan`).
-        preset: a name from `unirank.presets()`, in the place of the next five.
+        ranks: instead of `remove`: a plan, a JSON file of one, or names and ranks (see `unirank.import_plan`).
+        preset: a name from `unirank.presets()`, instead of the next five.
         scheme: a name from `unirank.schemes()`; None is "whiten".
         allocator: a name from `unirank.allocators()`; None is "unirank".
-        settings: how allocators score that do; None is UniRank.
+        settings: of allocators that score components; None is UniRank.
         options: of the allocator.
         refine: a second pass over the calibration tokens (see `unirank.Refine`); None takes the factors as they are.
         min_rank: the least rank.
@@ -79,8 +79,9 @@ def compress(
             else 64 windows of 512 tokens of Python's documentation.
         store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
         tokenizer: needed when `model` is a `PreTrainedModel`.
-        dtype, device, revision, trust_remote_code, stream: of a path or name that is loaded, see `unirank.load`.
         copy: compress a copy of a model in memory, which then stays dense.
+
+    `dtype`, `device`, `revision`, `trust_remote_code` and `stream` are for a path or name: see `unirank.load`.
 
     Raises InputError, StoreError, NonFiniteError or WriteError as the stages do.
     """
@@ -260,7 +261,7 @@ def analyze(
 
     Args:
         model: a path or hub name; or a model in memory, which is not changed.
-        preset: the analysis that this preset needs, in the place of `scheme`.
+        preset: the analysis that this preset needs, instead of `scheme`.
         scheme: a name from `unirank.schemes()`; None is "whiten".
         calibration: which tokens calibrate, or the path or name of a text.
         gradients_from: a store of the same model and calibration, with gradients: they are taken from there, so that
@@ -268,7 +269,8 @@ def analyze(
         hidden_limit: hidden states of more bytes than these go into mapped files of the store's directory while it
             runs; None is a quarter of the memory that is free. It changes no byte of the store.
         overwrite: replace a store of something else.
-        tokenizer, dtype, device, revision, trust_remote_code, stream: as in `compress`.
+
+    What loads the model, and `tokenizer`, are as in `compress`.
 
     Raises:
         InputError: unknown scheme, unusable text, an output directory that is not a store.
@@ -320,8 +322,9 @@ def dry_run(
         model: a path or hub name; or a model that `load(stream=True)` gave. One layer of it is read.
         place: where the store will be; the nearest directory that exists is written to, and left as it was.
         remove: where a checkpoint will be written, the fraction removed.
-        preset, scheme, calibration: as in `analyze`.
         stream: whether the run will stream.
+
+    `preset`, `scheme`, `calibration` and what loads the model are as in `analyze`.
 
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
@@ -358,7 +361,7 @@ def plan(
     Args:
         store: a finished analysis, or its directory.
         remove: the fraction of the targets' weight parameters to remove, in [0, 1).
-        ranks: in the place of `remove` and all that shapes a plan: ranks from elsewhere (see `unirank.import_plan`).
+        ranks: instead of `remove` and all that shapes a plan: ranks from elsewhere (see `unirank.import_plan`).
         preset: the allocator and its settings of this preset; its second pass is `compress`'s.
         allocator: see `unirank.allocators()`; None is "unirank".
         settings: score settings of the allocators that rank components; None is UniRank.
@@ -367,7 +370,7 @@ def plan(
         multiple_of: ranks are multiples of this (dense matrices aside).
         workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`); see
             `unirank.make_workbench`. The model is left as it was found.
-        against: in the place of `workbench`, the dense model that the store was made from; others do not load it.
+        against: instead of `workbench`, the dense model that the store was made from; other allocators do not load it.
         calibration: with `against`, the calibration text of the store, where it was a file.
         device: where `against` is loaded.
 
