@@ -160,7 +160,7 @@ def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:
     """Of the hidden states between two layers, and of the copy that the writer holds."""
     embedding = loaded.model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
-    width = getattr(loaded.model.config.get_text_config(), "hidden_size", embedding.shape[1])  # Blt states none
+    width = loaded.model.config.get_text_config().hidden_size
     return 2 * windows.numel() * width * embedding.element_size()
 
 
