@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from unirank.disk.strictjson import parse_object
+from unirank.disk.strictjson import Damaged, entry, parse_object
 from unirank.errors import InputError
 from unirank.types import DENSE, LinearSpec, Rank
 
@@ -59,25 +59,23 @@ class RankPlan:
         """Read `to_json`'s output. Raises InputError for anything else."""
         try:
             record = parse_object(text)
-            if record.pop("format") != 1:
-                raise ValueError("unknown format")
+            if entry(record, "format", int) != 1:
+                raise Damaged("unknown format")
+            del record["format"]
             cls._check(record)
-            record["shapes"] = {name: (m, n) for name, (m, n) in record["shapes"].items()}
-            for name, rank in record["ranks"].items():
-                m, n = record["shapes"][name]
-                if rank != DENSE and not (type(rank) is int and 1 <= rank <= min(m, n)):
-                    raise ValueError(f"rank of {name} is {rank!r}, legal is 1 to {min(m, n)} or {DENSE!r}")
-            if record["ranks"].keys() != record["shapes"].keys():
-                raise ValueError("ranks and shapes name different linears")
-            return cls(**record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
+        except Damaged as error:
             raise InputError(f"This is not a unirank rank plan: {error}.") from error
+        shapes = {name: (m, n) for name, (m, n) in record["shapes"].items()}
+        return cls(**{**record, "shapes": shapes})
 
     @staticmethod
     def _check(record: Mapping[str, Any]) -> None:
-        """Raise ValueError or KeyError unless every entry has a value that `to_json` could have written."""
+        """Raise Damaged unless every entry has a value that `to_json` could have written."""
+        known = {field.name for field in fields(RankPlan)}
+        for key in sorted(known - record.keys() - {"settings", "analysis"}):
+            raise Damaged(f"it has no {key}")
+        for key in sorted(record.keys() - known):
+            raise Damaged(f"it has the unknown entry {key[:80]!r}")
         remove, threshold = record["remove"], record["threshold"]
         good = {
             "ranks": isinstance(record["ranks"], dict),
@@ -97,7 +95,13 @@ class RankPlan:
         }
         for key, fine in good.items():
             if not fine:
-                raise ValueError(f"{key} is {str(record[key])[:80]!r}")
+                raise Damaged(f"{key} is {str(record[key])[:80]!r}")
+        if record["ranks"].keys() != record["shapes"].keys():
+            raise Damaged("ranks and shapes name different linears")
+        for name, rank in record["ranks"].items():
+            most = min(record["shapes"][name])
+            if rank != DENSE and not (type(rank) is int and 1 <= rank <= most):
+                raise Damaged(f"rank of {name} is {str(rank)[:80]!r}, legal is 1 to {most} or {DENSE!r}")
 
 
 def canonical(spec: LinearSpec, rank: Rank) -> Rank:

@@ -102,6 +102,11 @@ class LoadedModel:
     # What `analysis.identity.weights_hash` found, by kind, with what tells whether it still holds.
     hashes: dict[str, tuple[Any, str]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go: the device of the parameters in memory (in CpmAnt, layers that are not come first)."""
+        return next(parameter.device for parameter in self.model.parameters() if not parameter.is_meta)
+
     def resident(self, index: int) -> AbstractContextManager[None]:
         """The weights of layer `index` are in memory inside; those of a model loaded as a whole always are."""
         return nullcontext() if self.pages is None else self.pages.resident(self.model, index)

@@ -88,7 +88,7 @@ def test_an_analysis_runs_the_first_windows_backward(make_model, calibration, tm
     some = dataclasses.replace(calibration, gradient_windows=3)
     store = unirank.analyze(loaded, tmp_path / "store", calibration=some)
     assert store.has_gradients
-    assert store.identity["calibration"]["gradient_windows"] == 3
+    assert store.identity.calibration.gradient_windows == 3
     text = unirank.text.windows.read_text(some.text)
     tokens = unirank.text.windows.tokenize(loaded.tokenizer, text, loaded.model)
     windows = unirank.text.windows.calibration_windows(tokens, windows=6, window=24, seed=0, bos=None, name=text.name)

@@ -67,7 +67,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_streams_are_read_back_in_the_order_of_the_batches(loaded: LoadedModel, tmp_path: Path) -> None:
-    store = create_or_resume(tmp_path, {}, loaded.linears)
+    store = create_or_resume(tmp_path, made_up_identity(), loaded.linears)
     batches = [torch.full((2, 3, 4), float(i)) for i in range(12)]
     store.write_layer(0, {}, {}, Streams(batches, torch.ones(1, 3, 4)))
     found = store.read_streams(1, torch.device("cpu"))
@@ -142,11 +142,11 @@ def test_overwrite_replaces_a_store_of_another_analysis(
     (copied / "notes.txt").write_text("mine", encoding="utf-8")
     other = dataclasses.replace(settings, seed=1)
     store = unirank.analyze(loaded, copied, calibration=other, overwrite=True)
-    assert store.identity["calibration"]["seed"] == 1
+    assert store.identity.calibration.seed == 1
     assert (copied / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert contents(copied).keys() - {"notes.txt"} == contents(undisturbed).keys()
     assert contents(copied)["layer-0000.safetensors"] != contents(undisturbed)["layer-0000.safetensors"]
-    empty = create_or_resume(copied, {"scheme": "other"}, loaded.linears, overwrite=True)
+    empty = create_or_resume(copied, made_up_identity("other"), loaded.linears, overwrite=True)
     assert empty.layers_done() == 0
 
 
@@ -162,11 +162,11 @@ def test_overwrite_that_is_interrupted_leaves_a_store(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("unirank.analysis.store.write_json", interrupted)  # after the old layers went
+        patch.setattr("unirank.analysis.manifest.write_json", interrupted)  # after the old layers went
         with pytest.raises(KeyboardInterrupt):
-            create_or_resume(copied, {"scheme": "other"}, loaded.linears, overwrite=True)
+            create_or_resume(copied, made_up_identity("other"), loaded.linears, overwrite=True)
     assert (copied / MANIFEST).is_file()
-    assert create_or_resume(copied, {"scheme": "other"}, loaded.linears, overwrite=True).layers_done() == 0
+    assert create_or_resume(copied, made_up_identity("other"), loaded.linears, overwrite=True).layers_done() == 0
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

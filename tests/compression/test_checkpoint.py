@@ -252,7 +252,7 @@ def test_the_directory_explains_itself(saved) -> None:
     assert quantization == {"quant_method": "unirank", "ranks": ranks}
     assert RankPlan.from_json((folder / "rank_plan.json").read_text()) == made.plan
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance["analysis"] == made.identity
+    assert provenance["analysis"] == made.identity.as_dict()
     assert provenance["report"]["targets_after"] == made.plan.used
     assert "import unirank" in (folder / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == made.tokenizer("w1 w2")["input_ids"]

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from unirank.analysis.identity import Identity
+
 WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(94))]
 COMMON: dict[str, Any] = {
     "vocab_size": len(WORDS),
@@ -70,15 +72,17 @@ CONFIGS = {
 }
 
 
-def made_up_identity(scheme: str = "svd", **calibration: Any) -> dict[str, Any]:
+def made_up_identity(scheme: str = "svd", **calibration: Any) -> Identity:
     """The identity of an analysis that never was, with all that a store asks of one."""
     plain = {"text": "t", "windows_sha256": "w", "windows": 1, "window": 7, "seed": 0, "batch": 1}
-    return {
-        "model": {"class": "M", "weights_sha256": "abc", "dtype": "float32"},
-        "calibration": plain | calibration,
-        "versions": {"unirank": "0"},
-        "scheme": scheme,
-    }
+    return Identity.from_dict(
+        {
+            "model": {"class": "M", "weights_sha256": "abc", "dtype": "float32"},
+            "calibration": plain | calibration,
+            "versions": {"unirank": "0"},
+            "scheme": scheme,
+        }
+    )
 
 
 def build(name: str, **changes: object) -> PreTrainedModel:

@@ -126,12 +126,12 @@ def test_the_store_knows_the_split_and_draws_the_windows_again(corpus: Path, mak
     loaded = make_model()
     calibration = unirank.Calibration("wikitext2", windows=4, window=24, batch=2, split="test")
     store = unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
-    recorded = store.identity["calibration"]
-    assert (recorded["text"], recorded["split"]) == ("wikitext2", "test")
-    assert recorded["text_sha256"] == read_text("wikitext2", split="test").sha256
+    recorded = store.identity.calibration
+    assert (recorded.text, recorded.split) == ("wikitext2", "test")
+    assert recorded.text_sha256 == read_text("wikitext2", split="test").sha256
     assert len(unirank.make_workbench(loaded, store).windows) == 4
     plain = dataclasses.replace(calibration, split=None)
-    assert "split" not in unirank.analyze(loaded, tmp_path / "plain", calibration=plain).identity["calibration"]
+    assert unirank.analyze(loaded, tmp_path / "plain", calibration=plain).identity.calibration.split is None
 
 
 def test_the_commands_take_names_and_records(

@@ -13,24 +13,24 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from unirank.analysis.identity import check_identity
+from unirank.analysis.identity import Identity
+from unirank.analysis.manifest import MANIFEST, Weights, identity_differences, read_manifest, write_manifest
 from unirank.disk.files import check_output, leftover, link_or_copy, make_directory, write_json
-from unirank.disk.hashing import differences, sha256_text
-from unirank.disk.strictjson import parse_object
-from unirank.disk.tensorfile import DAMAGE, TensorFile, open_tensors, read_tensors, write_tensors
+from unirank.disk.hashing import sha256_text
+from unirank.disk.strictjson import Damaged, entry, number, read_object
+from unirank.disk.tensorfile import TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.errors import StoreError
 from unirank.layerwise.recording import Streams
 from unirank.types import CosineStat, Factors, Gradient, LinearSpec
 
-MANIFEST = "analysis.json"
-_FORMAT = 3
 _OPTIONAL = ("mean", "curvature", "slope")
+_COSINES = ("attention", "mlp", "block")
 Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
 _MEASURED = r"measured-[a-z0-9-]+\.json"
@@ -44,7 +44,7 @@ class AnalysisStore:
     """An open store. `identity` says what the numbers depend on; two stores with one identity hold the same bytes."""
 
     path: Path
-    identity: Mapping[str, Any]
+    identity: Identity
     linears: tuple[LinearSpec, ...]
 
     @property
@@ -54,7 +54,7 @@ class AnalysisStore:
     @property
     def digest(self) -> str:
         """SHA-256 of the identity."""
-        return sha256_text(json.dumps(self.identity, sort_keys=True))
+        return sha256_text(json.dumps(self.identity.as_dict(), sort_keys=True))
 
     def _file(self, kind: str, layer: int) -> Path:
         return self.path / f"{kind}-{layer:04d}.safetensors"
@@ -129,7 +129,10 @@ class AnalysisStore:
 
         With a `scratch` directory, as in `Streams`.
         """
-        tensors = _load(self._stream_file(layer))
+        file = self._stream_file(layer)
+        tensors = _load(file)
+        if "probe" not in tensors:
+            raise _damaged(file, Damaged("it has no probe"))
         streams = Streams([], tensors.pop("probe").to(device), scratch)
         for position, key in enumerate(sorted(tensors)):
             streams.put(position, tensors.pop(key) if scratch else tensors.pop(key).to(device))
@@ -147,13 +150,16 @@ class AnalysisStore:
             tensors[f"{name}.rows"] = gradient.rows
         write_tensors(self._file("gradient", layer), tensors, {"layer": layer})
 
-    def check_shared(self, identity: Mapping[str, Any]) -> None:
-        """Raise StoreError unless the gradients here are finished and those of an analysis of `identity`."""
+    def check_shared(self, identity: Identity, weights: Weights) -> None:
+        """Raise StoreError unless the gradients here are finished and those of an analysis of `identity`.
+
+        `weights` as in `create_or_resume`.
+        """
         if remaining := self.layers_without_gradients():
             raise StoreError(
                 f"The gradients of the store {self.path} are not finished: {remaining} layers are missing."
             )
-        differs = differences({**self.identity, "scheme": ""}, {**identity, "scheme": ""})
+        differs = identity_differences(replace(self.identity, scheme=""), replace(identity, scheme=""), weights)
         if differs:
             raise StoreError(f"The gradients of the store {self.path} are of another analysis: {'; '.join(differs)}.")
 
@@ -197,11 +203,11 @@ class AnalysisStore:
                 write_json(file, {"settings": settings, "values": values})
             return values
         try:
-            values = parse_object(file.read_text(encoding="utf-8"))["values"]
+            values = entry(read_object(file), "values", dict)
             if values.keys() != {spec.name for spec in self.linears}:
-                raise ValueError("its linears are not the store's")
-            return {spec.name: float(values[spec.name]) for spec in self.linears}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Damaged("its linears are not the store's")
+            return {spec.name: number(values[spec.name], spec.name) for spec in self.linears}
+        except Damaged as error:
             raise _damaged(file, error, "delete it and plan again") from error
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -211,7 +217,8 @@ class AnalysisStore:
         found = []
         for layer in range(self.layer_count):
             with self._open(layer) as file:
-                found.append({key: CosineStat.from_dict(stat) for key, stat in file.header["cosines"].items()})
+                stats = entry(file.header, "cosines", dict)
+                found.append({key: CosineStat.from_dict(entry(stats, key, dict)) for key in _COSINES})
         return found
 
     def energies(self) -> dict[str, torch.Tensor]:
@@ -221,7 +228,7 @@ class AnalysisStore:
     @property
     def has_gradients(self) -> bool:
         """Whether a backward pass was part of the analysis."""
-        return bool(self.identity["calibration"].get("gradient_windows"))
+        return bool(self.identity.calibration.gradient_windows)
 
     def curvatures(self) -> dict[str, torch.Tensor]:
         """`Factors.curvature` `[R]` of every linear. Raises StoreError in a store without gradients."""
@@ -236,18 +243,22 @@ class AnalysisStore:
         found = {}
         for layer in range(self.layer_count):
             with self._open(layer) as file:
-                found |= {str(name): float(eps) for name, eps in file.header["damping"].items()}
+                found |= {name: number(eps, name) for name, eps in entry(file.header, "damping", dict).items()}
         return found
 
     def gradients(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Gradient]:
         """The gradients of one layer, float64, on `device`. Raises StoreError in a store without gradients."""
         self.require_gradients()
-        tensors = _load(self._file("gradient", layer))
-        return {
-            spec.name: Gradient(*(tensors[f"{spec.name}.{key}"].to(device).double() for key in ("g", "rows", "weight")))
-            for spec in self.linears
-            if spec.layer == layer
-        }
+        file = self._file("gradient", layer)
+        tensors = _load(file)
+        found = {}
+        for spec in self.linears:
+            if spec.layer == layer:
+                names = [f"{spec.name}.{key}" for key in ("g", "rows", "weight")]
+                if missing := [name for name in names if name not in tensors]:
+                    raise _damaged(file, Damaged(f"it has no {missing[0]}"))
+                found[spec.name] = Gradient(*(tensors[name].to(device).double() for name in names))
+        return found
 
     def input_mean(self, spec: LinearSpec) -> torch.Tensor | None:
         """`Factors.mean` `[N]`, or None where the scheme gives no bias."""
@@ -292,14 +303,23 @@ class AnalysisStore:
         try:
             with open_tensors(file) as tensors:
                 yield tensors
-        except DAMAGE as error:
+        except Damaged as error:
             raise _damaged(file, error) from error
 
 
 def create_or_resume(
-    path: Path, identity: Mapping[str, Any], linears: tuple[LinearSpec, ...], *, overwrite: bool = False
+    path: Path,
+    identity: Identity,
+    linears: tuple[LinearSpec, ...],
+    *,
+    overwrite: bool = False,
+    weights: Weights | None = None,
 ) -> AnalysisStore:
     """Open the store at `path` for writing: a new one, or the unfinished or finished one of the same identity.
+
+    Args:
+        weights: the hash of the model's weights of the kind of a recorded one, for stores that an older version began;
+            None knows the one in `identity` alone.
 
     Raises:
         InputError: the directory exists and is not a store.
@@ -316,10 +336,10 @@ def create_or_resume(
             if not overwrite:
                 raise
         else:
-            differs = differences(found.identity, identity)
+            differs = identity_differences(found.identity, identity, weights)
             if not differs and found.linears == linears:
-                store.remove_leftovers()
-                return store
+                found.remove_leftovers()
+                return found
             if not overwrite:
                 raise StoreError(
                     f"The store {path} belongs to another analysis; it differs in "
@@ -329,8 +349,7 @@ def create_or_resume(
         # The old manifest goes last, when the new one takes its place: without one this would be no store of ours.
         _remove(path, rf"{_LEFTOVER}|{_TENSORS}|{_MEASURED}")
     make_directory(path)
-    manifest = {"format": _FORMAT, "identity": identity, "linears": [asdict(spec) for spec in linears]}
-    write_json(path / MANIFEST, manifest)
+    write_manifest(path, identity, linears)
     return store
 
 
@@ -343,16 +362,8 @@ def open_store(path: str | Path) -> AnalysisStore:
             f"{path} is not an analysis store: it has no {MANIFEST}; make one with: unirank analyze MODEL -o STORE."
         )
     try:
-        manifest = parse_object(file.read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"format {manifest['format']!r}, this version reads format {_FORMAT}")
-        linears = tuple(LinearSpec.from_dict(spec) for spec in manifest["linears"])
-        layers = [spec.layer for spec in linears]
-        if layers != sorted(layers) or set(layers) != set(range(len(set(layers)))) or not layers:
-            raise ValueError("its linears are not those of layers 0, 1, 2 ...")
-        check_identity(manifest["identity"])
-        return AnalysisStore(path, manifest["identity"], linears)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AnalysisStore(path, *read_manifest(path))
+    except Damaged as error:
         raise _damaged(file, error, "replace the store with: unirank analyze --overwrite") from error
 
 
@@ -372,7 +383,7 @@ def _delete(file: Path) -> None:
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
         return read_tensors(file)
-    except DAMAGE as error:
+    except Damaged as error:
         raise _damaged(file, error) from error
 
 

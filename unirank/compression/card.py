@@ -7,36 +7,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unirank.analysis.identity import TREE, Identity
 from unirank.compression.truncation import TruncateReport
+from unirank.disk.strictjson import Damaged, entry, number
 from unirank.rank_plan import RankPlan
 
 # What lies beside the weights.
 PLAN_FILE = "rank_plan.json"
 PROVENANCE_FILE = "provenance.json"
 EVALUATIONS_FILE = "evaluations.json"
+_SETTINGS = ("steps", "batch", "window", "rank", "schedule", "distill", "seed")  # that the card shows of a training
 
 
 def render_card(
     source: str,
     plan: RankPlan,
     report: TruncateReport,
-    identity: Mapping[str, Any],
+    identity: Identity,
     training: Mapping[str, Any] | None,
     evaluations: Sequence[Mapping[str, Any]],
 ) -> str:
     """Markdown behind YAML metadata. Arguments as in `CompressedModel`."""
-    model, calibration = identity["model"], identity["calibration"]
+    model, calibration = identity.model, identity.calibration
+    weights = model.weights_sha256.removeprefix(TREE)
     title = f"{Path(source).name or source}, {plan.remove:.0%} of the decoder's weights removed"
     rows = {
-        "base model": f"`{source}` ({model['class']}, weights sha256 `{model['weights_sha256'][:16]}`)",
+        "base model": f"`{source}` ({model.class_name}, weights sha256 `{weights[:16]}`)",
         "removed of the targets (decoder linears)": f"{report.removed_of_targets:.2%} "
         f"({report.targets_before:,} to {report.targets_after:,}; budget {plan.budget:,})",
         "removed of the whole model": f"{report.removed_of_model:.2%} "
         f"({report.model_before:,} to {report.model_after:,})",
         "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
         "settings": ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items())),
-        "calibration": f"{calibration['windows']} windows of {calibration['window']} tokens of "
-        f"`{calibration['text']}`, seed {calibration['seed']}",
+        "calibration": f"{calibration.windows} windows of {calibration.window} tokens of "
+        f"`{calibration.text}`, seed {calibration.seed}",
     }
     if training is not None:
         rows["fine-tuned"] = _training_line(training)
@@ -49,7 +53,7 @@ tags: [unirank, low-rank, compressed]
 
 # {title}
 
-Compressed by unirank {identity["versions"]["unirank"]} ([the method](https://arxiv.org/abs/2606.21847)): low-rank
+Compressed by unirank {identity.versions["unirank"]} ([the method](https://arxiv.org/abs/2606.21847)): low-rank
 factors in the place of {report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
 
 ```python
@@ -69,10 +73,18 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 
 def check_training(training: Any) -> None:
-    """Raise ValueError, KeyError or TypeError unless a record of a fine-tuning can be shown."""
-    _training_line(training)
-    if not all(isinstance(entry, dict) for entry in training["log"]):
-        raise ValueError("the log of the training is not legal")
+    """Raise Damaged unless a record of a fine-tuning can be shown."""
+    settings = entry(training, "settings", dict)
+    for key in _SETTINGS:
+        if key not in settings:
+            raise Damaged(f"the settings of its training have no {key}")
+    entry(entry(training, "data", dict), "text", str)
+    for step in entry(training, "log", list):
+        if not isinstance(step, dict):
+            raise Damaged(f"the log of its training has {str(step)[:80]!r}")
+        for key in ("loss", "eval_loss"):
+            if key in step:
+                number(step[key], f"{key} in the log of its training")
 
 
 def _training_line(training: Mapping[str, Any]) -> str:
@@ -88,8 +100,8 @@ def _perplexities(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return ""
     lines = ["", "| perplexity on | windows | dense | this model |", "|---|---|---|---|"]
-    for entry in evaluations:
-        report, dense = entry["report"], entry["dense"]
+    for one in evaluations:
+        report, dense = one["report"], one["dense"]
         windows = f"{report['windows']} of {report['window']} tokens{', each behind a BOS' if report['bos'] else ''}"
         beside = "not measured" if dense is None else f"{dense:.2f}"
         lines.append(f"| `{report['text']}` | {windows}, {report['dtype']} | {beside} | {report['perplexity']:.2f} |")
@@ -103,9 +115,9 @@ def _metadata(title: str, evaluations: Sequence[Mapping[str, Any]]) -> str:
     results = [
         {
             "task": {"type": "text-generation"},
-            "dataset": {"name": entry["report"]["text"], "type": "text"},
-            "metrics": [{"type": "perplexity", "value": round(entry["report"]["perplexity"], 4)}],
+            "dataset": {"name": one["report"]["text"], "type": "text"},
+            "metrics": [{"type": "perplexity", "value": round(one["report"]["perplexity"], 4)}],
         }
-        for entry in evaluations
+        for one in evaluations
     ]
     return f"model-index: {json.dumps([{'name': title, 'results': results}])}\n"

@@ -12,6 +12,7 @@ from torch import nn
 
 from unirank.analysis.identity import check_model
 from unirank.analysis.store import AnalysisStore
+from unirank.disk.strictjson import Damaged, entry
 from unirank.errors import InputError, NonFiniteError, UnirankError
 from unirank.models.low_rank import (
     align_weights,
@@ -25,6 +26,8 @@ from unirank.models.structure import weight_of
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
 from unirank.types import DENSE, LinearSpec, LoadedModel
+
+_MOST = 2**63  # parameters that a record can count
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,12 @@ class TruncateReport:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> TruncateReport:
-        """Read `as_dict`'s result. Raises KeyError, TypeError or ValueError for anything else."""
-        report = cls(**{field.name: int(record[field.name]) for field in fields(cls)})
-        if min(report.targets_before, report.model_before) < 1:
-            raise ValueError("it counts no parameters")
+        """Read `as_dict`'s result. Raises Damaged for anything else."""
+        report = cls(**{field.name: entry(record, field.name, int) for field in fields(cls)})
+        for name, count in asdict(report).items():
+            least = 1 if name.endswith("_before") else 0
+            if not least <= count < _MOST:
+                raise Damaged(f"{name} is {str(count)[:80]}")
         return report
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_WORD, _BLOCK = 8, 1024  # bytes in a word, and words in a block, of `fingerprint`
+_SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def sha256_text(text: str) -> str:
@@ -16,8 +21,10 @@ def sha256_text(text: str) -> str:
 
 
 def sha256_files(directory: Path, pattern: str = "*.safetensors") -> dict[str, str]:
-    """SHA-256 of the files in `directory` that match `pattern`, by name."""
-    return {file.name: _sha256_file(file) for file in sorted(directory.glob(pattern))}
+    """SHA-256 of the files in `directory` that match `pattern`, by name; several at a time."""
+    files = sorted(directory.glob(pattern))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip((file.name for file in files), pool.map(_sha256_file, files), strict=True))
 
 
 def _sha256_file(file: Path) -> str:
@@ -29,14 +36,74 @@ def _sha256_file(file: Path) -> str:
 
 
 def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and raw bytes, in the order given."""
+    """SHA-256 over names, dtypes, shapes and raw bytes, in the order given; one thread."""
     digest = hashlib.sha256()
     for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().to("cpu").contiguous().flatten()
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(_head(name, tensor).encode())
+        digest.update(_raw(tensor))
     return digest.hexdigest()
+
+
+def sha256_tree(named: Iterable[tuple[str, torch.Tensor]], *, limit: int | None = None) -> str:
+    """SHA-256 over the sorted lines `name dtype shape hash`, where `hash` is the SHA-256 of the tensor's raw bytes.
+
+    Tensors are hashed by as many threads as torch has; neither their number nor the order of `named` changes the
+    result.
+
+    Args:
+        limit: tensors of no more bytes than these wait to be hashed, but for one, while the next is made; for tensors
+            that are read when `named` gives them. None is without limit, for tensors that are in memory anyway.
+    """
+    lines: list[str] = []
+    waiting: deque[tuple[str, int, Future[str]]] = deque()
+    held = 0
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name, tensor in named:
+            waiting.append((_head(name, tensor).strip(), tensor.nbytes, pool.submit(_sha256_tensor, tensor)))
+            held += tensor.nbytes
+            del tensor
+            while limit is not None and held > limit and len(waiting) > 1:
+                head, size, future = waiting.popleft()
+                lines.append(f"{head} {future.result()}\n")
+                held -= size
+        lines += [f"{head} {future.result()}\n" for head, _, future in waiting]
+    return sha256_text("".join(sorted(lines)))
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """Tells whether a tensor was written to since, at the cost of three passes of additions on its own device.
+
+    Of its bytes as words, sums over blocks and over places in a block, which also tell what was moved; of its values
+    the sum, which also tells a change of all signs. No proof against a forger, and no name for the content: SHA-256 is.
+    """
+    digest = hashlib.sha256(_head("", tensor).encode())
+    flat = tensor.detach().contiguous().flatten()
+    words = flat.numel() * flat.element_size() // (_WORD * _BLOCK) * _BLOCK
+    if tensor.dtype not in _SUMMED or not words:
+        digest.update(_raw(flat))
+        return digest.hexdigest()
+    if flat.storage_offset() * flat.element_size() % _WORD:
+        flat = flat.clone()
+    octets = flat.view(torch.uint8)
+    blocks = octets[: words * _WORD].view(torch.int64).view(-1, _BLOCK)
+    for part in (blocks.sum(1), blocks.sum(0), octets[words * _WORD :]):
+        digest.update(_raw(part))
+    digest.update(repr(float(flat.sum())).encode())
+    return digest.hexdigest()
+
+
+def _head(name: str, tensor: torch.Tensor) -> str:
+    return f"{name} {tensor.dtype} {list(tensor.shape)}\n"
+
+
+def _raw(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor, which are copied only from another device or where they do not lie in order."""
+    flat = tensor.detach().to("cpu").contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def _sha256_tensor(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(_raw(tensor)).hexdigest()
 
 
 def differences(old: Any, new: Any, *, was: str = "store", path: str = "") -> list[str]:

@@ -14,13 +14,11 @@ from safetensors.torch import save_file
 
 from unirank.disk.files import write_atomically
 from unirank.disk.hashing import sha256_tensors, sha256_text
-from unirank.disk.strictjson import parse_object
+from unirank.disk.strictjson import Damaged, entry, parse_object
 
 _KEY = "unirank"
 _SUMS = "sha256"
 _HEADER_SUM = "header_sha256"
-# What reading raises for a file that is missing, cut off or changed.
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
@@ -39,12 +37,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
 class TensorFile:
     """An open file of `write_tensors`."""
 
-    def __init__(self, file: Any, path: Path) -> None:
-        self._file, self._path = file, path
-        self.header: dict[str, Any] = parse_object(file.metadata()[_KEY])
-        if self.header.pop(_HEADER_SUM) != sha256_text(_dumped(self.header)):
-            raise ValueError("its header has other values than were written")
-        self._sums: Mapping[str, str] = self.header.pop(_SUMS)
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.header: dict[str, Any] = parse_object(entry(file.metadata(), _KEY, str))
+        if entry(self.header, _HEADER_SUM, str) != sha256_text(_dumped(_without(self.header, _HEADER_SUM))):
+            raise Damaged("its header has other values than were written")
+        self._sums: Mapping[str, str] = entry(self.header, _SUMS, dict)
+        self.header = _without(self.header, _HEADER_SUM, _SUMS)
 
     def get(self, name: str) -> torch.Tensor | None:
         """The tensor `name`, or None where there is none."""
@@ -54,24 +53,44 @@ class TensorFile:
         return sorted(self._sums)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor `name`, on the CPU. Raises ValueError when its bytes are not those that were written."""
-        tensor = self._file.get_tensor(name)
+        """The tensor `name`, on the CPU. Raises Damaged when it is not there, or its bytes are not those that were
+        written."""
+        if name not in self._sums:
+            raise Damaged(f"it has no {name}")
+        with _reading():
+            tensor = self._file.get_tensor(name)
         if _sum(name, tensor) != self._sums[name]:
-            raise ValueError(f"{name} has other bytes than were written")
+            raise Damaged(f"{name} has other bytes than were written")
         return tensor
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Read a file of `write_tensors`. Raises one of `DAMAGE`, here or inside, when it is not what was written."""
-    with safe_open(path, framework="pt") as file:
-        yield TensorFile(file, path)
+    """Read a file of `write_tensors`. Raises Damaged, here or where a tensor is asked for, when it is not what was
+    written."""
+    with _reading():
+        file = safe_open(path, framework="pt")
+    with file:
+        yield TensorFile(file)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Around calls of safetensors, and of nothing of ours."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Damaged(str(error)) from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file by name. Raises like `open_tensors`."""
     with open_tensors(path) as file:
         return {name: file[name] for name in file.names()}
+
+
+def _without(record: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in keys}
 
 
 def _dumped(record: Mapping[str, Any]) -> str:

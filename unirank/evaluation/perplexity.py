@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unirank.disk.strictjson import Damaged, build
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.low_rank import count_parameters
 from unirank.progress import OnProgress, silent
@@ -48,12 +49,12 @@ class EvalReport:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EvalReport:
-        """Read `as_dict`'s result. Raises TypeError or ValueError for anything else."""
-        report = cls(**record)
+        """Read `as_dict`'s result. Raises Damaged for anything else."""
+        report = build(cls, record)
         for field in fields(cls):
             value = getattr(report, field.name)
             if type(value).__name__ != field.type:
-                raise ValueError(f"{field.name} is {str(value)[:80]!r}")
+                raise Damaged(f"{field.name} is {str(value)[:80]!r}")
         return report
 
 

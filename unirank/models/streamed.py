@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,16 @@ class Pages:
     def put(self, name: str, make: Callable[[], torch.Tensor]) -> None:
         """From now on `tensor(name)` is what `make()` gives."""
         self._makers[name] = make
+
+    def stamp(self, name: str) -> tuple[Any, ...] | None:
+        """The file that `tensor(name)` is read from, and its last change; None where it comes from elsewhere."""
+        told = getattr(self._weights, "index", {}).get(name, {})
+        file = told.get("safetensors_file")
+        if file is None or name in self._makers or name in getattr(self._weights, "state_dict", {}):
+            return None
+        status = os.stat(file)
+        place = (file, told.get("weight_name", name), self._device)
+        return *place, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     @contextmanager
     def resident(self, model: nn.Module, index: int) -> Iterator[None]:

@@ -37,7 +37,7 @@ def import_plan(store: AnalysisStore, text: str) -> RankPlan:
         used=used,
         threshold=None,
         allocator="imported",
-        scheme=store.identity["scheme"],
+        scheme=store.identity.scheme,
         settings={} if source is None else {f"from_{key}": getattr(source, key) for key in keys},
         analysis=store.digest,
     )

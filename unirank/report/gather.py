@@ -10,7 +10,7 @@ from typing import Any
 
 from unirank.analysis.store import AnalysisStore
 from unirank.compression.checkpoint import Record, read_record
-from unirank.disk.strictjson import parse_object
+from unirank.disk.strictjson import Damaged, entry, number, read_object
 from unirank.errors import InputError
 from unirank.rank_plan import RankPlan
 from unirank.types import DENSE, effective_rank
@@ -127,16 +127,17 @@ def _rows(grid: Path | None) -> tuple[Mapping[str, Any], ...]:
     if grid is None:
         return ()
     try:
-        rows = parse_object(grid.read_text(encoding="utf-8"))["rows"]
-        return tuple(
-            {
-                "label": row.get("preset") or f"{row['scheme']} + {row['allocator']}",
-                "remove": float(row["remove"]),
-                "text": str(row["text"]),
-                "perplexity": float(row["perplexity"]),
-                "dense": row["allocator"] == "dense",
-            }
-            for row in rows
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return tuple(_row(row) for row in entry(read_object(grid), "rows", list))
+    except Damaged as error:
         raise InputError(f"{grid} is no result of bench_quality.py or `unirank demo`: {error}.") from error
+
+
+def _row(row: Any) -> dict[str, Any]:
+    allocator = entry(row, "allocator", str)
+    return {
+        "label": entry(row, "preset", str) if row.get("preset") else f"{entry(row, 'scheme', str)} + {allocator}",
+        "remove": number(row.get("remove"), "remove"),
+        "text": entry(row, "text", str),
+        "perplexity": number(row.get("perplexity"), "perplexity"),
+        "dense": allocator == "dense",
+    }

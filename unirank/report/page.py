@@ -21,7 +21,7 @@ def page(data: ReportData) -> str:
     title = f"{data.name}: {report.removed_of_targets:.1%} of the decoder's weights removed"
     sections = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">Made by unirank {_text(data.record.identity["versions"]["unirank"])} '
+        f'<p class="soft">Made by unirank {_text(data.record.identity.versions["unirank"])} '
         f"from <code>{_text(data.record.source)}</code>.</p>",
         _facts(data),
         _section("Rank allocation", _heat(data), _ALLOCATION),
@@ -75,7 +75,7 @@ def _section(title: str, body: str, lead: str = "") -> str:
 
 
 def _facts(data: ReportData) -> str:
-    plan, report, calibration = data.plan, data.record.report, data.record.identity["calibration"]
+    plan, report, calibration = data.plan, data.record.report, data.record.identity.calibration
     facts = {
         "decoder linears": f"{report.targets_before:,} to {report.targets_after:,} parameters "
         f"({report.removed_of_targets:.2%} removed; budget {plan.budget:,})",
@@ -83,8 +83,8 @@ def _facts(data: ReportData) -> str:
         f"({report.removed_of_model:.2%} removed)",
         "matrices": f"{report.low_rank} low-rank, {report.dense} dense",
         "scheme, allocator": f"{plan.scheme}, {plan.allocator}",
-        "calibration": f"{calibration['windows']} windows of {calibration['window']} tokens of {calibration['text']}, "
-        f"seed {calibration['seed']}",
+        "calibration": f"{calibration.windows} windows of {calibration.window} tokens of {calibration.text}, "
+        f"seed {calibration.seed}",
         "analysis": plan.analysis,
     }
     for entry in data.record.evaluations:
@@ -225,19 +225,19 @@ def _row(cells: Sequence[str]) -> str:
 
 def _commands(data: ReportData) -> str:
     identity, plan = data.record.identity, data.plan
-    calibration = identity["calibration"]
-    analyze = ["unirank", "analyze", data.record.source, "-o", "STORE", "--scheme", identity["scheme"]]
-    analyze += ["--calib", calibration["text"], "--windows", calibration["windows"], "--window", calibration["window"]]
-    analyze += ["--seed", calibration["seed"], "--batch", calibration["batch"]]
-    if calibration.get("gradient_windows"):
-        analyze += ["--gradients", calibration["gradient_windows"]]
+    calibration = identity.calibration
+    analyze = ["unirank", "analyze", data.record.source, "-o", "STORE", "--scheme", identity.scheme]
+    analyze += ["--calib", calibration.text, "--windows", calibration.windows, "--window", calibration.window]
+    analyze += ["--seed", calibration.seed, "--batch", calibration.batch]
+    if calibration.gradient_windows:
+        analyze += ["--gradients", calibration.gradient_windows]
     compress = ["unirank", "compress", data.record.source, "-o", "OUT", "--store", "STORE", "--plan", "rank_plan.json"]
     refine = plan.settings.get("refine")
     lines = [shlex.join(map(str, command)) for command in (analyze, compress)]
     note = "rank_plan.json lies beside the weights and holds every rank."
     if refine:
         note += f" A second pass followed: {refine}; the preset that has it makes it again."
-    versions = ", ".join(f"{name} {version}" for name, version in identity["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in identity.versions.items())
     settings = ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items()) if not _bulky(value))
     return (
         f"<pre>{_text(chr(10).join(lines))}</pre><p>{_text(note)}</p>"
