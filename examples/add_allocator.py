@@ -1,15 +1,14 @@
-"""A rule of your own for the ranks, without a change to unirank: compute ranks, import them, compress with them.
+"""A rule of your own for the ranks, without a change to unirank: compute ranks, check them, compress with them.
 
     python examples/add_allocator.py MODEL --calib my-text.txt --store STORE --remove 0.3 -o OUT
 
-The rule here keeps of every matrix a fraction proportional to its effective rank over K. `import_plan` checks the
-ranks and counts what they cost. docs/contributing.md says how a rule becomes an allocator with a name of its own.
+The rule here keeps of every matrix a fraction proportional to its effective rank over K. `plan` checks the ranks and
+counts what they cost. docs/contributing.md says how a rule becomes an allocator with a name of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 
 import unirank
 
@@ -41,8 +40,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     loaded = unirank.load(arguments.model)
-    store = unirank.analyze(loaded, arguments.store, calibration=unirank.Calibration(text=arguments.calib))
-    plan = unirank.import_plan(store, json.dumps(own_rule(store, arguments.remove)))
+    store = unirank.analyze(loaded, arguments.store, calibration=arguments.calib)
+    plan = unirank.plan(store, ranks=own_rule(store, arguments.remove))
     print(f"{plan.used:,} of {plan.total:,} parameters kept: {plan.remove:.2%} removed")
     unirank.apply(loaded, store, plan).save(arguments.out)
 

@@ -3,8 +3,8 @@
     pip install 'unirank[finetune]'
     python examples/finetune.py OUT --text my-text.txt --steps 200 -o TUNED
 
-With --distill 0.5 half of the loss comes from the dense model, found where OUT says it was made from. It is in memory
-beside the compressed one then. A run that was killed goes on in OUT-training.
+With --distill 0.5 half of the loss comes from the dense model, which is then in memory beside the compressed one. It is
+loaded from where it was when OUT was made, or from --against. A run that was killed goes on in OUT-training.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--window", type=int, default=512, help="tokens a window")
     parser.add_argument("--distill", type=float, default=0.0, help="weight of the dense model's distribution, 0 to 1")
+    parser.add_argument("--against", help="the dense model, for --distill")
     parser.add_argument("-o", "--out", default="TUNED", help="directory of the tuned checkpoint")
     arguments = parser.parse_args()
 
     settings = unirank.Finetune(steps=arguments.steps, window=arguments.window, distill=arguments.distill)
     work = f"{arguments.compressed}-training"
-    tuned = unirank.finetune(arguments.compressed, arguments.text, settings, work=work)
+    tuned = unirank.finetune(arguments.compressed, arguments.text, settings, work=work, against=arguments.against)
     tuned.save(arguments.out)
     assert tuned.training is not None
     before, after = tuned.training["held_out_before"], tuned.training["held_out_after"]

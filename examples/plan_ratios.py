@@ -22,8 +22,7 @@ def main() -> None:
     parser.add_argument("--allocators", nargs="+", default=["unirank", "uniform", "bi", "d-rank"])
     arguments = parser.parse_args()
 
-    calibration = unirank.Calibration(text=arguments.calib)
-    store = unirank.analyze(unirank.load(arguments.model), arguments.store, calibration=calibration)
+    store = unirank.analyze(arguments.model, arguments.store, calibration=arguments.calib)
     print(f"{'remove':>6} {'allocator':>12} {'used':>13} {'of budget':>9} {'dense':>5} {'least':>5} {'median':>6}")
     for remove in arguments.remove:
         for allocator in arguments.allocators:
