@@ -29,3 +29,8 @@ class WriteError(UnirankError):
     """Output could not be written (full disk, no permission); nothing half-written was left behind."""
 
     exit_code = 5
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, to be a part of a sentence of ours: its first line, or its class's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -167,6 +167,6 @@ def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:
 def _limit(loaded: LoadedModel, asked: int | None) -> int:
     if asked is not None:
         return asked
-    device = next(loaded.model.parameters()).device
+    device = loaded.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return free // 4

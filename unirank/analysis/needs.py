@@ -177,7 +177,7 @@ def _work_on_first_layer(
 ) -> _Work:
     stage, steps = "measure one layer", 5
     progress(stage, 0, steps)
-    clock = _Clock(next(loaded.model.parameters()).device)
+    clock = _Clock(loaded.device)
     work = _Work(clock.device)
     recording = record(loaded, windows, batch=len(windows))
     work.record = clock.lap()

@@ -17,7 +17,7 @@ def head_logits(loaded: LoadedModel, recording: Recording, ids: torch.Tensor, hi
     The model runs with every decoder layer turned into one that returns `hidden`; gradients flow to it where they are
     on. `ids`, int64 `[B, T]`, go through the embeddings, and nothing comes of that.
     """
-    output = (hidden,) if recording.returns_tuple else hidden
+    output = recording.returned(hidden)
 
     def forward(*_args: Any, **_kwargs: Any) -> Any:
         return output

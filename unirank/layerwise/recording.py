@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unirank.disk.files import mapped_copy
-from unirank.errors import InputError, NonFiniteError
+from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
 from unirank.types import LoadedModel
 
 # The structure of a layer does not depend on how many tokens it sees, so a few suffice to trace it.
@@ -28,12 +28,21 @@ class LayerCall:
     hidden_by_name: str | None  # the keyword of the hidden states, or None when they come first by position
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output stream `[B, T, D]`."""
-        if self.hidden_by_name is None:
-            output = layer(hidden, *self.args, **self.kwargs)
-        else:
-            output = layer(*self.args, **{self.hidden_by_name: hidden}, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        """The layer's output stream `[B, T, D]`.
+
+        Raises InputError when the layer's own code fails, or returns something else.
+        """
+        named = {} if self.hidden_by_name is None else {self.hidden_by_name: hidden}
+        first = (hidden,) if self.hidden_by_name is None else ()
+        with foreign(f"The layer {type(layer).__name__} cannot be run by itself"):
+            output = layer(*first, *self.args, **named, **self.kwargs)
+        output = output[0] if isinstance(output, tuple | list) and output else output
+        if not isinstance(output, torch.Tensor) or output.shape != hidden.shape:
+            raise InputError(
+                f"The layer {type(layer).__name__} must return hidden states {list(hidden.shape)} as they enter it, "
+                f"got {_kind(output)}."
+            )
+        return output
 
 
 @dataclass
@@ -58,9 +67,13 @@ class Recording:
     """What the recording pass saw: `calls[batch][layer]`, the probe's calls, and the streams that enter layer 0."""
 
     calls: list[list[LayerCall]]
-    returns_tuple: bool  # whether a layer returns its hidden states in a tuple
+    tail: tuple[None, ...] | None  # what follows the hidden states in a layer's tuple; None: they are returned bare
     probe_calls: list[LayerCall]
     start: Streams
+
+    def returned(self, hidden: torch.Tensor) -> Any:
+        """What a layer returns whose output stream is `hidden`."""
+        return hidden if self.tail is None else (hidden, *self.tail)
 
 
 def layers_of(loaded: LoadedModel) -> list[nn.Module]:
@@ -74,43 +87,83 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int, folder: Pa
 
     With a `folder`, hidden states go into mapped files there.
 
-    Raises NonFiniteError when the embeddings give a NaN or infinity.
+    Raises:
+        InputError: the model does not call its layers once and in order, or with or for something else than hidden
+            states `[W, T, D]`, or its own code fails, or it changes its weights when it runs.
+        NonFiniteError: the embeddings give a NaN or infinity.
     """
     layers = layers_of(loaded)
-    device = next(loaded.model.parameters()).device
+    model = type(loaded.model).__name__
+    device = loaded.device
     calls: list[list[LayerCall]] = []
     start = Streams([], torch.empty(0), folder)
-    returns_tuple: bool | None = None
+    tails: list[tuple[None, ...] | None] = []  # one, once it is known
+    weights = {spec.name: loaded.model.get_submodule(spec.name).weight for spec in loaded.linears}
+    versions = {name: _version(weight) for name, weight in weights.items()}
+    disorder = f"{model} does not call every layer of {loaded.layers} once, in order, for a batch of tokens."
 
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             original = layer.forward
 
             def forward(*args: Any, _index: int = index, _original: Callable = original, **kwargs: Any) -> Any:
-                nonlocal returns_tuple
-                call, hidden = _split(args, kwargs)
-                if returns_tuple is None:
-                    with loaded.resident(_index):
-                        returns_tuple = isinstance(_original(*args, **kwargs), tuple)
+                if len(calls[-1]) != _index:
+                    raise InputError(disorder)
+                place = f"{loaded.layers}.{_index} of {model}"
+                call, hidden = _split(args, kwargs, place)
+                if not tails:
+                    with loaded.resident(_index), foreign(f"{place} cannot be run"):
+                        output = _original(*args, **kwargs)
+                    tails.append(_tail(output, hidden, place))
                 if _index == 0:
                     if not hidden.isfinite().all():
                         raise NonFiniteError("The embeddings give NaN or infinity on the calibration text.")
-                    if calls:
-                        start.put(len(start.batches), hidden)
-                    else:
+                    if len(calls) == 1:
                         start.probe = hidden
-                    calls.append([])
+                    else:
+                        start.put(len(start.batches), hidden)
                 calls[-1].append(call)
-                return (hidden,) if returns_tuple else hidden
+                return hidden if tails[0] is None else (hidden, *tails[0])
 
             # An instance attribute shadows the class's forward, so the layer keeps its other attributes (Gemma's type).
             stack.enter_context(shadowed(layer, forward))
         decoder = loaded.model.base_model
         for ids in (windows[:1, :PROBE_TOKENS], *windows.split(batch)):
-            decoder(input_ids=ids.to(device), use_cache=False)
-    if len(calls) != len(windows.split(batch)) + 1 or any(len(record) != len(layers) for record in calls):
-        raise InputError(f"{type(loaded.model).__name__} does not call every decoder layer once, in order.")
-    return Recording(calls[1:], bool(returns_tuple), calls[0], start)
+            calls.append([])
+            with foreign(f"{model} cannot be run over token ids with layers that pass hidden states on"):
+                decoder(input_ids=ids.to(device), use_cache=False)
+            if len(calls[-1]) != len(layers):
+                raise InputError(disorder)
+            entered = start.batches[-1] if start.batches else start.probe
+            if len(entered) != len(ids):
+                raise InputError(
+                    f"{model} must hand its layers hidden states [windows, tokens, D], got {_kind(entered)}."
+                )
+    for name, weight in weights.items():
+        if _version(weight) != versions[name]:  # RWKV divides some by powers of two
+            raise InputError(
+                f"{model} changes {name}.weight when it runs; unirank needs weights that stay as they are."
+            )
+    return Recording(calls[1:], tails[0], calls[0], start)
+
+
+def _version(weight: Any) -> int:
+    """How often the tensor was written to; torch does not count in inference mode."""
+    return 0 if weight.is_inference() else weight._version
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Around code of a model's own: whatever it raises is an InputError that begins with `what`.
+
+    Ours pass, and so do those of memory.
+    """
+    try:
+        yield
+    except (UnirankError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # it is anybody's code, so it may be anything
+        raise InputError(f"{what}: {type(error).__name__}: {first_line(error)}.") from error
 
 
 @contextmanager
@@ -126,8 +179,26 @@ def shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             layer.__dict__["forward"] = before
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, torch.Tensor]:
-    if args:
-        return LayerCall(args[1:], kwargs, None), args[0]
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any], place: str) -> tuple[LayerCall, torch.Tensor]:
     rest = dict(kwargs)
-    return LayerCall((), rest, "hidden_states"), rest.pop("hidden_states")
+    hidden = args[0] if args else rest.pop("hidden_states", None)
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or not hidden.is_floating_point():
+        raise InputError(f"{place} must take hidden states [windows, tokens, D] first, got {_kind(hidden)}.")
+    return LayerCall(args[1:], rest, None if args else "hidden_states"), hidden
+
+
+def _tail(output: Any, hidden: torch.Tensor, place: str) -> tuple[None, ...] | None:
+    """What follows the hidden states in a layer's output; None where they are the output."""
+    values = output if type(output) in (tuple, list) else [output]
+    if not values or not isinstance(values[0], torch.Tensor) or values[0].shape != hidden.shape:
+        raise InputError(f"{place} must return hidden states {list(hidden.shape)}, got {_kind(output)}.")
+    if values is not output:
+        return None
+    # Other values (attention weights, a cache) belong to the layer's own run; who reads them cannot be served.
+    return () if any(value is not None for value in values[1:]) else (None,) * (len(values) - 1)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -62,6 +62,7 @@ class _Event:
     name: str
     inputs: torch.Tensor
     output: torch.Tensor
+    by_position: bool  # whether `inputs` is the first argument, as hooks need it
 
 
 def trace_layer(
@@ -77,17 +78,18 @@ def trace_layer(
     that hold no target (norms, dropouts) to a tensor that no module made, that is a residual sum. Reaching the layer's
     own input instead means that the sublayers are parallel (GPT-NeoX, Falcon, Cohere).
 
-    Raises InputError when a target does not run, or when the MLP runs before the attention.
+    Raises InputError when a target does not run, when the MLP runs before the attention, or when what a sublayer reads
+    or adds has not the size of the stream.
     """
     events: list[_Event] = []  # keeps every tensor alive, so that object identity is unique
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-            made = output[0] if isinstance(output, tuple) else output
+            made = output[0] if isinstance(output, tuple | list) and output else output
             # A module that hands its input on (a dropout at rest) makes nothing.
             if inputs is not None and isinstance(made, torch.Tensor) and made is not inputs:
-                events.append(_Event(name, inputs, made))
+                events.append(_Event(name, inputs, made, bool(args) and args[0] is inputs))
 
         return hook
 
@@ -122,7 +124,8 @@ def _read(events: list[_Event], prefix: str, specs: Sequence[LinearSpec], hidden
     position = {event.name: index for index, event in enumerate(linears)}
     if position[order["mlp"][0].name] < position[order["attention"][0].name]:
         raise InputError(
-            f"{prefix} runs {order['mlp'][0].name} before its attention; that structure is not understood."
+            f"{prefix} runs {order['mlp'][0].name} before its attention (that is {order['attention'][0].name}, which "
+            "comes first among its modules); that structure is not understood."
         )
     last_linear = {sublayer: members[-1].name for sublayer, members in order.items()}
 
@@ -133,4 +136,21 @@ def _read(events: list[_Event], prefix: str, specs: Sequence[LinearSpec], hidden
             break
         reader = made_by
     middle = None if reader.inputs is hidden else reader.name
+    if middle is not None:
+        _check_size(prefix, f"what {middle} reads", reader.inputs, hidden)
+    else:
+        for members in order.values():
+            _check_size(prefix, f"what {members[-1].name} gives", members[-1].output, hidden)
+    for event in (*linears, reader):
+        if not event.by_position:
+            raise InputError(f"{prefix} must give {event.name} its input as the first argument by position.")
     return LayerTrace(input_of, middle, last_linear)
+
+
+def _check_size(prefix: str, what: str, found: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Raise InputError where `found` is no stream like `hidden` `[B, T, D]`, with tokens in any shape."""
+    if found.shape[-1] != hidden.shape[-1] or found.numel() != hidden.numel():
+        raise InputError(
+            f"{prefix} takes hidden states {list(hidden.shape)}, and {what} is {list(found.shape)}; both must be equal "
+            "for the sublayers to be told apart."
+        )

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from unirank.disk.strictjson import parse_object
-from unirank.errors import InputError, NonFiniteError, UnirankError
+from unirank.disk.strictjson import Damaged, entry, read_object
+from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
 from unirank.models import embedded
+from unirank.models.embeddings import embedding_rows
 from unirank.models.low_rank import LowRankLinear
 from unirank.models.streamed import Pages, page_map, take_pages
-from unirank.models.structure import _refuse_experts, find_linears
+from unirank.models.structure import find_linears, refuse_experts, stated_experts
 from unirank.provenance import default_device
 from unirank.types import LoadedModel, Paging
 
@@ -110,11 +111,12 @@ def _find(
     except (OSError, ValueError) as error:
         raise InputError(
             f"Cannot load the model {name!r}: it is neither a local directory with a checkpoint nor reachable "
-            f"on the hub ({_first_line(error)})."
+            f"on the hub ({first_line(error)})."
         ) from error
     except Exception as error:  # what transformers raises for a damaged config is anybody's guess
-        raise InputError(f"The config or tokenizer of {name!r} is damaged: {_first_line(error)}.") from error
-    _refuse_experts(config)
+        raise InputError(f"The config or tokenizer of {name!r} is damaged: {first_line(error)}.") from error
+    if stated_experts(config) is not None:  # tens of gigabytes that need not be read
+        refuse_experts(_skeleton(name, config, trust_remote_code), config)
     return _Source(name, path, config, tokenizer, _DTYPES[dtype], target, common)
 
 
@@ -124,10 +126,10 @@ def _check_index(folder: Path) -> None:
     if not index.is_file():
         return
     try:
-        places = set(parse_object(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        places = entry(read_object(index), "weight_map", dict)
+    except Damaged as error:
         raise InputError(f"{index} is damaged: {error}.") from error
-    for place in places:
+    for place in places.values():
         if not isinstance(place, str) or Path(place).name != place:
             raise InputError(f"{index} names {place!r}, which is no file of its directory.")
 
@@ -147,7 +149,7 @@ def _read(source: _Source, **options: Any) -> PreTrainedModel:
     except UnirankError:
         raise
     except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
-        raise InputError(f"Cannot load the weights of {source.name!r}: {_first_line(error)}.") from error
+        raise InputError(f"Cannot load the weights of {source.name!r}: {first_line(error)}.") from error
     model, found = read
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise InputError(f"The checkpoint {source.name!r} lacks the weights {', '.join(missing)}.")
@@ -156,10 +158,19 @@ def _read(source: _Source, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def _skeleton(name: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a configuration, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a config makes transformers, or a checkpoint's own code, do
+        raise InputError(
+            f"transformers cannot build the causal language model {name!r}: {first_line(error)}."
+        ) from error
+
+
 def _read_paged(source: _Source) -> tuple[PreTrainedModel, Pages]:
-    code = bool(source.common["trust_remote_code"])
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(source.config, trust_remote_code=code)
+    skeleton = _skeleton(source.name, source.config, bool(source.common["trust_remote_code"]))
     layers, _ = find_linears(skeleton)
     logger = getLogger("accelerate.big_modeling")
     level = logger.level
@@ -176,15 +187,21 @@ def _usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without the backend
-        raise InputError(f"The device {name!r} cannot be used here: {_first_line(error)}.") from error
+        raise InputError(f"The device {name!r} cannot be used here: {first_line(error)}.") from error
     return device
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
-    """How many tokens the model has embeddings for."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
+def _check_width(model: PreTrainedModel) -> None:
+    """Raise InputError unless the configuration tells of one text decoder with one width (Blt has three stacks)."""
+    name = type(model).__name__
+    try:
+        width = getattr(model.config.get_text_config(), "hidden_size", None)
+    except (ValueError, RuntimeError) as error:  # several text models; a value that differs by layer
+        raise InputError(f"The configuration of {name} does not tell of one decoder: {first_line(error)}.") from error
+    if not isinstance(width, int):
+        raise InputError(
+            f"The configuration of {name} states no hidden_size; unirank needs decoder layers of one width."
+        )
 
 
 def describe(
@@ -195,12 +212,19 @@ def describe(
     pages: Paging | None = None,
 ) -> LoadedModel:
     """Check a model that is already in memory (but for its `pages`) and list its targets. Raises like `load`."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"A causal language model of transformers is needed, got {type(model).__name__}.")
     model.eval()
-    _refuse_experts(model.config)
+    refuse_experts(model, model.config)
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(f"The model {source} is quantized; compress the unquantized one it came from.")
+    if model.main_input_name != "input_ids":
+        raise InputError(
+            f"{type(model).__name__} reads {model.main_input_name}, not token ids; unirank needs input_ids."
+        )
+    _check_width(model)
     layers, linears = find_linears(model)
     rows = embedding_rows(model)
     if len(tokenizer) > rows:
@@ -213,7 +237,3 @@ def describe(
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise NonFiniteError(f"The weight {name} holds NaN or infinity; the checkpoint is damaged.")
     return loaded
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
