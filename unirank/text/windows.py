@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.disk.hashing import sha256_text
 from unirank.errors import InputError
-from unirank.models.loading import embedding_rows
+from unirank.models.embeddings import embedding_rows
 from unirank.text.files import LEGAL, kind_of, read_prose
 from unirank.text.records import NAMED, is_records, read_documents, require_dataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = "builtin"
 BUILTIN_HELD_OUT = "builtin-held-out"
