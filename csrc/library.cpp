@@ -4,10 +4,10 @@
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(unirank, m) {
-  m.def("cosine_accumulate_(Tensor(a!) state, Tensor x, Tensor y, Tensor? mask) -> ()");
-  m.def("gram_accumulate_(Tensor(a!) gram, Tensor(b!) mean, Tensor x, Tensor? mask) -> ()");
+  m.def("cosine_accumulate_(Tensor(a!) state, Tensor x, Tensor y) -> ()");
+  m.def("gram_accumulate_(Tensor(a!) gram, Tensor(b!) mean, Tensor x) -> ()");
   m.def("batched_eigh(Tensor a) -> (Tensor w, Tensor v)");
-  m.def("batched_svd(Tensor a, str driver=\"gesdd\") -> (Tensor u, Tensor s, Tensor vh)");
+  m.def("batched_svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh)");
   m.def(
       "global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets, int budget, int min_rank, "
       "int multiple_of) -> (Tensor ranks, Tensor threshold)");

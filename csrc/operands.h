@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -86,15 +85,6 @@ T* data(const Tensor& t) {
 template <typename T>
 const T* const_data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
-}
-
-// The mask's flags, one a token, or nullptr for "every token counts". `mask` is made contiguous and must outlive them.
-inline const bool* mask_data(const char* op, std::optional<Tensor>& mask, std::int64_t T) {
-  if (!mask) return nullptr;
-  check(mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool, got ", name(mask->scalar_type()));
-  check(mask->dim() == 1 && mask->size(0) == T, op, ": mask must have shape [", T, "], got ", shape(*mask));
-  mask = torch::stable::contiguous(*mask);
-  return const_data<bool>(*mask);
 }
 
 // cosine_accumulate_: state [3], x and y [T, D].

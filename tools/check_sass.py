@@ -41,7 +41,6 @@ RULES = {
     "add_cosines": Rule(must=(SHUFFLE, BARRIER)),
     "column_sums": Rule(must=(BARRIER,)),
     "add_partials": Rule(),
-    "keep_rows": Rule(),
     "add_lower": Rule(),
     "mirror_lower": Rule(must=(BARRIER,)),
     "check_segments": Rule(must=(BARRIER,), atomics=True),

@@ -40,35 +40,34 @@ _has_cuda_kernels = torch.version.cuda is not None and _load_library(_CUDA_LIBRA
 _native = torch.ops.unirank
 
 
-def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor) -> None:
     """Add the sum of token cosines, of their squares, and the token count to `state`, in one pass over x and y.
 
-    With `cos_t = x_t·y_t / (|x_t| |y_t|)` for token t: `state += (Σ cos_t, Σ cos_t², number of tokens)` over the
-    counted tokens. Products and sums are fp64. A token where either norm is 0 has cosine 0. A token with a value that
-    is not finite (or, in fp64, whose squared norm overflows) makes the first two sums NaN; it is never skipped.
+    With `cos_t = x_t·y_t / (|x_t| |y_t|)` for token t: `state += (Σ cos_t, Σ cos_t², number of tokens)`. Products and
+    sums are fp64. A token where either norm is 0 has cosine 0. A token with a value that is not finite (or, in fp64,
+    whose squared norm overflows) makes the first two sums NaN; it is never skipped.
     The bits do not depend on the number of threads.
 
     Args:
         state: running sums, fp64 [3], contiguous, updated in place; start from zeros.
         x: one stream, [T, D], fp32, fp64, bf16 or fp16.
         y: the other stream, shape and dtype of x.
-        mask: which tokens count (True), bool [T]; None: all do. What a masked token holds is not looked at.
 
     Raises:
         ValueError: a shape, dtype or device is not as above.
 
     Source: UniRank's functional importance, arXiv 2606.21847.
     """
-    _native.cosine_accumulate_(state, x, y, mask)
+    _native.cosine_accumulate_(state, x, y)
 
 
 @torch.library.register_fake("unirank::cosine_accumulate_")
-def _(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-    reference.check_cosine(state, x, y, mask)
+def _(state: Tensor, x: Tensor, y: Tensor) -> None:
+    reference.check_cosine(state, x, y)
 
 
-def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
-    """Add the second moment and the sum of the counted tokens to `gram` and `mean`.
+def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor) -> None:
+    """Add the second moment and the sum of the tokens to `gram` and `mean`.
 
     `gram += Σ_t x_t x_tᵀ`, `mean += Σ_t x_t`: sums, which become moments when the caller divides by the token count.
     fp64 x is multiplied in fp64; shorter dtypes in fp32 within chunks of 2048 tokens, whose sums then go on in the
@@ -79,19 +78,18 @@ def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None 
         gram: running sum, [N, N], fp64 or fp32, symmetric, contiguous, updated in place; start from zeros.
         mean: running sum, [N], dtype of gram, contiguous, updated in place; start from zeros.
         x: activations, [T, N], fp32, fp64, bf16 or fp16.
-        mask: which tokens count (True), bool [T]; None: all do. What a masked token holds is not looked at.
 
     Raises:
         ValueError: a shape, dtype or device is not as above.
 
     Source: the input moment C of every activation-aware scheme, for example SVD-LLM, arXiv 2403.07378.
     """
-    _native.gram_accumulate_(gram, mean, x, mask)
+    _native.gram_accumulate_(gram, mean, x)
 
 
 @torch.library.register_fake("unirank::gram_accumulate_")
-def _(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None) -> None:
-    reference.check_gram(gram, mean, x, mask)
+def _(gram: Tensor, mean: Tensor, x: Tensor) -> None:
+    reference.check_gram(gram, mean, x)
 
 
 def batched_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,33 +119,31 @@ def _(a: Tensor) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape[:2]), a.new_empty(a.shape)
 
 
-def batched_svd(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tensor]:
+def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition of a batch of matrices, one matrix a thread.
 
     `a[b] = u[b] diag(s[b]) vh[b]` with s descending, K = min(M, N). On a CPU a matrix's bits depend neither on the
-    number of threads nor on the rest of the batch.
+    number of threads nor on the rest of the batch. The CPU kernel divides and
+    conquers (LAPACK gesdd); the CUDA kernel is Jacobi up to 32x32 and the polar method beyond.
 
     Args:
         a: matrices, [B, M, N], fp32 or fp64.
-        driver: "auto" or "gesdd" (divide and conquer) on cpu; on cuda "auto" and "gesdd" both mean Jacobi up to 32x32
-            and the polar method beyond, and there are "gesvd" (QR), "gesvdj" (Jacobi) and "gesvda" (through aᵀa: no
-            better than single precision, and less for left vectors of small values).
 
     Returns:
         u [B, M, K], s [B, K] and vh [B, K, N], all in the dtype of a.
 
     Raises:
-        ValueError: a shape, dtype or driver is not as above, or a matrix is not finite or did not converge; the
-            message names its index in the batch.
+        ValueError: a shape or dtype is not as above, or a matrix is not finite or did not converge; the message
+            names its index in the batch.
 
     Source: LAPACK Users' Guide, driver xGESDD.
     """
-    return _native.batched_svd(a, driver)
+    return _native.batched_svd(a)
 
 
 @torch.library.register_fake("unirank::batched_svd")
-def _(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tensor]:
-    reference.check_svd(a, driver)
+def _(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    reference.check_svd(a)
     B, M, N = a.shape
     K = min(M, N)
     return a.new_empty((B, M, K)), a.new_empty((B, K)), a.new_empty((B, K, N))

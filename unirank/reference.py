@@ -16,8 +16,6 @@ LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsa
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
-CPU_DRIVERS = ("auto", "gesdd")
-CUDA_DRIVERS = ("auto", "gesdd", "gesvd", "gesvdj", "gesvda")
 
 # Rows whose products are summed in the compute dtype before they join the gram; equal to the native kernel's chunk.
 CHUNK = 2048
@@ -28,21 +26,12 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:
-    if mask is not None:
-        _require(mask.dtype == torch.bool, f"{op}: mask must be bool, got {mask.dtype}")
-        _require(
-            mask.dim() == 1 and mask.shape[0] == x.shape[0],
-            f"{op}: mask must have shape [{x.shape[0]}], got {list(mask.shape)}",
-        )
-
-
-def _check_devices(op: str, *tensors: Tensor | None) -> None:
-    devices = {str(t.device) for t in tensors if t is not None}
+def _check_devices(op: str, *tensors: Tensor) -> None:
+    devices = {str(t.device) for t in tensors}
     _require(len(devices) == 1, f"{op}: all tensors must be on one device, got {sorted(devices)}")
 
 
-def check_cosine(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+def check_cosine(state: Tensor, x: Tensor, y: Tensor) -> None:
     op = "cosine_accumulate_"
     _require(
         state.dtype == torch.float64 and state.dim() == 1 and state.shape[0] == 3 and state.is_contiguous(),
@@ -52,15 +41,12 @@ def check_cosine(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None) -> No
     _require(x.shape == y.shape, f"{op}: y must have the shape of x, {list(x.shape)}, got {list(y.shape)}")
     _require(x.dtype in FLOATING, f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     _require(y.dtype == x.dtype, f"{op}: y must have the dtype of x, {x.dtype}, got {y.dtype}")
-    _check_mask(op, x, mask)
-    _check_devices(op, state, x, y, mask)
+    _check_devices(op, state, x, y)
 
 
-def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor) -> None:
     """Add the sum of token cosines, of their squares, and the token count to `state`; see `unirank.ops`."""
-    check_cosine(state, x, y, mask)
-    if mask is not None:
-        x, y = x[mask], y[mask]
+    check_cosine(state, x, y)
     x, y = x.double(), y.double()
     xx, yy = (x * x).sum(1), (y * y).sum(1)
     cosine = ((x * y).sum(1) / (xx.sqrt() * yy.sqrt())).clamp(-1, 1)
@@ -69,7 +55,7 @@ def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor, mask: Tensor | None 
     state += torch.stack((cosine.sum(), (cosine * cosine).sum(), torch.full_like(state[2], x.shape[0])))
 
 
-def check_gram(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None) -> None:
+def check_gram(gram: Tensor, mean: Tensor, x: Tensor) -> None:
     op = "gram_accumulate_"
     _require(x.dim() == 2, f"{op}: x must have shape [T, N], got {list(x.shape)}")
     _require(x.dtype in FLOATING, f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
@@ -86,15 +72,12 @@ def check_gram(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None) -> No
         gram.dtype in FULL and mean.dtype == gram.dtype,
         f"{op}: gram and mean must both be float64 or both float32, got {gram.dtype} and {mean.dtype}",
     )
-    _check_mask(op, x, mask)
-    _check_devices(op, gram, mean, x, mask)
+    _check_devices(op, gram, mean, x)
 
 
-def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor, mask: Tensor | None = None) -> None:
-    """Add the counted tokens' sum of `x xᵀ` to `gram` and of `x` to `mean`; see `unirank.ops`."""
-    check_gram(gram, mean, x, mask)
-    if mask is not None:
-        x = x[mask]
+def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor) -> None:
+    """Add the tokens' sum of `x xᵀ` to `gram` and of `x` to `mean`; see `unirank.ops`."""
+    check_gram(gram, mean, x)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     for rows in x.split(CHUNK):
         rows = rows.to(compute)
@@ -128,22 +111,18 @@ def batched_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     return w, v.contiguous()
 
 
-def check_svd(a: Tensor, driver: str) -> None:
+def check_svd(a: Tensor) -> None:
     op = "batched_svd"
     _require(a.dtype in FULL, f"{op}: a must be float32 or float64, got {a.dtype}")
     _require(a.dim() == 3, f"{op}: a must have shape [B, M, N], got {list(a.shape)}")
-    legal = CUDA_DRIVERS if a.is_cuda else CPU_DRIVERS
-    _require(driver in legal, f"{op}: driver must be {' or '.join(legal)} on {a.device.type}, got {driver}")
 
 
-def batched_svd(a: Tensor, driver: str = "gesdd") -> tuple[Tensor, Tensor, Tensor]:
+def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition of each matrix; see `unirank.ops`."""
-    check_svd(a, driver)
+    check_svd(a)
     _require_finite("batched_svd", a)
-    # cuSOLVER has no divide and conquer: its own choice stands in for "gesdd".
-    cuda_driver = driver if a.is_cuda and driver not in CPU_DRIVERS else None
     try:
-        u, s, vh = torch.linalg.svd(a, full_matrices=False, driver=cuda_driver)
+        u, s, vh = torch.linalg.svd(a, full_matrices=False)
     except LinAlgError as error:
         raise ValueError(f"batched_svd: {error}") from error
     _require_finite("batched_svd", s)

@@ -18,14 +18,12 @@ inline constexpr std::int64_t kMaxTile = 256;
 // Rows packed, and summed in registers, at a time: two panels of them fit the first-level cache.
 inline constexpr std::int64_t kDepth = 128;
 
-// `count` rows of X: row t is index[t], or t where there is no index.
 template <typename In>
 struct RowsOf {
   const In* x;
   std::int64_t N;
-  const std::int64_t* index;
 
-  const In* row(std::int64_t t) const { return x + (index ? index[t] : t) * N; }
+  const In* row(std::int64_t t) const { return x + t * N; }
 };
 
 // Scratch of one thread.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <new>
 #include <vector>
 
@@ -24,7 +23,5 @@ struct AlignedAllocator {
 
 template <typename T>
 using Workspace = std::vector<T, AlignedAllocator<T>>;
-
-inline bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % kAlignment == 0; }
 
 }  // namespace unirank

@@ -17,14 +17,6 @@ using i64 = std::int64_t;
 // Rows that are summed in the compute type; across chunks the sum goes on in the gram's dtype.
 constexpr i64 kChunk = 2048;
 
-std::vector<i64> counted_rows(const bool* mask, i64 T) {
-  std::vector<i64> index;
-  for (i64 t = 0; t < T; ++t) {
-    if (mask[t]) index.push_back(t);
-  }
-  return index;
-}
-
 // The lower half of an [N, N] matrix in square tiles of nearly equal size. The tiles on the diagonal, half the work,
 // come last: threads take the next tile when they are free, and small pieces at the end finish together.
 struct Tiles {
@@ -66,14 +58,12 @@ void mirror_tile(Acc* gram, i64 N, i64 i0, i64 m, i64 j0, i64 n) {
 }
 
 template <typename In, typename Acc>
-void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
-  const i64 N = x.size(1);
+void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x) {
+  const i64 T = x.size(0), N = x.size(1);
   Acc* g = data<Acc>(gram);
   Acc* sums = data<Acc>(mean);
-  const std::vector<i64> index = mask ? counted_rows(mask, x.size(0)) : std::vector<i64>();
-  const i64 count = mask ? static_cast<i64>(index.size()) : x.size(0);
-  if (count == 0) return;
-  const RowsOf<In> rows{const_data<In>(x), N, mask ? index.data() : nullptr};
+  if (T == 0) return;
+  const RowsOf<In> rows{const_data<In>(x), N};
   const Tiles tiles(N);
   std::atomic<i64> next = 0;
   // The ranges that parallel_for hands out only say how many threads take part.
@@ -82,9 +72,9 @@ void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const b
     for (i64 tile; (tile = next.fetch_add(1, std::memory_order_relaxed)) < tiles.count();) {
       const auto [i, j] = tiles.corners[tile];
       const i64 m = std::min(tiles.side, N - i), n = std::min(tiles.side, N - j);
-      for (i64 begin = 0; begin < count; begin += kChunk) {
+      for (i64 begin = 0; begin < T; begin += kChunk) {
         double column_sum[kMaxTile] = {};
-        tile_moment(rows, begin, std::min(begin + kChunk, count), i, m, j, n, scratch, column_sum);
+        tile_moment(rows, begin, std::min(begin + kChunk, T), i, m, j, n, scratch, column_sum);
         add_tile(scratch.product.data(), g, N, i, m, j, n);
         if (i != j) continue;
         for (i64 c = 0; c < m; ++c) sums[i + c] += static_cast<Acc>(column_sum[c]);
@@ -95,20 +85,19 @@ void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const b
 }
 
 template <typename In>
-void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
-  if (gram.scalar_type() == ScalarType::Double) return accumulate<In, double>(gram, mean, x, mask);
-  return accumulate<In, float>(gram, mean, x, mask);
+void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x) {
+  if (gram.scalar_type() == ScalarType::Double) return accumulate<In, double>(gram, mean, x);
+  return accumulate<In, float>(gram, mean, x);
 }
 
 }  // namespace
 
-void gram_accumulate_(Tensor gram, Tensor mean, Tensor x, std::optional<Tensor> mask) {
+void gram_accumulate_(Tensor gram, Tensor mean, Tensor x) {
   const char* op = "gram_accumulate_";
   check_tokens(op, x);
   check_moments(op, gram, mean, x.size(1));
-  const bool* counted = mask_data(op, mask, x.size(0));
   x = torch::stable::contiguous(x);
-  with_element_type<Bf16, Fp16>(x.scalar_type(), [&]<typename In>() { accumulate<In>(gram, mean, x, counted); });
+  with_element_type<Bf16, Fp16>(x.scalar_type(), [&]<typename In>() { accumulate<In>(gram, mean, x); });
 }
 
 }  // namespace unirank::cpu

@@ -181,9 +181,8 @@ std::tuple<Tensor, Tensor> batched_eigh(Tensor a) {
   return a.scalar_type() == ScalarType::Double ? eigh<double>(a) : eigh<float>(a);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a, std::string driver) {
+std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a) {
   check_matrices("batched_svd", a);
-  check(driver == "auto" || driver == "gesdd", "batched_svd: driver must be auto or gesdd on cpu, got ", driver);
   a = torch::stable::contiguous(a);
   return a.scalar_type() == ScalarType::Double ? svd<double>(a) : svd<float>(a);
 }

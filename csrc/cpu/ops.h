@@ -4,18 +4,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
-#include <string>
 #include <tuple>
 
 namespace unirank::cpu {
 
 using torch::stable::Tensor;
 
-void cosine_accumulate_(Tensor state, Tensor x, Tensor y, std::optional<Tensor> mask);
-void gram_accumulate_(Tensor gram, Tensor mean, Tensor x, std::optional<Tensor> mask);
+void cosine_accumulate_(Tensor state, Tensor x, Tensor y);
+void gram_accumulate_(Tensor gram, Tensor mean, Tensor x);
 std::tuple<Tensor, Tensor> batched_eigh(Tensor a);
-std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a, std::string driver);
+std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a);
 std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets,
                                        std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of);
 

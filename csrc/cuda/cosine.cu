@@ -6,27 +6,25 @@ namespace unirank::cuda {
 namespace {
 
 template <typename In>
-void accumulate(const Tensor& state, const Tensor& x, const Tensor& y, const bool* mask) {
+void accumulate(const Tensor& state, const Tensor& x, const Tensor& y) {
   Scratch scratch(x);
   const kernels::Streams<In> streams{const_data<In>(x), const_data<In>(y), x.stride(0),
                                      y.stride(0),       x.size(0),         x.size(1)};
-  kernels::accumulate_cosines(Queue(x), streams, mask, scratch.take<double>(x.size(0)), data<double>(state));
+  kernels::accumulate_cosines(Queue(x), streams, scratch.take<double>(x.size(0)), data<double>(state));
 }
 
 }  // namespace
 
-void cosine_accumulate_(Tensor state, Tensor x, Tensor y, std::optional<Tensor> mask) {
+void cosine_accumulate_(Tensor state, Tensor x, Tensor y) {
   const char* op = "cosine_accumulate_";
   check_streams(op, state, x, y);
   check_device(op, "state", state, x);
   check_device(op, "y", y, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const bool* counted = device_mask(op, mask, x);
   if (x.size(0) == 0) return;
   x = with_rows(x);
   y = with_rows(y);
-  with_element_type<kernels::Bf16, kernels::Fp16>(x.scalar_type(),
-                                                  [&]<typename In>() { accumulate<In>(state, x, y, counted); });
+  with_element_type<kernels::Bf16, kernels::Fp16>(x.scalar_type(), [&]<typename In>() { accumulate<In>(state, x, y); });
 }
 
 }  // namespace unirank::cuda

@@ -74,31 +74,30 @@ struct Multiply {
 };
 
 template <typename In, typename Acc>
-void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
+void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x) {
   using Buffers = kernels::GramScratch<In, Acc>;
   const i64 T = x.size(0), N = x.size(1);
   const Queue queue(x);
   Scratch scratch(x);
   const Buffers buffers{
       scratch.take<double>(kernels::kMaxSlices * N),
-      mask ? scratch.take<In>(std::min(kernels::kChunk, T) * N) : nullptr,
       Buffers::widens ? scratch.take<kernels::Compute<In>>(std::min(kernels::kPanel, N) * N) : nullptr,
   };
   static thread_local Handles handles;
   const Multiply multiply{handles.on(x.get_device_index(), queue.stream())};
-  kernels::accumulate_gram(queue, multiply, kernels::Rows<In>{const_data<In>(x), x.stride(0), T, N}, mask, buffers,
+  kernels::accumulate_gram(queue, multiply, kernels::Rows<In>{const_data<In>(x), x.stride(0), T, N}, buffers,
                            data<Acc>(gram), data<Acc>(mean));
 }
 
 template <typename In>
-void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x, const bool* mask) {
-  if (gram.scalar_type() == ScalarType::Double) return accumulate<In, double>(gram, mean, x, mask);
-  return accumulate<In, float>(gram, mean, x, mask);
+void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x) {
+  if (gram.scalar_type() == ScalarType::Double) return accumulate<In, double>(gram, mean, x);
+  return accumulate<In, float>(gram, mean, x);
 }
 
 }  // namespace
 
-void gram_accumulate_(Tensor gram, Tensor mean, Tensor x, std::optional<Tensor> mask) {
+void gram_accumulate_(Tensor gram, Tensor mean, Tensor x) {
   const char* op = "gram_accumulate_";
   check_tokens(op, x);
   const i64 N = x.size(1);
@@ -107,11 +106,10 @@ void gram_accumulate_(Tensor gram, Tensor mean, Tensor x, std::optional<Tensor> 
   check_device(op, "gram", gram, x);
   check_device(op, "mean", mean, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const bool* counted = device_mask(op, mask, x);
   if (x.size(0) == 0 || N == 0) return;
   x = with_rows(x);
   with_element_type<kernels::Bf16, kernels::Fp16>(x.scalar_type(),
-                                                  [&]<typename In>() { accumulate<In>(gram, mean, x, counted); });
+                                                  [&]<typename In>() { accumulate<In>(gram, mean, x); });
 }
 
 }  // namespace unirank::cuda

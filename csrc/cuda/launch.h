@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -66,13 +65,6 @@ inline Tensor with_rows(const Tensor& x) {
 inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& like) {
   check(t.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", argument,
         " must be on cuda:", like.get_device_index(), ", as the others are");
-}
-
-// The mask's flags on the device, or nullptr for "every token counts". `mask` is made contiguous and must outlive them.
-inline const bool* device_mask(const char* op, std::optional<Tensor>& mask, const Tensor& x) {
-  if (!mask) return nullptr;
-  check_device(op, "mask", *mask, x);
-  return mask_data(op, mask, x.size(0));
 }
 
 }  // namespace unirank::cuda

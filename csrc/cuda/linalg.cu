@@ -60,18 +60,17 @@ std::tuple<Tensor, Tensor> eigh(const solver::Call& call, const Tensor& a) {
 // Aᵀ = V S Uᵀ; a tall one is rewritten once. Either way `left`, the vectors of the longer side, and `right` are read
 // row-major here, which transposes them: of U and Vh one comes out right and one is rewritten, for either side.
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> svd(const solver::Call& call, solver::SvdMethod method, const Tensor& a) {
+std::tuple<Tensor, Tensor, Tensor> svd(const solver::Call& call, const Tensor& a) {
   const i64 B = a.size(0), M = a.size(1), N = a.size(2);
   const bool tall = M > N;
   const i64 m = std::max(M, N), n = std::min(M, N);
   const Tensor columns = tall ? transposed(a) : torch::stable::contiguous(a);  // [B, n, m]: n columns of m
   Tensor s = torch::stable::new_empty(a, {B, n}), left = torch::stable::new_empty(a, {B, n, m}),
          right = torch::stable::new_empty(a, {B, n, n});
-  solver::svd<T>(call, method, B, m, n, const_data<T>(columns), data<T>(s), data<T>(left), data<T>(right));
-  // `left` now holds [n, m] rows that are left vectors, `right` the same, unless the method transposed it.
-  const bool right_as_columns = solver::returns_transposed_right(method);
-  if (tall) return {transposed(left), s, right_as_columns ? transposed(right) : right};
-  return {right_as_columns ? right : transposed(right), s, left};
+  solver::svd<T>(call, B, m, n, const_data<T>(columns), data<T>(s), data<T>(left), data<T>(right));
+  // `left` now holds [n, m] rows that are left vectors, `right` the same.
+  if (tall) return {transposed(left), s, right};
+  return {transposed(right), s, left};
 }
 
 }  // namespace
@@ -88,11 +87,10 @@ std::tuple<Tensor, Tensor> batched_eigh(Tensor a) {
   return a.scalar_type() == ScalarType::Double ? eigh<double>(call, a) : eigh<float>(call, a);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a, std::string driver) {
+std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a) {
   const char* op = "batched_svd";
   check_matrices(op, a);
   const i64 B = a.size(0), M = a.size(1), N = a.size(2), K = std::min(M, N);
-  const solver::SvdMethod method = solver::choose_svd(op, driver, M, N);
   if (B == 0 || K == 0) {
     return {torch::stable::new_empty(a, {B, M, K}), torch::stable::new_empty(a, {B, K}),
             torch::stable::new_empty(a, {B, K, N})};
@@ -100,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a, std::string driver) {
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   TorchScratch scratch(a);
   const solver::Call call{op, a.get_device_index(), current_stream(a.get_device_index()), scratch};
-  return a.scalar_type() == ScalarType::Double ? svd<double>(call, method, a) : svd<float>(call, method, a);
+  return a.scalar_type() == ScalarType::Double ? svd<double>(call, a) : svd<float>(call, a);
 }
 
 }  // namespace unirank::cuda

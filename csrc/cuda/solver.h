@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string_view>
 
 namespace unirank::cuda::solver {
 
@@ -28,27 +27,8 @@ struct Call {
   Scratch& scratch;
 };
 
-enum class SvdMethod {
-  kJacobiBatched,  // gesvdjBatched: sides up to kJacobiBatchedSide, one call for the batch
-  kJacobi,         // gesvdj, matrix by matrix
-  kPolar,          // Xgesvdp, matrix by matrix; where it perturbs a matrix, gesvdj solves that one again
-  kQr,             // Xgesvd, matrix by matrix
-  kApproximate,    // gesvdaStridedBatched: through AᵀA, one call for the batch
-};
-
-inline constexpr std::int64_t kJacobiBatchedSide = 32;  // cuSOLVER refuses more
-
-// The rule, by driver and shape:
-//   "auto", "gesdd"   both sides <= 32: kJacobiBatched, else kPolar
-//   "gesvdj"          both sides <= 32: kJacobiBatched, else kJacobi
-//   "gesvd"           kQr
-//   "gesvda"          kApproximate; only on request, because NVIDIA promises no more than single precision of it, and
-//                     less for left vectors of small singular values: too little for whitened weights.
-// cuSOLVER has no divide and conquer, so "gesdd" means "auto". Throws std::invalid_argument on another name.
-SvdMethod choose_svd(const char* op, std::string_view driver, std::int64_t m, std::int64_t n);
-
-// Xgesvd alone hands out Vᵀ where the others hand out V.
-constexpr bool returns_transposed_right(SvdMethod method) { return method == SvdMethod::kQr; }
+// cuSOLVER's batched Jacobi refuses longer sides.
+inline constexpr std::int64_t kJacobiBatchedSide = 32;
 
 // All matrices are column-major and packed; T is float or double; B and every side at least 1.
 // Both functions return after the work is done: they synchronise the stream once to read the outcome of the batch, and
@@ -61,9 +41,9 @@ template <typename T>
 void eigh(const Call& call, std::int64_t B, std::int64_t n, const T* a, T* w, T* v);
 
 // a[b] = left[b] diag(s[b]) right[b]ᵀ with s descending, for m >= n; a and left [B, m, n], s [B, n], right [B, n, n].
-// Where returns_transposed_right(method), right[b] holds its transpose.
+// Both sides up to kJacobiBatchedSide: gesvdjBatched, one call for the batch. Larger: Xgesvdp (polar), matrix by
+// matrix; where it perturbs a matrix, gesvdj solves that one again.
 template <typename T>
-void svd(const Call& call, SvdMethod method, std::int64_t B, std::int64_t m, std::int64_t n, const T* a, T* s, T* left,
-         T* right);
+void svd(const Call& call, std::int64_t B, std::int64_t m, std::int64_t n, const T* a, T* s, T* left, T* right);
 
 }  // namespace unirank::cuda::solver

@@ -28,8 +28,6 @@ struct Api<float> {
   static constexpr auto gesvdj = cusolverDnSgesvdj;
   static constexpr auto gesvdj_batched_size = cusolverDnSgesvdjBatched_bufferSize;
   static constexpr auto gesvdj_batched = cusolverDnSgesvdjBatched;
-  static constexpr auto gesvda_size = cusolverDnSgesvdaStridedBatched_bufferSize;
-  static constexpr auto gesvda = cusolverDnSgesvdaStridedBatched;
 };
 
 template <>
@@ -39,8 +37,6 @@ struct Api<double> {
   static constexpr auto gesvdj = cusolverDnDgesvdj;
   static constexpr auto gesvdj_batched_size = cusolverDnDgesvdjBatched_bufferSize;
   static constexpr auto gesvdj_batched = cusolverDnDgesvdjBatched;
-  static constexpr auto gesvda_size = cusolverDnDgesvdaStridedBatched_bufferSize;
-  static constexpr auto gesvda = cusolverDnDgesvdaStridedBatched;
 };
 
 template <typename T>

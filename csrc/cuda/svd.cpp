@@ -1,5 +1,3 @@
-#include <string>
-
 #include "cuda/solver.h"
 #include "cuda/solver_batch.h"
 
@@ -11,8 +9,8 @@ using i64 = std::int64_t;
 constexpr cusolverEigMode_t kVectors = CUSOLVER_EIG_MODE_VECTOR;
 constexpr int kThin = 1;
 
-// One SVD call: the shape, the arrays, and a method of each cuSOLVER routine. Every routine destroys its input (gesvda
-// too, whatever its const says), so each works on a copy, and `a` stays for a second attempt and for error messages.
+// One SVD call: the shape, the arrays, and a method of each cuSOLVER routine. Every routine destroys its input,
+// so each works on a copy, and `a` stays for a second attempt and for error messages.
 template <typename T>
 class Svd {
  public:
@@ -29,44 +27,23 @@ class Svd {
         info_(allocate<int>(call, B)),
         outcome_(B, n) {}
 
-  void run(SvdMethod method) {
-    start(method);
-    outcome_.read(call_, info_, s_);
-    if (method == SvdMethod::kPolar) repair();
+  void run() {
+    if (m_ <= kJacobiBatchedSide && n_ <= kJacobiBatchedSide) {
+      jacobi_batched();
+      outcome_.read(call_, info_, s_);
+    } else {
+      polar();
+      outcome_.read(call_, info_, s_);
+      repair();
+    }
     check_outcome(call_, outcome_, a_, m_, n_, [](i64, i64) { return true; });
   }
 
  private:
   static constexpr i64 kSize = sizeof(T);
 
-  void start(SvdMethod method) {
-    switch (method) {
-      case SvdMethod::kJacobiBatched:
-        jacobi_batched();
-        break;
-      case SvdMethod::kJacobi:
-        jacobi(every_matrix());
-        break;
-      case SvdMethod::kPolar:
-        polar();
-        break;
-      case SvdMethod::kQr:
-        qr();
-        break;
-      case SvdMethod::kApproximate:
-        approximate();
-        break;
-    }
-  }
-
   int m() const { return static_cast<int>(m_); }
   int n() const { return static_cast<int>(n_); }
-
-  std::vector<i64> every_matrix() const {
-    std::vector<i64> all;
-    for (i64 b = 0; b < B_; ++b) all.push_back(b);
-    return all;
-  }
 
   // The Jacobi routine for small batches knows no thin form: left vectors come as m x m and lose their last columns.
   void jacobi_batched() {
@@ -95,26 +72,6 @@ class Svd {
                               cudaMemcpyDeviceToDevice, call_.stream),
             "cudaMemcpy2DAsync");
     }
-  }
-
-  void approximate() {
-    T* input = allocate<T>(call_, B_ * m_ * n_);
-    copy_on_device(call_, input, a_, B_ * m_ * n_);
-    residual_.resize(static_cast<std::size_t>(B_));
-    in_chunks(B_, chunk_length(m_ * n_ * kSize), [&](i64 first, i64 count) {
-      T *x = input + first * m_ * n_, *u = left_ + first * m_ * n_, *v = right_ + first * n_ * n_, *s = s_ + first * n_;
-      const int batch = static_cast<int>(count);
-      int length = 0;
-      check(call_,
-            Api<T>::gesvda_size(handle_, kVectors, n(), m(), n(), x, m(), m_ * n_, s, n_, u, m(), m_ * n_, v, n(),
-                                n_ * n_, &length, batch),
-            "cusolverDn*gesvdaStridedBatched_bufferSize", {first, count});
-      T* work = legacy_workspace<T>(call_, length, "cusolverDn*gesvdaStridedBatched");
-      check(call_,
-            Api<T>::gesvda(handle_, kVectors, n(), m(), n(), x, m(), m_ * n_, s, n_, u, m(), m_ * n_, v, n(), n_ * n_,
-                           work, length, info_ + first, residual_.data() + first, batch),
-            "cusolverDn*gesvdaStridedBatched", {first, count});
-    });
   }
 
   void jacobi(const std::vector<i64>& matrices) {
@@ -157,27 +114,6 @@ class Svd {
     }
   }
 
-  void qr() {
-    const Params params(call_);
-    constexpr auto type = Api<T>::type;
-    T* input = single_input();
-    std::size_t device_bytes = 0, host_bytes = 0;
-    check(call_,
-          cusolverDnXgesvd_bufferSize(handle_, params, 'S', 'S', m_, n_, type, input, m_, type, s_, type, left_, m_,
-                                      type, right_, n_, type, &device_bytes, &host_bytes),
-          "cusolverDnXgesvd_bufferSize");
-    Workspace work(call_);
-    work.reserve(device_bytes, host_bytes);
-    for (i64 b = 0; b < B_; ++b) {
-      copy_on_device(call_, input, a_ + b * m_ * n_, m_ * n_);
-      check(call_,
-            cusolverDnXgesvd(handle_, params, 'S', 'S', m_, n_, type, input, m_, type, s_ + b * n_, type,
-                             left_ + b * m_ * n_, m_, type, right_ + b * n_ * n_, n_, type, work.device(),
-                             work.device_bytes(), work.host(), work.host_bytes(), info_ + b),
-            "cusolverDnXgesvd", {b, 1});
-    }
-  }
-
   // Near-singular matrices are perturbed by the polar method so that its factor becomes orthogonal, which shifts the
   // small singular values by as much as it reports. Beyond the rounding of a backward stable SVD, and where it did not
   // converge, Jacobi solves the matrix again.
@@ -204,30 +140,19 @@ class Svd {
   int* info_;
   T* input_ = nullptr;
   // What cuSOLVER writes to the host, perhaps only when the stream gets there.
-  std::vector<double> perturbation_, residual_;
+  std::vector<double> perturbation_;
   Outcome<T> outcome_;
 };
 
 }  // namespace
 
-SvdMethod choose_svd(const char* op, std::string_view driver, i64 m, i64 n) {
-  const bool small = m <= kJacobiBatchedSide && n <= kJacobiBatchedSide;
-  if (driver == "auto" || driver == "gesdd") return small ? SvdMethod::kJacobiBatched : SvdMethod::kPolar;
-  if (driver == "gesvdj") return small ? SvdMethod::kJacobiBatched : SvdMethod::kJacobi;
-  if (driver == "gesvd") return SvdMethod::kQr;
-  if (driver == "gesvda") return SvdMethod::kApproximate;
-  throw std::invalid_argument(std::string(op) +
-                              ": driver must be auto or gesdd or gesvd or gesvdj or gesvda on cuda, got " +
-                              std::string(driver));
-}
-
 template <typename T>
-void svd(const Call& call, SvdMethod method, i64 B, i64 m, i64 n, const T* a, T* s, T* left, T* right) {
+void svd(const Call& call, i64 B, i64 m, i64 n, const T* a, T* s, T* left, T* right) {
   Svd<T> problem(call, B, m, n, a, s, left, right);
-  wait_on_failure(call, [&] { problem.run(method); });
+  wait_on_failure(call, [&] { problem.run(); });
 }
 
-template void svd<float>(const Call&, SvdMethod, i64, i64, i64, const float*, float*, float*, float*);
-template void svd<double>(const Call&, SvdMethod, i64, i64, i64, const double*, double*, double*, double*);
+template void svd<float>(const Call&, i64, i64, i64, const float*, float*, float*, float*);
+template void svd<double>(const Call&, i64, i64, i64, const double*, double*, double*, double*);
 
 }  // namespace unirank::cuda::solver

@@ -16,7 +16,7 @@ struct Moments {
 };
 
 struct CosineSums {
-  double cosine, square, count;
+  double cosine, square;
 };
 
 struct Add {
@@ -24,7 +24,7 @@ struct Add {
     return {a.xy + b.xy, a.xx + b.xx, a.yy + b.yy};
   }
   __device__ CosineSums operator()(const CosineSums& a, const CosineSums& b) const {
-    return {a.cosine + b.cosine, a.square + b.square, a.count + b.count};
+    return {a.cosine + b.cosine, a.square + b.square};
   }
 };
 
@@ -32,7 +32,7 @@ __device__ __forceinline__ Moments shuffle_xor(const Moments& m, int distance) {
   return {shuffle_xor(m.xy, distance), shuffle_xor(m.xx, distance), shuffle_xor(m.yy, distance)};
 }
 __device__ __forceinline__ CosineSums shuffle_xor(const CosineSums& s, int distance) {
-  return {shuffle_xor(s.cosine, distance), shuffle_xor(s.square, distance), shuffle_xor(s.count, distance)};
+  return {shuffle_xor(s.cosine, distance), shuffle_xor(s.square, distance)};
 }
 
 template <typename In>
@@ -87,16 +87,14 @@ struct Streams {
 
 constexpr int kRowThreads = 256;
 
-// cosine[t] of each counted row t; slots of rows that do not count stay unwritten. kWidth threads share a row:
-// a warp (eight rows a block) or the whole block.
+// cosine[t] of each row t. kWidth threads share a row: a warp (eight rows a block) or the whole block.
 // registers: cosine_rows <= 64
 template <typename In, int kWidth, bool kVector>
-__global__ void __launch_bounds__(kRowThreads, 4)
-    cosine_rows(Streams<In> s, const bool* __restrict__ mask, double* __restrict__ cosine) {
+__global__ void __launch_bounds__(kRowThreads, 4) cosine_rows(Streams<In> s, double* __restrict__ cosine) {
   static_assert(kWidth == kWarp || kWidth == kRowThreads);
   const i64 t = static_cast<i64>(blockIdx.x) * (kRowThreads / kWidth) + threadIdx.x / kWidth;
   // All threads of a row leave together, so no reduction waits for them.
-  if (t >= s.T || (mask && !mask[t])) return;
+  if (t >= s.T) return;
   const int first = static_cast<int>(threadIdx.x) % kWidth;
   Moments m = row_moments<In, kVector>(s.x + t * s.x_stride, s.y + t * s.y_stride, s.D, first, kWidth);
   if constexpr (kWidth == kWarp) {
@@ -110,24 +108,21 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 
 constexpr int kTotalThreads = 512;
 
-// state += (sum of cosines, sum of their squares, count). One block: the order of the sum does not depend on the
-// device.
-//
+// state += (sum of cosines, sum of their squares, T). One block: the order of the sum does not depend on the device.
 // registers: add_cosines <= 64
 static __global__ void __launch_bounds__(kTotalThreads, 2)
-    add_cosines(const double* __restrict__ cosine, const bool* __restrict__ mask, i64 T, double* __restrict__ state) {
+    add_cosines(const double* __restrict__ cosine, i64 T, double* __restrict__ state) {
   UNIRANK_SHARED(CosineSums, scratch, kTotalThreads / kWarp);
   CosineSums sums{};
   for (i64 t = threadIdx.x; t < T; t += kTotalThreads) {
-    if (mask && !mask[t]) continue;
     const double c = cosine[t];
-    sums = Add{}(sums, {c, c * c, 1});
+    sums = Add{}(sums, {c, c * c});
   }
   sums = block_reduce<kTotalThreads / kWarp>(sums, scratch, Add{});
   if (threadIdx.x == 0) {
     state[0] += sums.cosine;
     state[1] += sums.square;
-    state[2] += sums.count;
+    state[2] += static_cast<double>(T);
   }
 }
 
@@ -137,9 +132,9 @@ constexpr i64 kLongestWarpRow = 1024;
 
 // Host side, the whole op: `scratch` holds T doubles, `launch(kernel, grid, block, arguments...)` queues a kernel.
 template <typename In, typename Launch>
-void accumulate_cosines(const Launch& launch, const Streams<In>& s, const bool* mask, double* scratch, double* state) {
+void accumulate_cosines(const Launch& launch, const Streams<In>& s, double* scratch, double* state) {
   const auto rows = [&](auto kernel, int width) {
-    launch(kernel, dim3(blocks_for(s.T, kRowThreads / width)), dim3(kRowThreads), s, mask, scratch);
+    launch(kernel, dim3(blocks_for(s.T, kRowThreads / width)), dim3(kRowThreads), s, scratch);
   };
   const bool vector = s.allow_vector_loads();
   if (s.D <= kLongestWarpRow) {
@@ -147,7 +142,7 @@ void accumulate_cosines(const Launch& launch, const Streams<In>& s, const bool* 
   } else {
     rows(vector ? cosine_rows<In, kRowThreads, true> : cosine_rows<In, kRowThreads, false>, kRowThreads);
   }
-  launch(add_cosines, dim3(1), dim3(kTotalThreads), scratch, mask, s.T, state);
+  launch(add_cosines, dim3(1), dim3(kTotalThreads), scratch, s.T, state);
 }
 
 }  // namespace unirank::kernels

@@ -1,4 +1,4 @@
-// What surrounds the matrix product of the second moment: column sums, masked rows, widening sums, the mirror.
+// What surrounds the matrix product of the second moment: column sums, widening sums, the mirror.
 //
 // Memory path: the column sums read the rows once, a warp reading 32 neighbouring columns; every other kernel streams
 // its operand once. The product itself is cuBLAS and bounds the op from T of a few hundred on.
@@ -54,18 +54,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   mean[n] += static_cast<Acc>(sum);
 }
 
-// target [T, N] = x with zeros for the rows that do not count. A selection, not a product: what a masked row holds, NaN
-// included, must not show. Compaction would need the count on the host, that is, a wait for the device.
-// Grid: columns / 256, rows.
-// registers: keep_rows <= 64
-template <typename In>
-__global__ void __launch_bounds__(kThreads, 4)
-    keep_rows(const In* __restrict__ x, i64 stride, const bool* __restrict__ mask, i64 N, In* __restrict__ target) {
-  const i64 n = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x, t = blockIdx.y;
-  if (n >= N) return;
-  target[t * N + n] = mask[t] ? x[t * stride + n] : In{};
-}
-
 // gram[i, j] += product[i - first, j] for j <= i: rows first.. of the lower half. Grid: columns / 256, rows.
 // registers: add_lower <= 64
 template <typename C, typename Acc>
@@ -109,12 +97,11 @@ struct Rows {
   i64 T, N;
 };
 
-// Scratch of one call; what `sizes` says is 0 may be null.
+// Scratch of one call.
 template <typename In, typename Acc>
 struct GramScratch {
   double* partial;       // [kMaxSlices, N]
-  In* kept;              // [kChunk, N], with a mask
-  Compute<In>* product;  // [kPanel, N], where gram's dtype is not the compute dtype
+  Compute<In>* product;  // [kPanel, N]; null where gram's dtype is the compute dtype
 
   static constexpr bool widens = !std::is_same_v<Compute<In>, Acc>;
 };
@@ -123,20 +110,13 @@ struct GramScratch {
 // first, last, beta, out, ld)` queues out[i - first, j] = beta out[i - first, j] + sum_t x[t, i] x[t, j] for first <= i
 // < last and j < last, in the compute dtype.
 template <typename In, typename Acc, typename Launch, typename Multiply>
-void accumulate_gram(const Launch& launch, const Multiply& multiply, const Rows<In>& source, const bool* mask,
+void accumulate_gram(const Launch& launch, const Multiply& multiply, const Rows<In>& source,
                      const GramScratch<In, Acc>& scratch, Acc* gram, Acc* mean) {
-  const i64 N = source.N;
+  const i64 N = source.N, stride = source.stride;
   const dim3 tile_block(kColumns, kRowLanes);
   for (i64 begin = 0; begin < source.T; begin += kChunk) {
     const i64 T = std::min(kChunk, source.T - begin), slices = (T + kSlice - 1) / kSlice;
-    const In* x = source.x + begin * source.stride;
-    i64 stride = source.stride;
-    if (mask) {
-      launch(keep_rows<In>, dim3(blocks_for(N, kThreads), unsigned(T)), dim3(kThreads), x, stride, mask + begin, N,
-             scratch.kept);
-      x = scratch.kept;
-      stride = N;
-    }
+    const In* x = source.x + begin * stride;
     launch(column_sums<In>, dim3(blocks_for(N, kColumns), unsigned(slices)), tile_block, x, stride, T, N,
            scratch.partial);
     launch(add_partials<Acc>, dim3(blocks_for(N, kThreads)), dim3(kThreads), scratch.partial, slices, N, mean);

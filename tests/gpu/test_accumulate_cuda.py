@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import FLOATING, FULL, SIZES, activations, masks, run_cosine, run_gram, token_mask
+from tests.ops.cases import FLOATING, FULL, SIZES, activations, run_cosine, run_gram
 from tests.ops.tolerance import assert_moments, assert_same_cosine_sums
 from unirank import ops, reference
 
@@ -19,23 +19,21 @@ cosine = partial(run_cosine, ops.cosine_accumulate_)
 gram = partial(run_gram, ops.gram_accumulate_)
 
 
-def assert_same_cosine(x: Tensor, y: Tensor, mask: Tensor | None, device: torch.device) -> None:
-    got = cosine(x.to(device), y.to(device), None if mask is None else mask.to(device))
-    assert_same_cosine_sums(got, cosine(x, y, mask))
+def assert_same_cosine(x: Tensor, y: Tensor, device: torch.device) -> None:
+    assert_same_cosine_sums(cosine(x.to(device), y.to(device)), cosine(x, y))
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("D", [*SIZES, *REAL])
 @pytest.mark.parametrize("T", SIZES)
 def test_cosine(cuda: torch.device, T: int, D: int, dtype: torch.dtype) -> None:
-    assert_same_cosine(activations(T, D, dtype), activations(T, D, dtype, 1), None, cuda)
+    assert_same_cosine(activations(T, D, dtype), activations(T, D, dtype, 1), cuda)
 
 
-@masks
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("D", REAL)
-def test_cosine_with_masks(cuda: torch.device, D: int, dtype: torch.dtype, mask_kind: str) -> None:
-    assert_same_cosine(activations(300, D, dtype), activations(300, D, dtype, 1), token_mask(mask_kind, 300), cuda)
+def test_cosine_of_real_shapes(cuda: torch.device, D: int, dtype: torch.dtype) -> None:
+    assert_same_cosine(activations(300, D, dtype), activations(300, D, dtype, 1), cuda)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -43,8 +41,7 @@ def test_cosine_with_masks(cuda: torch.device, D: int, dtype: torch.dtype, mask_
 def test_cosine_of_zero_and_non_finite_rows(cuda: torch.device, dtype: torch.dtype, bad: float) -> None:
     x, y = activations(40, 64, dtype), activations(40, 64, dtype, 1)
     x[7] = bad
-    assert_same_cosine(x, y, None, cuda)
-    assert_same_cosine(x, y, torch.arange(40) != 7, cuda)
+    assert_same_cosine(x, y, cuda)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -59,41 +56,27 @@ def test_cosine_bits_repeat(cuda: torch.device) -> None:
     assert torch.equal(cosine(x, y), cosine(x, y))
 
 
-def assert_gram(x: Tensor, mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-    rows = x if mask is None else x[mask]
-    found = gram(x.to(device), None if mask is None else mask.to(device), dtype)
-    assert_moments(*found, rows, rows.double().T @ rows.double())
+def assert_gram(x: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    assert_moments(*gram(x.to(device), dtype), x, x.double().T @ x.double())
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("N", SIZES)
 @pytest.mark.parametrize("T", SIZES)
 def test_gram(cuda: torch.device, T: int, N: int, dtype: torch.dtype) -> None:
-    assert_gram(activations(T, N, dtype), None, torch.float64, cuda)
+    assert_gram(activations(T, N, dtype), torch.float64, cuda)
 
 
-@masks
 @pytest.mark.parametrize("gram_dtype", FULL)
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("N", REAL)
-def test_gram_of_real_shapes(
-    cuda: torch.device, N: int, dtype: torch.dtype, gram_dtype: torch.dtype, mask_kind: str
-) -> None:
-    assert_gram(activations(300, N, dtype), token_mask(mask_kind, 300), gram_dtype, cuda)
+def test_gram_of_real_shapes(cuda: torch.device, N: int, dtype: torch.dtype, gram_dtype: torch.dtype) -> None:
+    assert_gram(activations(300, N, dtype), gram_dtype, cuda)
 
 
 @pytest.mark.parametrize("T", [2047, 2048, 2049, 5000])
 def test_gram_of_more_rows_than_a_chunk(cuda: torch.device, T: int) -> None:
-    assert_gram(activations(T, 33, torch.float32), token_mask("some", T), torch.float64, cuda)
-
-
-def test_gram_does_not_look_at_masked_rows(cuda: torch.device) -> None:
-    x, mask = activations(50, 20, torch.float32), token_mask("some", 50)
-    assert mask is not None
-    clean = gram(x.to(cuda), mask.to(cuda))
-    x[~mask] = float("nan")
-    for got, want in zip(gram(x.to(cuda), mask.to(cuda)), clean, strict=True):
-        assert torch.equal(got, want)
+    assert_gram(activations(T, 33, torch.float32), torch.float64, cuda)
 
 
 def test_tf32_is_never_used(cuda: torch.device) -> None:
@@ -101,7 +84,7 @@ def test_tf32_is_never_used(cuda: torch.device) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        assert_gram(x, None, torch.float64, cuda)
+        assert_gram(x, torch.float64, cuda)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 

@@ -13,16 +13,6 @@ FULL = (torch.float32, torch.float64)
 SIZES = (0, 1, 31, 32, 33, 255, 257)
 SCHEMA_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
-masks = pytest.mark.parametrize("mask_kind", ["absent", "all", "none", "some"])
-
-
-def token_mask(kind: str, T: int) -> Tensor | None:
-    if kind == "absent":
-        return None
-    if kind == "some":
-        return torch.arange(T) % 3 != 1
-    return torch.full((T,), kind == "all")
-
 
 # --- cosine_accumulate_ and gram_accumulate_ ------------------------------------------------------------------------
 
@@ -31,18 +21,18 @@ def activations(T: int, N: int, dtype: torch.dtype = torch.float32, seed: int = 
     return torch.randn(T, N, generator=torch.Generator().manual_seed(T * 1000 + N + seed)).to(dtype)
 
 
-def run_cosine(op, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+def run_cosine(op, x: Tensor, y: Tensor) -> Tensor:
     """The state after one call on the device of x, on the CPU."""
     state = torch.zeros(3, dtype=torch.float64, device=x.device)
-    op(state, x, y, mask)
+    op(state, x, y)
     return state.cpu()
 
 
-def run_gram(op, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def run_gram(op, x: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """The gram and the mean after one call on the device of x, on the CPU."""
     N = x.shape[1]
     gram, mean = (torch.zeros(shape, dtype=dtype, device=x.device) for shape in ((N, N), (N,)))
-    op(gram, mean, x, mask)
+    op(gram, mean, x)
     return gram.cpu(), mean.cpu()
 
 

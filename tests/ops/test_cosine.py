@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import FLOATING, SCHEMA_CHECKS, SIZES, masks, run_cosine, token_mask
+from tests.ops.cases import FLOATING, SCHEMA_CHECKS, SIZES, run_cosine
 from tests.ops.tolerance import assert_same_bits_for_any_thread_count, assert_same_cosine_sums
 from unirank import ops, reference
 
@@ -24,15 +24,13 @@ def test_equals_twin_and_fp64(T: int, D: int, dtype: torch.dtype) -> None:
     assert_same_cosine_sums(got, torch.tensor([cosine.sum(), (cosine**2).sum(), T], dtype=torch.float64))
 
 
-@masks
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("D", [576, 1536])
-def test_masks_at_real_shapes(D: int, dtype: torch.dtype, mask_kind: str) -> None:
+def test_real_shapes(D: int, dtype: torch.dtype) -> None:
     x, y = streams(300, D, dtype)
-    mask = token_mask(mask_kind, 300)
-    got = run_cosine(ops.cosine_accumulate_, x, y, mask)
-    assert_same_cosine_sums(got, run_cosine(reference.cosine_accumulate_, x, y, mask))
-    assert got[2] == (300 if mask is None else mask.sum())
+    got = run_cosine(ops.cosine_accumulate_, x, y)
+    assert_same_cosine_sums(got, run_cosine(reference.cosine_accumulate_, x, y))
+    assert got[2] == 300
 
 
 def test_accumulates_onto_state() -> None:
@@ -46,9 +44,8 @@ def test_accumulates_onto_state() -> None:
 def test_non_contiguous_inputs() -> None:
     x, y = streams(40, 50, torch.float32)
     wide = torch.cat((x, y), 1)
-    mask = torch.arange(80) % 4 == 0
-    got = run_cosine(ops.cosine_accumulate_, wide[:, :50], y.T.contiguous().T, mask[::2])
-    assert torch.equal(got, run_cosine(ops.cosine_accumulate_, x, y, mask[::2].contiguous()))
+    got = run_cosine(ops.cosine_accumulate_, wide[:, :50], y.T.contiguous().T)
+    assert torch.equal(got, run_cosine(ops.cosine_accumulate_, x, y))
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -65,7 +62,7 @@ def test_zero_rows_count_as_cosine_zero(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("other_is_zero", [False, True])
-def test_non_finite_rows_poison_unless_masked(dtype: torch.dtype, bad: float, other_is_zero: bool) -> None:
+def test_non_finite_rows_poison(dtype: torch.dtype, bad: float, other_is_zero: bool) -> None:
     x, y = streams(5, 40, dtype)
     x[2, 37] = bad
     if other_is_zero:
@@ -74,7 +71,6 @@ def test_non_finite_rows_poison_unless_masked(dtype: torch.dtype, bad: float, ot
         state = run_cosine(op, x, y)
         assert state[:2].isnan().all()
         assert state[2] == 5
-        assert run_cosine(op, x, y, torch.arange(5) != 2).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -113,28 +109,18 @@ def test_bits_do_not_depend_on_threads() -> None:
             {"x": torch.zeros(4, 5).int(), "y": torch.zeros(4, 5).int()},
             "x must be float32, float64, bfloat16 or float16",
         ),
-        ({"mask": torch.ones(4)}, "mask must be bool"),
-        ({"mask": torch.ones(5).bool()}, r"mask must have shape \[4\]"),
     ],
 )
 def test_bad_arguments(op, changed: dict, message: str) -> None:
-    arguments = {
-        "state": torch.zeros(3).double(),
-        "x": torch.zeros(4, 5),
-        "y": torch.zeros(4, 5),
-        "mask": None,
-        **changed,
-    }
+    arguments = {"state": torch.zeros(3).double(), "x": torch.zeros(4, 5), "y": torch.zeros(4, 5), **changed}
     with pytest.raises(ValueError, match=message):
         op(**arguments)
 
 
-@masks
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("T", [0, 1, 33])
-def test_opcheck(T: int, dtype: torch.dtype, mask_kind: str) -> None:
-    x, y = streams(T, 7, dtype)
-    arguments = (torch.zeros(3).double(), x, y, token_mask(mask_kind, T))
+def test_opcheck(T: int, dtype: torch.dtype) -> None:
+    arguments = (torch.zeros(3).double(), *streams(T, 7, dtype))
     torch.library.opcheck(torch.ops.unirank.cosine_accumulate_, arguments, test_utils=SCHEMA_CHECKS)
 
 

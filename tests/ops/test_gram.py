@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import FLOATING, FULL, SCHEMA_CHECKS, SIZES, activations, masks, run_gram, token_mask
+from tests.ops.cases import FLOATING, FULL, SCHEMA_CHECKS, SIZES, activations, run_gram
 from tests.ops.tolerance import assert_as_good_as_torch, assert_moments, assert_same_bits_for_any_thread_count
 from unirank import ops, reference
 
@@ -16,11 +16,10 @@ def exact_moment(rows: Tensor) -> Tensor:
     return torch.from_numpy((wide.T @ wide).astype(np.float64))
 
 
-def assert_matches(x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.float64) -> None:
-    rows = x if mask is None else x[mask]
-    truth = exact_moment(rows)
+def assert_matches(x: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    truth = exact_moment(x)
     for op in (ops.gram_accumulate_, reference.gram_accumulate_):
-        assert_moments(*run_gram(op, x, mask, dtype), rows, truth)
+        assert_moments(*run_gram(op, x, dtype), x, truth)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -34,19 +33,12 @@ def test_equals_twin_and_fp64(T: int, N: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("N", [576, 1536])
 def test_real_shapes(N: int, dtype: torch.dtype, gram_dtype: torch.dtype) -> None:
-    assert_matches(activations(300, N, dtype), token_mask("some", 300), gram_dtype)
-
-
-@masks
-@pytest.mark.parametrize("dtype", FLOATING)
-def test_masks(dtype: torch.dtype, mask_kind: str) -> None:
-    assert_matches(activations(100, 40, dtype), token_mask(mask_kind, 100))
+    assert_matches(activations(300, N, dtype), gram_dtype)
 
 
 @pytest.mark.parametrize("T", [2047, 2048, 2049, 5000])
 def test_more_rows_than_a_chunk(T: int) -> None:
-    assert_matches(activations(T, 33), token_mask("absent", T))
-    assert_matches(activations(T, 33), token_mask("some", T))
+    assert_matches(activations(T, 33))
 
 
 def test_accumulates_onto_state() -> None:
@@ -55,15 +47,6 @@ def test_accumulates_onto_state() -> None:
     ops.gram_accumulate_(gram, mean, x[30:])
     assert_as_good_as_torch(gram, x.T @ x, x.double().T @ x.double())
     assert_as_good_as_torch(mean, x.sum(0), x.double().sum(0))
-
-
-def test_masked_rows_are_not_looked_at() -> None:
-    x, mask = activations(50, 20), token_mask("some", 50)
-    assert mask is not None
-    clean = run_gram(ops.gram_accumulate_, x, mask)
-    x[~mask] = float("nan")
-    for got, want in zip(run_gram(ops.gram_accumulate_, x, mask), clean, strict=True):
-        assert torch.equal(got, want)
 
 
 def test_non_finite_rows_show() -> None:
@@ -100,21 +83,18 @@ def test_bits_do_not_depend_on_threads(N: int, dtype: torch.dtype) -> None:
         ({"mean": torch.zeros(6)}, r"mean must be contiguous of shape \[5\]"),
         ({"gram": torch.zeros(5, 5).double()}, "gram and mean must both be"),
         ({"gram": torch.zeros(5, 5).half(), "mean": torch.zeros(5).half()}, "gram and mean must both be"),
-        ({"mask": torch.ones(4)}, "mask must be bool"),
-        ({"mask": torch.ones(4, 1).bool()}, r"mask must have shape \[4\]"),
     ],
 )
 def test_bad_arguments(op, changed: dict, message: str) -> None:
-    arguments = {"gram": torch.zeros(5, 5), "mean": torch.zeros(5), "x": torch.zeros(4, 5), "mask": None, **changed}
+    arguments = {"gram": torch.zeros(5, 5), "mean": torch.zeros(5), "x": torch.zeros(4, 5), **changed}
     with pytest.raises(ValueError, match=message):
         op(**arguments)
 
 
-@masks
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("T", [0, 33])
-def test_opcheck(T: int, dtype: torch.dtype, mask_kind: str) -> None:
-    arguments = (torch.zeros(7, 7), torch.zeros(7), activations(T, 7, dtype), token_mask(mask_kind, T))
+def test_opcheck(T: int, dtype: torch.dtype) -> None:
+    arguments = (torch.zeros(7, 7), torch.zeros(7), activations(T, 7, dtype))
     torch.library.opcheck(torch.ops.unirank.gram_accumulate_, arguments, test_utils=SCHEMA_CHECKS)
 
 

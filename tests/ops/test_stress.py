@@ -95,7 +95,7 @@ int main() {
       for (int repeat = 0; repeat < 20; ++repeat) {
         wrong[k] += search_ranks(ranking).ranks != ranks;
         wrong[k] += row_cosine(x.data(), x.data() + D, D) != cosine;
-        tile_moment(RowsOf<float>{x.data(), D, nullptr}, 0, T, 0, D, 0, D, scratch, sums);
+        tile_moment(RowsOf<float>{x.data(), D}, 0, T, 0, D, 0, D, scratch, sums);
       }
     });
   }

@@ -4,10 +4,8 @@
 
 namespace drivers {
 
-std::array<double, 3> cosine(Dtype dtype, const void* x, const void* y, i64 T, i64 D, const bool* mask,
-                             const Setting& setting) {
+std::array<double, 3> cosine(Dtype dtype, const void* x, const void* y, i64 T, i64 D, const Setting& setting) {
   emulator::Guarded<double> state(3), scratch(T);
-  emulator::Guarded<bool> flags(T);
   for (int i = 0; i < 3; ++i) state[i] = 0;
   if (T == 0) return {};  // as in the launcher: there is nothing to launch
   with_element(dtype, [&]<typename In>(In) {
@@ -15,7 +13,7 @@ std::array<double, 3> cosine(Dtype dtype, const void* x, const void* y, i64 T, i
     const i64 stride = D + setting.pad;
     unirank::kernels::accumulate_cosines(emulator::Launch{setting.seed},
                                          unirank::kernels::Streams<In>{xs.data(), ys.data(), stride, stride, T, D},
-                                         copy_mask(mask, T, flags), scratch.data(), state.data());
+                                         scratch.data(), state.data());
   });
   state.check();
   scratch.check();

@@ -34,11 +34,4 @@ emulator::Guarded<In> lay_out(const void* source, i64 T, i64 D, const Setting& s
   return rows;
 }
 
-// nullptr stands for no mask.
-inline const bool* copy_mask(const bool* mask, i64 T, emulator::Guarded<bool>& target) {
-  if (!mask) return nullptr;
-  if (T > 0) std::memcpy(target.data(), mask, static_cast<std::size_t>(T));
-  return target.data();
-}
-
 }  // namespace drivers

@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,13 +19,11 @@ struct Setting {
   unsigned seed = 0;
 };
 
-// Contiguous [T, D] in, {sum of cosines, sum of their squares, count} out. `mask` may be null.
-std::array<double, 3> cosine(Dtype dtype, const void* x, const void* y, i64 T, i64 D, const bool* mask,
-                             const Setting& setting);
+// Contiguous [T, D] in, {sum of cosines, sum of their squares, count} out.
+std::array<double, 3> cosine(Dtype dtype, const void* x, const void* y, i64 T, i64 D, const Setting& setting);
 
 // Adds to gram [N, N] and mean [N], both fp64 or both fp32.
-void gram(Dtype dtype, const void* x, i64 T, i64 N, const bool* mask, bool fp64_sums, void* gram, void* mean,
-          const Setting& setting);
+void gram(Dtype dtype, const void* x, i64 T, i64 N, bool fp64_sums, void* gram, void* mean, const Setting& setting);
 
 struct Ranking {
   std::vector<double> value;

@@ -24,23 +24,19 @@ struct Multiply {
 };
 
 template <typename In, typename Acc>
-void run(const void* x, i64 T, i64 N, const bool* mask, Acc* gram, Acc* mean, const Setting& setting) {
+void run(const void* x, i64 T, i64 N, Acc* gram, Acc* mean, const Setting& setting) {
   using Scratch = GramScratch<In, Acc>;
   auto rows = lay_out<In>(x, T, N, setting);
-  emulator::Guarded<bool> flags(T);
   emulator::Guarded<Acc> sums(N * N), column_sums(N);
   std::memcpy(sums.data(), gram, static_cast<std::size_t>(N * N) * sizeof(Acc));
   std::memcpy(column_sums.data(), mean, static_cast<std::size_t>(N) * sizeof(Acc));
   emulator::Guarded<double> partial(kMaxSlices * N);
-  emulator::Guarded<In> kept(mask ? std::min(kChunk, T) * N : 0);
   emulator::Guarded<Compute<In>> product(Scratch::widens ? std::min(kPanel, N) * N : 0);
   accumulate_gram(emulator::Launch{setting.seed}, Multiply{}, Rows<In>{rows.data(), N + setting.pad, T, N},
-                  copy_mask(mask, T, flags), Scratch{partial.data(), kept.data(), product.data()}, sums.data(),
-                  column_sums.data());
+                  Scratch{partial.data(), product.data()}, sums.data(), column_sums.data());
   sums.check();
   column_sums.check();
   partial.check();
-  kept.check();
   product.check();
   std::memcpy(gram, sums.data(), static_cast<std::size_t>(N * N) * sizeof(Acc));
   std::memcpy(mean, column_sums.data(), static_cast<std::size_t>(N) * sizeof(Acc));
@@ -48,14 +44,13 @@ void run(const void* x, i64 T, i64 N, const bool* mask, Acc* gram, Acc* mean, co
 
 }  // namespace
 
-void gram(Dtype dtype, const void* x, i64 T, i64 N, const bool* mask, bool fp64_sums, void* gram, void* mean,
-          const Setting& setting) {
+void gram(Dtype dtype, const void* x, i64 T, i64 N, bool fp64_sums, void* gram, void* mean, const Setting& setting) {
   if (T == 0 || N == 0) return;  // as in the launcher
   with_element(dtype, [&]<typename In>(In) {
     if (fp64_sums) {
-      run<In>(x, T, N, mask, static_cast<double*>(gram), static_cast<double*>(mean), setting);
+      run<In>(x, T, N, static_cast<double*>(gram), static_cast<double*>(mean), setting);
     } else {
-      run<In>(x, T, N, mask, static_cast<float*>(gram), static_cast<float*>(mean), setting);
+      run<In>(x, T, N, static_cast<float*>(gram), static_cast<float*>(mean), setting);
     }
   });
 }

@@ -9,7 +9,6 @@ namespace py = pybind11;
 using drivers::Dtype;
 using drivers::i64;
 using drivers::Setting;
-using Mask = std::optional<py::array_t<bool, py::array::c_style>>;
 
 namespace {
 
@@ -19,18 +18,13 @@ Dtype dtype_of(const py::array& x, bool bf16) {
   return bf16 ? Dtype::Bf16 : Dtype::Fp16;
 }
 
-const bool* flags(const Mask& mask) { return mask ? mask->data() : nullptr; }
-
-std::array<double, 3> cosine(const py::array& x, const py::array& y, const Mask& mask, bool bf16, i64 pad, i64 shift,
-                             unsigned seed) {
-  return drivers::cosine(dtype_of(x, bf16), x.data(), y.data(), x.shape(0), x.shape(1), flags(mask),
-                         {pad, shift, seed});
+std::array<double, 3> cosine(const py::array& x, const py::array& y, bool bf16, i64 pad, i64 shift, unsigned seed) {
+  return drivers::cosine(dtype_of(x, bf16), x.data(), y.data(), x.shape(0), x.shape(1), {pad, shift, seed});
 }
 
-void gram(py::array gram, py::array mean, const py::array& x, const Mask& mask, bool bf16, i64 pad, i64 shift,
-          unsigned seed) {
-  drivers::gram(dtype_of(x, bf16), x.data(), x.shape(0), x.shape(1), flags(mask), gram.itemsize() == 8,
-                gram.mutable_data(), mean.mutable_data(), {pad, shift, seed});
+void gram(py::array gram, py::array mean, const py::array& x, bool bf16, i64 pad, i64 shift, unsigned seed) {
+  drivers::gram(dtype_of(x, bf16), x.data(), x.shape(0), x.shape(1), gram.itemsize() == 8, gram.mutable_data(),
+                mean.mutable_data(), {pad, shift, seed});
 }
 
 std::pair<std::vector<i64>, double> topk(std::vector<double> value, std::vector<i64> cost, std::vector<i64> dense_cost,
@@ -49,10 +43,9 @@ PYBIND11_MODULE(emulated, m) {
     return std::make_tuple(rest..., py::kw_only(), py::arg("bf16") = false, py::arg("pad") = 0, py::arg("shift") = 0,
                            py::arg("seed") = 0);
   };
-  std::apply([&](const auto&... a) { m.def("cosine", &cosine, a...); },
-             layout(py::arg("x"), py::arg("y"), py::arg("mask") = py::none()));
+  std::apply([&](const auto&... a) { m.def("cosine", &cosine, a...); }, layout(py::arg("x"), py::arg("y")));
   std::apply([&](const auto&... a) { m.def("gram", &gram, a...); },
-             layout(py::arg("gram"), py::arg("mean"), py::arg("x"), py::arg("mask") = py::none()));
+             layout(py::arg("gram"), py::arg("mean"), py::arg("x")));
   m.def("topk", &topk, py::arg("value"), py::arg("cost"), py::arg("dense_cost"), py::arg("offsets"), py::arg("budget"),
         py::arg("min_rank"), py::arg("multiple_of"), py::kw_only(), py::arg("fp64") = true, py::arg("seed") = 0);
   m.def("widen", [](const std::vector<std::uint16_t>& bits, bool bf16) {

@@ -6,16 +6,13 @@
 
 namespace mock::cusolver {
 
-enum class Right { kPlain, kTransposed };
-
 // One SVD with m >= n, left vectors m x (full ? m : n). The input is destroyed, as cuSOLVER's may be.
 template <typename T>
-int svd_one(const std::string& routine, bool full, Right layout, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v,
-            int ldv) {
+int svd_one(const std::string& routine, bool full, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv) {
   int info = state().info_on_nan;
   if (mock::all_finite(a, static_cast<std::size_t>(lda) * n)) {
     info = mock::svd(full ? 'A' : 'S', m, n, a, lda, s, u, ldu, v, ldv);
-    if (layout == Right::kPlain) mock::transpose(v, n, ldv);
+    mock::transpose(v, n, ldv);
   } else {
     fill_nan(s, n);
   }

@@ -1,4 +1,4 @@
-// The SVDs of the 32-bit API, which has a function for each dtype: Jacobi, one matrix or a batch, and gesvda.
+// The SVDs of the 32-bit API, which has a function for each dtype: Jacobi, one matrix or a batch.
 #include "cusolver_svd.h"
 
 using namespace mock::cusolver;
@@ -33,46 +33,8 @@ cusolverStatus_t gesvdj_run(cusolverDnHandle_t handle, int econ, int m, int n, T
   last_query(routine).device = static_cast<std::size_t>(lwork);
   const std::int64_t u_columns = econ ? n : m;
   for (std::int64_t b = 0; b < batch; ++b) {
-    info[b] = svd_one(routine, !econ, Right::kPlain, m, n, a + b * lda * n, lda, s + b * n, u + b * ldu * u_columns,
-                      ldu, v + b * ldv * n, ldv);
-  }
-  return kSuccess;
-}
-
-template <typename T>
-cusolverStatus_t gesvda_size(cusolverDnHandle_t handle, int rank, int m, int n, const T* a, int lda, long long stride_a,
-                             const T* s, long long stride_s, const T* u, int ldu, long long stride_u, const T* v,
-                             int ldv, long long stride_v, int* lwork, int batch, const char* routine) {
-  if (const auto status = enter(std::string(routine) + "_bufferSize")) return status;
-  if (!check_svd(routine, handle, m, n, a, lda, s, u, ldu, n, v, ldv, batch)) return kInvalid;
-  if (!expect(rank == n, routine, "rank") || !expect(stride_a >= 1LL * lda * n && stride_s >= rank &&
-                                                         stride_u >= 1LL * ldu * rank && stride_v >= 1LL * ldv * rank,
-                                                     routine, "stride")) {
-    return kInvalid;
-  }
-  const auto arguments = join(dtype<T>(), rank, m, n, lda, stride_a, stride_s, ldu, stride_u, ldv, stride_v, batch);
-  *lwork = static_cast<int>(answer(routine, arguments, 53 + n * n * batch, 0).device);
-  return kSuccess;
-}
-
-template <typename T>
-cusolverStatus_t gesvda_run(cusolverDnHandle_t handle, int rank, int m, int n, const T* a, int lda, long long stride_a,
-                            T* s, long long stride_s, T* u, int ldu, long long stride_u, T* v, int ldv,
-                            long long stride_v, T* work, int lwork, int* info, double* residual, int batch,
-                            const char* routine) {
-  if (const auto status = enter(routine)) return status;
-  if (!check_svd(routine, handle, m, n, a, lda, s, u, ldu, n, v, ldv, batch)) return kInvalid;
-  if (!check_info(routine, info, batch) || !expect(residual, routine, "no residual")) return kInvalid;
-  if (static_cast<std::size_t>(lwork) < last_query(routine).device) return CUSOLVER_STATUS_INVALID_WORKSPACE;
-  const auto arguments = join(dtype<T>(), rank, m, n, lda, stride_a, stride_s, ldu, stride_u, ldv, stride_v, batch);
-  if (const auto status =
-          use_workspace(routine, arguments, work, static_cast<std::size_t>(lwork) * sizeof(T), nullptr, 0)) {
-    return status;
-  }
-  for (int b = 0; b < batch; ++b) {
-    info[b] = svd_one(routine, false, Right::kPlain, m, n, const_cast<T*>(a) + b * stride_a, lda, s + b * stride_s,
-                      u + b * stride_u, ldu, v + b * stride_v, ldv);
-    state().pending.push_back([=] { residual[b] = 0; });
+    info[b] = svd_one(routine, !econ, m, n, a + b * lda * n, lda, s + b * n, u + b * ldu * u_columns, ldu,
+                      v + b * ldv * n, ldv);
   }
   return kSuccess;
 }
@@ -105,20 +67,6 @@ extern "C" {
       T* work, int lwork, int* info, gesvdjInfo_t params, int batch) {                                                \
     return gesvdj_run(handle, 0, m, n, a, lda, s, u, ldu, v, ldv, work, lwork, info, params, batch,                   \
                       "cusolverDn*gesvdjBatched");                                                                    \
-  }                                                                                                                   \
-  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdaStridedBatched_bufferSize(                                   \
-      cusolverDnHandle_t handle, cusolverEigMode_t, int rank, int m, int n, const T* a, int lda, long long stride_a,  \
-      const T* s, long long stride_s, const T* u, int ldu, long long stride_u, const T* v, int ldv,                   \
-      long long stride_v, int* lwork, int batch) {                                                                    \
-    return gesvda_size(handle, rank, m, n, a, lda, stride_a, s, stride_s, u, ldu, stride_u, v, ldv, stride_v, lwork,  \
-                       batch, "cusolverDn*gesvdaStridedBatched");                                                     \
-  }                                                                                                                   \
-  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdaStridedBatched(                                              \
-      cusolverDnHandle_t handle, cusolverEigMode_t, int rank, int m, int n, const T* a, int lda, long long stride_a,  \
-      T* s, long long stride_s, T* u, int ldu, long long stride_u, T* v, int ldv, long long stride_v, T* work,        \
-      int lwork, int* info, double* residual, int batch) {                                                            \
-    return gesvda_run(handle, rank, m, n, a, lda, stride_a, s, stride_s, u, ldu, stride_u, v, ldv, stride_v, work,    \
-                      lwork, info, residual, batch, "cusolverDn*gesvdaStridedBatched");                               \
   }
 
 MOCK_SVD_OF(S, float)

@@ -6,7 +6,7 @@
 
 STABLE_TORCH_LIBRARY(unirank_mock, m) {
   m.def("batched_eigh(Tensor a) -> (Tensor w, Tensor v)");
-  m.def("batched_svd(Tensor a, str driver=\"gesdd\") -> (Tensor u, Tensor s, Tensor vh)");
+  m.def("batched_svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh)");
 }
 
 #define UNIRANK_LINALG_REGISTRATION UNIRANK_REGISTER_FOR_CPU

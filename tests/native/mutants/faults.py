@@ -32,8 +32,7 @@ FAULTS = (
     Fault("cosine", "reduce.cuh", "distance = kWarp / 2;", "distance = kWarp / 4;", "reduction over half a warp"),
     Fault("cosine", "reduce.cuh", "warp = 1; warp < kWarps", "warp = 1; warp < kWarps - 1", "last warp left out"),
     Fault("cosine", "cosine.cuh", "for (i64 d = scalar_from + first;", "for (i64 d = scalar_from + first + 1;", "tail"),
-    Fault("cosine", "cosine.cuh", "if (t >= s.T ||", "if (t > s.T ||", "one row too many"),
-    Fault("cosine", "cosine.cuh", "if (mask && !mask[t]) continue;", "", "masked rows are summed"),
+    Fault("cosine", "cosine.cuh", "if (t >= s.T) return;", "if (t > s.T) return;", "one row too many"),
     Fault("cosine", "cosine.cuh", "if (m.xx == 0 || m.yy == 0) return 0;", "", "zero norm"),
     Fault(
         "cosine",
@@ -65,7 +64,6 @@ FAULTS = (
     ),
     Fault("gram", "gram.cuh", "lane < kRowLanes; ++lane", "lane < kRowLanes - 1; ++lane", "last row lane left out"),
     Fault("gram", "gram.cuh", "begin + kSlice < T ? begin + kSlice : T", "begin + kSlice", "rows past the end"),
-    Fault("gram", "gram.cuh", "mask[t] ? x[t * stride + n] : In{}", "x[t * stride + n]", "missing mask"),
     Fault("gram", "gram.cuh", "if (j > i) return;", "if (j >= i) return;", "diagonal left out"),
     Fault(
         "gram",
