@@ -11,7 +11,8 @@ from torch.nn.functional import cosine_similarity
 import unirank
 from tests.support.tiny import WORDS
 from unirank.layerwise.recording import Recording, layers_of, record
-from unirank.layerwise.statistics import calibrate_layer
+from unirank.layerwise.statistics import SublayerStreams, calibrate_layer
+from unirank.layerwise.trace import traced_layer
 from unirank.types import LayerStats, LoadedModel
 
 # 24 tokens are three of tiny-gemma3's sliding windows.
@@ -166,6 +167,31 @@ def test_cosines_follow_the_definition(name: str, attention: str, mlp: str, make
             assert found.mean == pytest.approx(float(cosine.mean()), abs=1e-6)
             assert found.total_of_squares == pytest.approx(float(cosine.square().sum()), abs=1e-4)
         assert stats.cosines["attention"].mean < 0.999  # or the model would be too tame to tell anything
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parallel_sublayers_are_not_rounded_to_a_sum_that_the_model_never_makes(dtype: torch.dtype, make_model) -> None:
+    loaded = make_model("gpt-neox")
+    for name, parameter in loaded.model.named_parameters():
+        if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):
+            parameter.data *= 1e-2  # sublayers that move the stream little, as in a large model
+    loaded.model.to(dtype)
+    recording = record(loaded, WINDOWS, batch=5)
+    x, layer = recording.start.batches[0], layers_of(loaded)[0]
+    traced, _ = traced_layer(loaded, 0, recording, recording.start.probe)
+    caught, outputs = SublayerStreams(traced), {}
+    for key, path in (("attention", "attention.dense"), ("mlp", "mlp.dense_4h_to_h")):
+        layer.get_submodule(path).register_forward_hook(lambda *call, key=key: outputs.update({key: call[2]}))
+    with torch.no_grad(), caught.hooked():
+        pairs = caught.pairs(x, recording.calls[0][0].run(layer, x))
+    stats = calibrate_layer(loaded, 0, recording, recording.start)
+    for key, output in outputs.items():
+        f = output.double().view_as(x)
+        before, after = (stream.double() for stream in pairs[key])
+        # What the sublayer did is what it gave, to float32's rounding of the stream.
+        assert float((after - before - f).abs().max()) < 1e-6 * float(x.abs().max())
+        lost = 1 - cosine_similarity(x.double(), x.double() + f, dim=-1).mean()
+        assert 1 - stats.cosines[key].mean == pytest.approx(float(lost), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -84,6 +84,75 @@ def test_windows_through_leaves_give_the_gradient_of_the_whole_loss(bench) -> No
         assert float(gradient.abs().max()) > 1e-4
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def in_dtype(loaded: LoadedModel, dtype: torch.dtype, folder: Path, text: Path) -> tuple[AnalysisStore, Workbench]:
+    """A store and a workbench of the model, which now has `dtype`."""
+    loaded.model.to(dtype)
+    calibration = unirank.Calibration(text=str(text), windows=6, window=24, batch=2)
+    store = unirank.analyze(loaded, folder / str(dtype), calibration=calibration)
+    return store, unirank.make_workbench(loaded, store, text=str(text))
+
+
+def leaves_of(store: AnalysisStore, model: torch.nn.Module, mask: float, gate: float):
+    """Masked factors with one value in every mask and gate, and the leaves that gather their gradients."""
+    modules = {spec.name: ara.masked_factors(store, spec, model.get_submodule(spec.name)) for spec in store.linears}
+    values = (torch.full((spec.max_rank,), mask, dtype=torch.float64) for spec in store.linears)
+    pairs = [
+        modules[spec.name].set(value, torch.tensor(gate)) for spec, value in zip(store.linears, values, strict=True)
+    ]
+    return modules, [leaf for pair in pairs for _, leaf in pair]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_masks_of_a_model_in_half_precision_take_steps_that_its_dtype_does_not_have(
+    dtype: torch.dtype, make_model, text_file: Path, tmp_path: Path
+) -> None:
+    store, workbench = in_dtype(make_model(), dtype, tmp_path, text_file)
+    modules, _ = leaves_of(store, workbench.loaded.model, mask=1 - 1e-5, gate=0.3 + 1e-5)
+    for module in modules.values():
+        assert module.mask.tolist() == pytest.approx([1 - 1e-5] * len(module.mask), abs=1e-7)
+        assert float(module.gate.detach()) == pytest.approx(0.3 + 1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_gradients_of_masks_do_not_vanish_among_many_windows(
+    dtype: torch.dtype, make_model, text_file: Path, tmp_path: Path
+) -> None:
+    store, workbench = in_dtype(make_model(num_hidden_layers=1), dtype, tmp_path, text_file)
+    model, ids = workbench.loaded.model, workbench.windows[0, :8]
+    found = {}
+    with lent(model):
+        # One window of few, one of so many that its share of a gradient is below what float16 has, and many windows:
+        # a sum in bfloat16 stands still at 256 times what is added.
+        for name, parts, times in (("few", 1, 1), ("shared", 2**20, 1), ("many", 1, 400)):
+            modules, leaves = leaves_of(store, model, mask=0.7, gate=0.2)
+            with replaced(model, modules):
+                for _ in range(times):
+                    ara._cross_entropy(model, ids, leaves, parts)
+            found[name] = torch.cat([leaf.grad.double().flatten() for leaf in leaves]) * parts / times
+    assert bool((found["few"] != 0).all())
+    for other in ("shared", "many"):
+        torch.testing.assert_close(found[other], found["few"], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_trains_the_ranks_of_float32(dtype: torch.dtype, make_model, text_file, tmp_path: Path) -> None:
+    plans = []
+    for kind in (torch.float32, dtype):
+        loaded = make_model()
+        loaded.model.to(dtype)  # so that both have the same weights
+        store, workbench = in_dtype(loaded, kind, tmp_path, text_file)
+        options = {"steps": 15, "batch": 6, "lr": 0.2, "patience": 0}
+        plans.append(unirank.plan(store, 0.4, allocator="ara", options=options, workbench=workbench))
+    wanted, found = plans
+    assert found.settings["history"] == pytest.approx(wanted.settings["history"], rel=1e-2)
+    assert found.settings["expected_kept"] == pytest.approx(wanted.settings["expected_kept"], abs=2e-3)
+    kept = [[plan.rank_cost(name) / math.prod(plan.shapes[name]) for name in plan.ranks] for plan in plans]
+    assert kept[1] == pytest.approx(kept[0], abs=0.1)
+
+
 def trained(loaded: LoadedModel, names: tuple[str, ...], steps: int = 60) -> None:
     """Fit the parameters whose names hold one of `names` to a text in which each word gives the next."""
     model = loaded.model

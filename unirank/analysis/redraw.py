@@ -43,8 +43,7 @@ def redrawn_windows(loaded: LoadedModel, store: AnalysisStore, *, text: str | No
     """
     recorded = store.identity.calibration
     source = text_to_redraw(store, text)
-    dataset = {"split": recorded.split, "revision": recorded.revision}
-    content = read_text(source, loaded.tokenizer, **dataset)
+    content = read_text(source, loaded.tokenizer, split=recorded.split, revision=recorded.revision)
     drawn = Calibration(source, recorded.windows, recorded.window, recorded.seed)
     windows = windows_of(loaded, content, drawn)
     if sha256_tensors([("windows", windows)]) == recorded.windows_sha256:

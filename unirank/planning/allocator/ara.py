@@ -137,17 +137,23 @@ class _Trainer:
 
 
 def _cross_entropy(model: nn.Module, ids: torch.Tensor, leaves: Sequence[torch.Tensor], parts: int) -> float:
-    """Mean NLL of one window over `parts`; its gradient is added to the leaves."""
+    """Mean NLL of one window over `parts`; its gradient is added to the leaves.
+
+    What flows back through the model is the gradient of the sum, as in the gradient pass: divided by tokens and parts
+    already there, the gradients of most logits would be 0 in float16. The leaves are float32, so they are divided.
+    """
     parameter = next(model.parameters())
     ids = ids.to(parameter.device)
     with torch.enable_grad():
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        loss = F.cross_entropy(logits.float(), ids[1:]) / parts
-        value = float(loss.detach())
+        loss = F.cross_entropy(logits.float(), ids[1:], reduction="sum")
+        count = len(logits) * parts
+        value = float(loss.detach()) / count
         if math.isfinite(value):  # the caller stops with the step's number otherwise
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:  # a gate that is shut takes none
+                    gradient = gradient / count
                     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
     return value
 

@@ -68,6 +68,9 @@ class MaskedFactors(nn.Module):
     The gate, 0 below the ratio `near` and 1 at break-even, is the jump to the dense matrix made continuous
     (**choice**), so that the loss shows what the jump is worth. With the scheme `afm`, the bias of every rank
     (`(W - W_m) mean`) is part of it.
+
+    Mask and gate, and their gradients, are float32 whatever the model's dtype (float64 in float64): bfloat16 has steps
+    of 1/256 below 1, larger than a step of training, and a sum over windows in it stands still after some hundred.
     """
 
     mask: torch.Tensor
@@ -76,6 +79,7 @@ class MaskedFactors(nn.Module):
     def __init__(self, dense: nn.Module, left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor | None) -> None:
         super().__init__()
         self.dense, self.left, self.right = dense, left, right
+        self._work = torch.promote_types(left.dtype, torch.float32)
         bias = dense.bias
         self.base = bias.detach() if isinstance(bias, torch.Tensor) else None
         self.shift: torch.Tensor | None = None
@@ -84,13 +88,16 @@ class MaskedFactors(nn.Module):
             mean = mean.double().to(weight.device)
             lost = (weight.double() @ mean).to(weight.dtype)
             self.base = lost if self.base is None else self.base + lost
-            self.shift = (right.double() @ mean).to(weight.dtype)
+            self.shift = (right.double() @ mean).to(self._work)
 
     def set(self, mask: torch.Tensor, gate: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Take the values of `mask [R]` and `gate []`, and return each with the leaf that gathers its gradient."""
+        """Take the values of `mask [R]` and `gate []`, and return each with the leaf that gathers its gradient.
+
+        Both are at least float32.
+        """
         pairs = []
         for name, tensor in (("mask", mask), ("gate", gate)):
-            value = tensor.to(self.left.device, self.left.dtype)
+            value = tensor.to(self.left.device, self._work)
             leaf = value.detach().clone().requires_grad_()
             leaf.grad = torch.zeros_like(leaf)
             setattr(self, name, leaf)
@@ -99,12 +106,13 @@ class MaskedFactors(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., N]` -> `[..., M]`."""
-        inner = F.linear(x, self.right)
+        inner = F.linear(x, self.right).to(self._work)
         if self.shift is not None:
             inner = inner - self.shift
-        low = F.linear(inner * self.mask, self.left, self.base)
-        # A shut gate costs no second product; its gradient is 0 there anyway.
-        return low if float(self.gate.detach()) == 0 else torch.lerp(low, self.dense(x), self.gate)
+        low = F.linear((inner * self.mask).to(x.dtype), self.left, self.base)
+        if float(self.gate.detach()) == 0:  # it costs no second product; its gradient is 0 there anyway
+            return low
+        return torch.lerp(low.to(self._work), self.dense(x).to(self._work), self.gate).to(x.dtype)
 
 
 def masked_factors(store: AnalysisStore, spec: LinearSpec, dense: nn.Module) -> MaskedFactors:
