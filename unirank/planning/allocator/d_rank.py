@@ -9,13 +9,7 @@ import torch
 from unirank.errors import InputError
 from unirank.planning.allocator.base import Allocator, Request
 from unirank.planning.allocator.targets import break_even, groups, ranks_from_targets, role, shares, sizes
-from unirank.types import LinearSpec
-
-
-def effective_rank(energy: torch.Tensor) -> float:
-    """`exp(-Σ p ln p)`, `p = energy / Σ energy` `[K]`; 0 for a spectrum of zeros."""
-    total = energy.sum()
-    return float(torch.special.entr(energy / total).sum().exp()) if total > 0 else 0.0
+from unirank.types import LinearSpec, effective_rank
 
 
 def allocate(request: Request) -> tuple[list[int], float | None]:
