@@ -9,7 +9,9 @@ import copy as copying
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +111,14 @@ def compress(
     return compressed
 
 
+class _Scratch:
+    """A temporary directory that is gone when this object is, or the process."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="unirank-"))
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What `compress` was asked; `run` is the wiring of its stages. Fields are arguments of `compress`."""
@@ -145,21 +155,22 @@ class Job:
         self.check(stream=stream)
         loaded = _loaded(model, tokenizer, stream=stream, **loading)
         self.check_model(loaded)
-        scratch = tempfile.TemporaryDirectory(prefix="unirank-") if place is None else None
+        scratch = None
+        if place is None:
+            scratch = _Scratch()
+            place = scratch.path / "store"
         try:
-            where = place if scratch is None else Path(scratch.name) / "store"
-            assert where is not None
-            store = self.analyze(loaded, where, overwrite=overwrite)
+            store = self.analyze(loaded, place, overwrite=overwrite)
             compressed = None if first_alone and rank() > 0 else self.finish(loaded, store, copy=copy)
         except BaseException:
             if scratch is not None:
-                scratch.cleanup()
+                scratch.remove()
             raise
-        if scratch is not None and compressed is not None and compressed.pages is not None:
-            # A streamed model reads its factors when it is saved.
+        if scratch is None or compressed is None:
+            return compressed
+        if compressed.pages is not None:  # a streamed model reads its factors when it is saved
             return dataclasses.replace(compressed, scratch=scratch)
-        if scratch is not None:
-            scratch.cleanup()
+        scratch.remove()
         return compressed
 
     def check(self, *, stream: bool = False, dry_run: bool = False) -> None:
