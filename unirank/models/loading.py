@@ -149,7 +149,8 @@ def _read(source: _Source, **options: Any) -> PreTrainedModel:
     except UnirankError:
         raise
     except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
-        raise InputError(f"Cannot load the weights of {source.name!r}: {first_line(error)}.") from error
+        how = " layer by layer (stream=True)" if options else ""
+        raise InputError(f"Cannot load the weights of {source.name!r}{how}: {first_line(error)}.") from error
     model, found = read
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
         raise InputError(f"The checkpoint {source.name!r} lacks the weights {', '.join(missing)}.")
