@@ -49,6 +49,14 @@ class RankPlan:
     def total(self) -> int:
         return sum(m * n for m, n in self.shapes.values())
 
+    def described_settings(self) -> str:
+        """The settings in one line; of those that hold a value a linear, how many there are."""
+
+        def shown(value: Any) -> str:
+            return f"{len(value)} values" if isinstance(value, list | dict) and len(value) > 10 else str(value)
+
+        return ", ".join(f"{key} = {shown(value)}" for key, value in sorted(self.settings.items()))
+
     def to_json(self) -> str:
         record = asdict(self)
         record["format"] = 1

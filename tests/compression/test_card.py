@@ -75,3 +75,17 @@ def test_a_damaged_file_is_named(small: Path, content: str) -> None:
     (small / EVALUATIONS_FILE).write_text(content)
     with pytest.raises(unirank.InputError, match=r"evaluations\.json is damaged"):
         read_record(small)
+
+
+def test_settings_that_hold_a_value_a_linear_are_counted_and_not_listed(
+    make_model, calibration, tmp_path: Path
+) -> None:
+    """Presets that measure keep a divergence of every linear in the plan: 210 of them for SmolLM2."""
+    out = unirank.compress(make_model(), 0.4, preset="fast", calibration=calibration).save(tmp_path / "fast")
+    plan = read_record(out).plan
+    assert max(len(value) for value in plan.settings.values() if isinstance(value, dict)) == 21
+    (line,) = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("| settings |")]
+    assert "= 21 values" in line
+    assert "model.layers" not in line
+    assert len(line) < 500
+    assert "= 21 values" in page(gather(out, None, None))

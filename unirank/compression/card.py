@@ -38,7 +38,7 @@ def render_card(
         "removed of the whole model": f"{report.removed_of_model:.2%} "
         f"({report.model_before:,} to {report.model_after:,})",
         "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
-        "settings": ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items())),
+        "settings": plan.described_settings(),
         "calibration": f"{calibration.windows} windows of {calibration.window} tokens of "
         f"`{calibration.text}`, seed {calibration.seed}",
     }

@@ -105,8 +105,8 @@ def _groups(specs: Sequence[LinearSpec], input_of: Mapping[str, str]) -> dict[st
     return groups
 
 
-class _Reached(BaseException):  # noqa: N818 - control flow, which must pass whoever explains the errors of layers
-    """A layer got as far as the input that was asked for."""
+class _Reached(BaseException):
+    """A layer got as far as the input that was asked for. No Exception: who explains a layer's errors lets it pass."""
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -225,25 +225,35 @@ def _row(cells: Sequence[str]) -> str:
 
 def _commands(data: ReportData) -> str:
     identity, plan = data.record.identity, data.plan
-    calibration = identity.calibration
-    analyze = ["unirank", "analyze", data.record.source, "-o", "STORE", "--scheme", identity.scheme]
-    analyze += ["--calib", calibration.text, "--windows", calibration.windows, "--window", calibration.window]
-    analyze += ["--seed", calibration.seed, "--batch", calibration.batch]
-    if calibration.gradient_windows:
-        analyze += ["--gradients", calibration.gradient_windows]
-    compress = ["unirank", "compress", data.record.source, "-o", "OUT", "--store", "STORE", "--plan", "rank_plan.json"]
-    refine = plan.settings.get("refine")
-    lines = [shlex.join(map(str, command)) for command in (analyze, compress)]
-    note = "rank_plan.json lies beside the weights and holds every rank."
-    if refine:
-        note += f" A second pass followed: {refine}; the preset that has it makes it again."
+    note = (
+        "rank_plan.json lies beside the weights and holds every rank. Of a text that is a file, only the name is known."
+    )
+    if data.record.training is not None:
+        note += " Fine-tuning came after that."
     versions = ", ".join(f"{name} {version}" for name, version in identity.versions.items())
-    settings = ", ".join(f"{key} = {value}" for key, value in sorted(plan.settings.items()) if not _bulky(value))
     return (
-        f"<pre>{_text(chr(10).join(lines))}</pre><p>{_text(note)}</p>"
-        f"<p>Settings of the plan: {_text(settings)}.</p><p>Versions: {_text(versions)}.</p>"
+        f"<pre>{_text(shlex.join(_compress(data)))}</pre><p>{_text(note)}</p>"
+        f"<p>Settings of the plan: {_text(plan.described_settings())}.</p><p>Versions: {_text(versions)}.</p>"
     )
 
 
-def _bulky(value: Any) -> bool:
-    return isinstance(value, list | dict) and len(value) > 10
+def _compress(data: ReportData) -> list[str]:
+    """The command that makes the model again, up to fine-tuning."""
+    identity = data.record.identity
+    calibration = identity.calibration
+    options: dict[str, Any] = {"out": "OUT", "ranks": "rank_plan.json", "scheme": identity.scheme}
+    options |= {"calib": calibration.text, "split": calibration.split, "text-revision": calibration.revision}
+    options |= {"windows": calibration.windows, "window": calibration.window, "seed": calibration.seed}
+    options |= {"batch": calibration.batch, "gradients": calibration.gradient_windows or None}
+    options["dtype"] = identity.model.dtype
+    refine = data.plan.settings.get("refine")
+    if isinstance(refine, Mapping):  # read from a file, so nothing in it is certain
+        options |= {"refine": refine.get("mix"), "refine-damping": refine.get("damping")}
+        if refine.get("metric"):
+            options |= {"refine-metric": True, "refine-metric-damping": refine.get("metric_damping")}
+        options |= {f"refine-{name}": refine.get(name) for name in ("centred", "dense")}
+    command = ["unirank", "compress", data.record.source]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
