@@ -89,7 +89,7 @@ def test_the_plan_is_applied_to_the_model(store: AnalysisStore, loaded: LoadedMo
 
 
 def test_another_model_is_told_apart(store: AnalysisStore, loaded: LoadedModel) -> None:
-    loaded.model.get_submodule("model.norm").weight.data[0] += 1
+    loaded.model.state_dict()["model.norm.weight"][0] += 1
     with pytest.raises(unirank.InputError, match="made from another model"):
         unirank.truncate(loaded, store, plan_of_then(store))
 
@@ -184,7 +184,7 @@ def test_another_analysis_is_refused_and_named(
 
 
 def test_another_model_is_refused_and_named(store: AnalysisStore, loaded: LoadedModel, same_versions: None) -> None:
-    loaded.model.get_submodule("model.norm").weight.data[0] += 1
+    loaded.model.state_dict()["model.norm.weight"][0] += 1
     with pytest.raises(unirank.StoreError, match=r"differs in model\.weights_sha256 \(store: '6ca156ac1ec3'"):
         unirank.analyze(loaded, store.path, scheme="afm", calibration=CALIBRATION)
 
