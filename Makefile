@@ -33,7 +33,7 @@ test: $(VENV)/.dev
 
 # The daily loop, in under 2 minutes: what is not marked slow.
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore=tests/native -m 'not slow and not smollm2'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/native -m 'not slow and not smollm2' -n auto -q
 
 # Tasks of lm-eval, which brings 40 packages (620 MB), so apart from the other tests.
 test-eval: $(VENV)/.eval

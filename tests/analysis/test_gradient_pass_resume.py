@@ -16,6 +16,8 @@ from tests.support.stores import contents, passing
 from unirank.analysis.store import MANIFEST, create_or_resume, open_store
 from unirank.types import LoadedModel
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 3
 ROOT = Path(__file__).parents[2]
 SCHEME = "kfac"

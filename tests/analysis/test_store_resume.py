@@ -19,6 +19,8 @@ from tests.support.stores import contents, flip
 from unirank.analysis.store import MANIFEST, open_store
 from unirank.types import LoadedModel
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 5
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).parents[1] / "support" / "harm_analysis.py"

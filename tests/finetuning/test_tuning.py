@@ -29,6 +29,8 @@ from unirank.finetuning.adapters import adapted, attach, merge
 from unirank.models.low_rank import LowRankLinear
 from unirank.text.training_windows import pack, read_corpus
 
+pytestmark = pytest.mark.slow
+
 QUICK = unirank.Finetune(steps=12, batch=4, window=24, lr=5e-3, rank=3, evaluate_every=3, held_out=0.1)
 CHILD = """
 import sys, warnings

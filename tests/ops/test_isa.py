@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = ("base", "avx2", "avx512")
 RUN = """
 import sys

@@ -9,6 +9,8 @@ import torch
 
 from unirank import ops, reference
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("cosine_accumulate_", "gram_accumulate_", "batched_eigh", "batched_svd", "global_topk")
 MUTATED = {"cosine_accumulate_": ["state"], "gram_accumulate_": ["gram", "mean"]}
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from tests.ops.cases import random_problem
 from unirank import ops
 
+pytestmark = pytest.mark.slow
+
 CORE = Path(__file__).resolve().parents[2] / "csrc"
 CALLERS, CALLS = 8, 12
 

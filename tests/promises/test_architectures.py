@@ -21,6 +21,8 @@ from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear
 from unirank.types import DENSE
 
+pytestmark = pytest.mark.slow
+
 EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "mixtral": (T.MixtralConfig, {"num_local_experts": 4}),
     "qwen3-moe": (T.Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),

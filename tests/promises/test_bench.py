@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 KEYS = {"op", "shape", "dtype", "baseline", "ratio", "seconds", "baseline_seconds", "gbs"}
 OPS = ("ops.bench_cosine", "ops.bench_gram", "ops.bench_eigh", "ops.bench_topk")
 PIPELINE = ("compress", "scaling", "inference", "large", "processes")

@@ -17,6 +17,8 @@ from tests.support.stores import contents
 from unirank import distributed
 from unirank.analysis.store import AnalysisStore, open_store
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 import os, signal, sys
 from importlib import import_module

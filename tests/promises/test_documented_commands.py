@@ -15,6 +15,8 @@ from tests.support.command_line import Run
 from tests.support.tiny import WORDS, build
 from unirank.cli.main import app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",

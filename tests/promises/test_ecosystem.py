@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import unirank
 from unirank.models.low_rank import LowRankLinear
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(2, 30)[None]
 
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.tiny import WORDS, build
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # In the order in which a user would: each finds what those before it made.

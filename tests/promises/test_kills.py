@@ -22,6 +22,8 @@ import pytest
 
 from tests.support.tiny import build
 
+pytestmark = pytest.mark.slow
+
 CHILD = Path(__file__).parents[1] / "support" / "harm_commands.py"
 # Commands with what they write, in the directory of the try; BASE has what they read.
 DATA = ["--calib", "BASE/words.txt", "--windows", "6", "--window", "24", "--batch", "2", "--device", "cpu"]

@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+pytestmark = pytest.mark.slow
+
 USED = """
 import sys, unirank
 assert unirank.__file__.startswith({installed!r}), unirank.__file__

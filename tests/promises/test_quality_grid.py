@@ -15,6 +15,8 @@ from bench.quality.recipes import RECIPES
 from unirank.planning.allocator import allocator
 from unirank.planning.allocator.base import options_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

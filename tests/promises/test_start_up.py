@@ -13,6 +13,8 @@ import pytest
 import unirank
 from unirank.cli.main import app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(unirank.__file__).parent
 CHECKPOINT = Path(__file__).parents[1] / "data" / "0.1.0-before-rooms" / "checkpoint"
 RUN = """

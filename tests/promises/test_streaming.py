@@ -23,6 +23,8 @@ from unirank.disk import files
 from unirank.models import shards
 from unirank.types import LoadedModel
 
+pytestmark = pytest.mark.slow
+
 
 def in_memory(loaded: LoadedModel) -> list[str]:
     """Parameters of decoder layers that take memory."""

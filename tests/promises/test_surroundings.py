@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.stores import contents
 
+pytestmark = pytest.mark.slow
+
 # The wall clock stands still before 1970, and goes back by an hour at every look in the second half.
 CLOCK = """
 import itertools, time

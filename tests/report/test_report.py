@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import shutil
 import struct
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -139,6 +141,24 @@ def test_every_text_has_enough_contrast(folder: Path) -> None:
         assert contrast(tuple(int(value) for value in ground), colour(ink)) >= 4.5
 
 
+@pytest.mark.parametrize("preset", unirank.presets())
+def test_the_command_on_the_page_makes_the_same_model(
+    preset: str, folder: Path, tmp_path: Path, run_unirank: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = unirank.Calibration(text=str(folder / "words.txt"), windows=6, window=24, batch=2, seed=3)
+    compressed = unirank.compress(folder / "dense", 0.4, preset=preset, calibration=calibration, device="cpu")
+    compressed.save(tmp_path / "made")
+    (command,) = re.findall(r"<pre>(unirank compress .*)</pre>", page(gather(tmp_path / "made", None, None)))
+    # In a directory with what it names.
+    shutil.copy(folder / "words.txt", tmp_path)
+    shutil.copy(tmp_path / "made" / "rank_plan.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run_unirank(*shlex.split(unescape(command))[1:])[0] == 0
+    for name in ("model.safetensors", "rank_plan.json"):
+        assert (tmp_path / "OUT" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+
+
 def test_without_store_grid_and_samples_it_says_what_is_missing(folder: Path) -> None:
     text = page(gather(folder / "OUT", None, None))
     Reader(text)
@@ -203,7 +223,7 @@ def test_the_command_finds_the_store_and_puts_texts_side_by_side(
 ) -> None:
     out = tmp_path / "page.html"
     code, printed, err = run_unirank(
-        "report", folder / "OUT", "-o", out, "--dense", folder / "dense", "--prompt", "w1 w2", "--device", "cpu"
+        "report", folder / "OUT", "-o", out, "--against", folder / "dense", "--prompt", "w1 w2", "--device", "cpu"
     )
     assert (code, err) == (0, "")
     assert f"Written: {out}" in printed
@@ -212,7 +232,7 @@ def test_the_command_finds_the_store_and_puts_texts_side_by_side(
     assert "<h3>w1 w2</h3>" in text
     code, _, err = run_unirank("report", folder / "OUT", "-o", out, "--prompt", "w1")
     assert code == 2
-    assert "--prompt needs --dense" in err
+    assert "--prompt needs --against" in err
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
