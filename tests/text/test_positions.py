@@ -165,5 +165,5 @@ def test_fine_tuning_refuses_for_model_and_teacher(
     settings = dataclasses.replace(settings, window=64, distill=0.5)
     with pytest.raises(InputError, match=r"^Finetune\.window = 64 is not legal: .* has a table of 32 positions"):
         unirank.finetune(
-            compressed, str(text_file), settings, work=tmp_path / "work", teacher=build("gpt2", n_positions=32)
+            compressed, str(text_file), settings, work=tmp_path / "work", against=build("gpt2", n_positions=32)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_text_shorter_than_a_window_is_refused_with_both_lengths() -> None:
     ("arguments", "message"),
     [({"windows": 0, "window": 8}, "windows = 0"), ({"windows": 1, "window": 1}, "of 1 tokens")],
 )
-def test_senseless_calibration_sizes_are_refused(arguments: dict[str, int], message: str) -> None:
+def test_senseless_calibration_sizes_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(unirank.InputError, match=message):
         calibration_windows(TOKENS, seed=0, **arguments)
 
@@ -153,7 +154,7 @@ def test_senseless_calibration_sizes_are_refused(arguments: dict[str, int], mess
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"limit": 0, "window": 8}, "limit = 0"), ({"window": 1}, "of 1 tokens")]
 )
-def test_senseless_evaluation_sizes_are_refused(arguments: dict[str, int], message: str) -> None:
+def test_senseless_evaluation_sizes_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(unirank.InputError, match=message):
         evaluation_windows(TOKENS, **arguments)
 

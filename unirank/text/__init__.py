@@ -7,5 +7,6 @@ Out: int64 windows `[W, T]`, for calibration and perplexity (windows) and for tr
 Here one may read files and ask `datasets`. Structured data that is not understood is refused: it
 must never be read as prose.
 
-Changed most often: a kind of record (`records`), a corpus by name (`records.NAMED`).
+Changed most often: a kind of file (`files`), a kind of record (`conversations`), a corpus by name
+(`records.NAMED`).
 """
