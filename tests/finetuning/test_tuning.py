@@ -270,7 +270,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(compressed, coun
         with pytest.raises(InputError, match=words):
             unirank.finetune(model, str(data), dataclasses.replace(QUICK, **changes), work=work, device="cpu")
         assert not work.exists()
-    with pytest.raises(InputError, match="A teacher has nothing to teach with distill = 0"):
+    with pytest.raises(InputError, match="With distill = 0 the model of against= would not be used"):
         tuned(compressed, counting, work, against="dense")
     with pytest.raises(InputError, match="The teacher cannot be loaded"):
         tuned(compressed, counting, work, dataclasses.replace(QUICK, distill=0.5), against=str(tmp_path / "nowhere"))

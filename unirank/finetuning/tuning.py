@@ -82,11 +82,12 @@ def finetune(
 
     Args:
         compressed: a checkpoint of ours, or such a model in memory, which is changed in place.
-        data: see `unirank.text.training_windows.read_corpus`; `split` likewise.
+        data: the training text, see `unirank.text.training_windows.read_corpus`.
         work: directory of the Trainer's checkpoints. A run that was interrupted resumes there when everything else is
-            the same, and ends with the same weights. It can go when the result is saved.
+            the same, and ends with the same weights. It may be deleted when the result is saved.
         against: the dense model, the teacher of `settings.distill`; None takes the one that the checkpoint names as its
             source.
+        split: of a dataset; None is "train".
         device: where to load a checkpoint; None takes the GPU when there is one.
         teacher: what `against` was called until 0.1; for one release.
 
@@ -162,7 +163,9 @@ def _teacher(
 ) -> PreTrainedModel | None:
     if settings.distill == 0:
         if teacher is not None:
-            raise InputError("A teacher has nothing to teach with distill = 0; give distill, such as 0.5.")
+            raise InputError(
+                "With distill = 0 the model of against= would not be used; set distill above 0, for example to 0.5."
+            )
         return None
     if not isinstance(teacher, PreTrainedModel):
         name = teacher if teacher is not None else compressed.source
