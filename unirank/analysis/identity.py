@@ -38,7 +38,9 @@ class _Fields:
         rest, values = dict(record), dict(known)
         for one in fields(cls):
             key, kinds = _KEYS.get(one.name, one.name), str(one.type).split(" | ")
-            if one.name == "more" or one.name in known:
+            if one.name == "more":
+                continue
+            if one.name in known:
                 rest.pop(key, None)
             elif key in rest and type(rest[key]).__name__ in kinds:
                 values[one.name] = rest.pop(key)
