@@ -231,7 +231,7 @@ def test_a_store_without_gradients_says_how_to_make_one(make_model, calibration,
     for read in (store.curvatures, store.slopes, lambda: store.gradients(0)):
         with pytest.raises(unirank.StoreError, match=r"without gradients.*--gradients N"):
             read()
-    with pytest.raises(unirank.InputError, match=r"curvature needs gradients.*--gradients N"):
+    with pytest.raises(unirank.InputError, match=r"curvature needs gradients.*--gradients 32"):
         unirank.plan(store, 0.3, allocator="curvature")
 
 

@@ -202,7 +202,7 @@ def test_without_the_model_its_readings_are_listed_as_missing(store: AnalysisSto
     found = diagnose(store, permutations=50)  # the store has fewer windows than are taken by default
     assert {r.group for r in found.readings} == {"scheme"}
     assert [m.group for m in found.missing] == ["weights", "outputs", "stream"]
-    assert all("the model that was analyzed, as loaded=" in m.reason for m in found.missing)
+    assert all("needs the model that was analyzed" in m.reason for m in found.missing)
     assert found.geometry == ()
 
 

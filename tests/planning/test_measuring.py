@@ -290,7 +290,7 @@ def test_a_workbench_of_other_text_or_another_model_is_refused(
         unirank.make_workbench(workbench.loaded, store, text=str(other))
     with pytest.raises(InputError, match="another model"):
         unirank.make_workbench(make_model("gpt2"), store, text=str(text_file))
-    with pytest.raises(InputError, match="needs the model"):
+    with pytest.raises(InputError, match=r"needs the dense model; give it with .*workbench="):
         unirank.plan(store, 0.3, allocator="lems")
 
 
@@ -314,7 +314,7 @@ def test_the_command_line_measures(run_unirank: Run, model_dir: Path, text_file:
     assert json.loads(text) == kept
     code, _, err = run_unirank("plan", store, *common)
     assert code == 2
-    assert "--model" in err
+    assert "--against" in err
     code, _, err = run_unirank("plan", store, "--model", model_dir, *common)
     assert code == 2
     assert "--calib" in err

@@ -168,7 +168,7 @@ def diagnose(
     if permutations < 1:
         raise InputError(f"permutations = {permutations} is not legal; at least 1 is needed.")
     if text is not None and loaded is None:
-        raise InputError("text= is of use only together with the model that was analyzed, loaded=.")
+        raise InputError("text= is of use only together with the model that was analyzed.")
     if loaded is not None:
         loaded.require_whole("A diagnosis of weights and streams")
         check_model(loaded, store)
@@ -197,11 +197,11 @@ def diagnose(
     else:
         table.miss("weights", _NO_MODEL)
     if scheme == "svd":
-        table.miss("scheme", "the scheme svd has no spectra but the weights' own; analyze with scheme=whiten")
+        table.miss("scheme", "the scheme svd has no spectra but the weights' own; analyze with the scheme whiten")
     else:
         table.add_linears("scheme", store.linears, energies, last)
         if scheme != "whiten":
-            table.miss("scheme", f"whitened spectra: the scheme is {scheme}; analyze with scheme=whiten")
+            table.miss("scheme", f"whitened spectra: the scheme is {scheme}; analyze with the scheme whiten")
     geometry: list[Geometry] = []
     if loaded is None or token_windows is None:
         for group in ("outputs", "stream"):
@@ -228,7 +228,7 @@ def diagnose(
     )
 
 
-_NO_MODEL = "needs the model that was analyzed, as loaded="
+_NO_MODEL = "needs the model that was analyzed"
 
 
 def _windows(store: AnalysisStore, loaded: LoadedModel, text: str | None) -> tuple[torch.Tensor | None, str]:
