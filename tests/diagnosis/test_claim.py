@@ -320,6 +320,11 @@ def test_the_command_prints_a_table_or_json(store, trained, counting_text, tmp_p
     assert "Not read, (a) weights: needs the model" in out
     assert "Damping: none of 42 matrices." in out
 
+    model = ["--model", tmp_path / "model", "--device", "cpu"]
+    code, out, err = run(store.path, *model, "--windows", 2, "--permutations", 50)
+    assert (code, err) == (0, "")
+    assert re.search(r"Not read, \(c\) .*: .*'counting\.txt', a file .* --calib\.", " ".join(out.split()))
+
     with_model = ["--model", tmp_path / "model", "--calib", counting_text, "--device", "cpu"]
     monkeypatch.setattr("unirank.diagnosis.plots.draw", lambda *_: [])
     code, out, err = run(store.path, *with_model, "--windows", 2, "--permutations", 50, "--json", "-o", tmp_path / "o")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from unirank.cli.terminal import in_flags
 from unirank.progress import gib
 from unirank.types import DENSE, SUBLAYERS
 
@@ -188,7 +189,7 @@ def diagnosis_view(diagnosis: Diagnosis) -> list[Any]:
         if tokens < 4 * width:
             lines.append(" That is few: their effective ranks are biased low; take more --windows.")
     for item in diagnosis.missing:
-        lines.append(f"\nNot read, {GROUPS[item.group]}: {item.reason}.")
+        lines.append(f"\nNot read, {GROUPS[item.group]}: {in_flags(item.reason)}.")
     return [table, lines, _spectra_table(diagnosis), *_geometry_table(diagnosis), _damping_line(diagnosis)]
 
 
