@@ -1,6 +1,6 @@
 # `make demo` runs the main job on the embedded default model; `make test` passes the tests. Both set up .venv first.
 PYTHON ?= python3
-# NEWEST=1 installs the newest of everything that fits, in an environment of its own, in the place of what
+# NEWEST=1 installs the newest of everything that fits, in an environment of its own, instead of what
 # requirements/*.lock name with hashes.
 NEWEST ?=
 VENV ?= $(if $(NEWEST),.venv-newest,.venv)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unirank.analysis.needs import Needs
     from unirank.analysis.scheme import schemes
     from unirank.analysis.store import AnalysisStore, open_store
-    from unirank.api import analyze, apply, compress, dry_run, plan
+    from unirank.api import analyze, compress, dry_run, plan
     from unirank.compression.checkpoint import CompressedModel, open_compressed
     from unirank.compression.densified import densify
     from unirank.compression.refine import Refine
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
     from unirank.finetuning.settings import Finetune
     from unirank.finetuning.tuning import finetune
+    from unirank.job import apply
     from unirank.models.fused import fuse
     from unirank.models.loading import describe, load
     from unirank.models.low_rank import LowRankLinear
@@ -51,7 +52,8 @@ _HOME = {
     "analysis.needs": ("Needs",),
     "analysis.scheme": ("schemes",),
     "analysis.store": ("AnalysisStore", "open_store"),
-    "api": ("analyze", "apply", "compress", "dry_run", "plan"),
+    "api": ("analyze", "compress", "dry_run", "plan"),
+    "job": ("apply",),
     "compression.checkpoint": ("CompressedModel", "open_compressed"),
     "compression.densified": ("densify",),
     "compression.refine": ("Refine",),

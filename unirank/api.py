@@ -5,31 +5,23 @@ The command line, the demo and the benches call what stands here.
 
 from __future__ import annotations
 
-import copy as copying
-import dataclasses
-import json
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration, calibration_of
-from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
-from unirank.distributed import rank
-from unirank.errors import InputError, StoreError
-from unirank.planning.imported_ranks import import_plan, read_rank_file, read_ranks
+from unirank.analysis.calibration import Calibration, calibration_of
+from unirank.analysis.store import AnalysisStore, open_store
+from unirank.errors import InputError
+from unirank.job import Job, analyze_for, loaded_from, ranks_text, require, with_gradients, workbench_for
+from unirank.planning.imported_ranks import import_plan
 from unirank.planning.ranks import check_request, plan_ranks
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
-from unirank.recipes import Preset, recipe
+from unirank.recipes import recipe
 from unirank.types import LoadedModel, Rank
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from unirank.analysis.needs import Needs
@@ -111,145 +103,6 @@ def compress(
     return compressed
 
 
-class _Scratch:
-    """A temporary directory that is gone when this object is, or the process."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="unirank-"))
-        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What `compress` was asked; `run` is the wiring of its stages. Fields are arguments of `compress`."""
-
-    remove: float | None
-    ranks: RankPlan | Mapping[str, Rank] | str | Path | None
-    recipe: Preset
-    min_rank: int
-    multiple_of: int
-    calibration: Calibration | None
-    progress: OnProgress = silent
-
-    def run(
-        self,
-        model: str | Path | PreTrainedModel | LoadedModel,
-        place: Path | None,
-        *,
-        overwrite: bool = False,
-        copy: bool = False,
-        first_alone: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        stream: bool = False,
-        **loading: Any,
-    ) -> CompressedModel | None:
-        """Check, load, analyze, plan and apply.
-
-        Args:
-            place: of the store; None is a temporary one.
-            overwrite: replace a store of something else there.
-            first_alone: of several processes under torchrun only the first goes on behind the analysis, the others get
-                None.
-            loading: of `unirank.load`.
-        """
-        self.check(stream=stream)
-        loaded = _loaded(model, tokenizer, stream=stream, **loading)
-        self.check_model(loaded)
-        scratch = None
-        if place is None:
-            scratch = _Scratch()
-            place = scratch.path / "store"
-        try:
-            store = self.analyze(loaded, place, overwrite=overwrite)
-            compressed = None if first_alone and rank() > 0 else self.finish(loaded, store, copy=copy)
-        except BaseException:
-            if scratch is not None:
-                scratch.remove()
-            raise
-        if scratch is None or compressed is None:
-            return compressed
-        if compressed.pages is not None:  # a streamed model reads its factors when it is saved
-            return dataclasses.replace(compressed, scratch=scratch)
-        scratch.remove()
-        return compressed
-
-    def check(self, *, stream: bool = False, dry_run: bool = False) -> None:
-        """Raise InputError for what can be known to be wrong before a model is loaded."""
-        if (self.remove is None) == (self.ranks is None):
-            got = "neither" if self.remove is None else "both"
-            raise InputError(f"Exactly one of remove= and ranks= is needed; {got} was given.")
-        if self.remove is not None:
-            self._check_budget(())
-        elif isinstance(self.ranks, str | os.PathLike):
-            read_rank_file(Path(self.ranks))
-        if self.recipe.needs_tokens:
-            for name, given in (("stream", stream), ("dry_run", dry_run)):
-                if given:
-                    raise InputError(
-                        f"{name}=True covers analysis and truncation; {self.recipe.needs_tokens_for} would run the "
-                        "whole model."
-                    )
-
-    def check_model(self, loaded: LoadedModel) -> None:
-        """Raise InputError where this model cannot be compressed as asked; before any expensive work."""
-        loaded.require_dense()
-        if self.recipe.needs_tokens:
-            loaded.require_whole(self.recipe.needs_tokens_for.capitalize())
-        if self.remove is not None:
-            self._check_budget(loaded.linears)
-        if self.ranks is not None:
-            read_ranks(loaded.linears, _ranks_text(self.ranks))
-
-    def _check_budget(self, linears: Any) -> None:
-        assert self.remove is not None
-        check_request(
-            linears,
-            self.remove,
-            allocator=self.recipe.allocator,
-            min_rank=self.min_rank,
-            multiple_of=self.multiple_of,
-            options=self.recipe.options,
-        )
-
-    def analyze(self, loaded: LoadedModel, place: Path, *, overwrite: bool = False) -> AnalysisStore:
-        """The store at `place`: as it is when finished and no calibration is asked for; else analyzed, or resumed.
-
-        Raises StoreError where a finished store lacks what the recipe needs, with the command that makes one; and like
-        `unirank.analyze`.
-        """
-        if self.calibration is None and not overwrite and (place / MANIFEST).is_file():
-            store = open_store(place)
-            if store.complete:
-                require(store, self.recipe)
-                return store
-        return _analyze(loaded, place, self.recipe, self.calibration, overwrite=overwrite, progress=self.progress)
-
-    def finish(self, loaded: LoadedModel, store: AnalysisStore, *, copy: bool = False) -> CompressedModel:
-        """Plan and apply. The model is changed in place unless `copy` is set."""
-        workbench = None
-        if self.recipe.needs_tokens:
-            text = None if self.calibration is None else self.calibration.text
-            workbench = _workbench(loaded, store, text, self.progress)
-        if self.ranks is not None:
-            ranks = import_plan(store, _ranks_text(self.ranks))
-        else:
-            assert self.remove is not None
-            ranks = plan_ranks(
-                store,
-                self.remove,
-                allocator=self.recipe.allocator,
-                settings=self.recipe.settings,
-                min_rank=self.min_rank,
-                multiple_of=self.multiple_of,
-                options=self.recipe.options,
-                workbench=workbench,
-            )
-        windows = None if workbench is None else workbench.windows
-        return apply(
-            loaded, store, ranks, refine=self.recipe.refine, windows=windows, copy=copy, progress=self.progress
-        )
-
-
 def analyze(
     model: str | Path | PreTrainedModel | LoadedModel,
     store: str | Path,
@@ -291,7 +144,7 @@ def analyze(
     """
     chosen = recipe(preset, scheme=scheme)
     asked = calibration_of(calibration)
-    loaded = _loaded(
+    loaded = loaded_from(
         model,
         tokenizer,
         dtype=dtype,
@@ -300,7 +153,7 @@ def analyze(
         trust_remote_code=trust_remote_code,
         stream=stream,
     )
-    return _analyze(
+    return analyze_for(
         loaded,
         Path(store),
         chosen,
@@ -342,9 +195,9 @@ def dry_run(
     from unirank.analysis import needs
 
     chosen = recipe(preset, scheme=scheme)
-    asked = _with_gradients(calibration_of(calibration), chosen)
+    asked = with_gradients(calibration_of(calibration), chosen)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "stream": True}
-    loaded = _loaded(model, None, dtype=dtype, device=device, **options)
+    loaded = loaded_from(model, None, dtype=dtype, device=device, **options)
     return needs.dry_run(
         loaded, Path(place), scheme=chosen.scheme, calibration=asked, stream=stream, remove=remove, progress=progress
     )
@@ -395,7 +248,7 @@ def plan(
         got = "neither" if remove is None else "both"
         raise InputError(f"Exactly one of remove= and ranks= is needed; {got} was given.")
     if ranks is not None:
-        return import_plan(analysis, _ranks_text(ranks))
+        return import_plan(analysis, ranks_text(ranks))
     assert remove is not None
     if preset is not None:
         require(analysis, chosen)
@@ -404,148 +257,7 @@ def plan(
     check_request(analysis.linears, remove, **request)
     if workbench is None and against is not None and chosen.measures:
         analysis.require_complete()
-        loaded = _loaded(against, None, dtype=analysis.identity.model.dtype, device=device)
+        loaded = loaded_from(against, None, dtype=analysis.identity.model.dtype, device=device)
         text = None if calibration is None else os.fspath(calibration)
-        workbench = _workbench(loaded, analysis, text, progress)
+        workbench = workbench_for(loaded, analysis, text, progress)
     return plan_ranks(analysis, remove, settings=chosen.settings, workbench=workbench, **request)
-
-
-def apply(
-    loaded: LoadedModel,
-    store: AnalysisStore,
-    plan: RankPlan,
-    *,
-    refine: Refine | None = None,
-    windows: torch.Tensor | None = None,
-    copy: bool = False,
-    progress: OnProgress = silent,
-) -> CompressedModel:
-    """Compress `loaded` in place by `plan`: from the factors of `store`, or with `refine` by a second pass.
-
-    Args:
-        windows: calibration tokens of the second pass, int64 `[W, T]`, as `make_workbench(...).windows` gives them.
-        copy: compress a copy, so that `loaded` stays dense; a model that is streamed cannot be copied.
-
-    Raises like `truncate` and `unirank.compression.refine.refine`.
-    """
-    from unirank.compression.checkpoint import CompressedModel
-    from unirank.compression.refine import refine as run_refine
-    from unirank.compression.truncation import truncate
-
-    loaded.require_dense()
-    if refine is not None:
-        loaded.require_whole("The second pass")
-        if windows is None:
-            raise InputError("The second pass needs calibration tokens: apply(..., refine=..., windows=...).")
-    if copy:
-        loaded.require_whole("A copy")
-        loaded = dataclasses.replace(loaded, model=copying.deepcopy(loaded.model))
-    if refine is None:
-        report = truncate(loaded, store, plan, progress=progress)
-    else:
-        assert windows is not None
-        report = run_refine(loaded, store, plan, windows, refine, progress=progress)
-        plan = dataclasses.replace(plan, settings={**plan.settings, "refine": asdict(refine)})
-    return CompressedModel(
-        loaded.model, loaded.tokenizer, plan, report, store.identity, loaded.source, pages=loaded.pages
-    )
-
-
-def require(store: AnalysisStore, chosen: Preset) -> None:
-    """Raise StoreError where a finished store lacks what a recipe needs: says what, and which command makes it."""
-    scheme = store.identity.scheme
-    command = f"unirank analyze MODEL -o NEW-STORE --scheme {chosen.scheme}"
-    if chosen.needs_gradients:
-        command += f" --gradients-from {store.path}" if store.has_gradients else " --gradients 32"
-    if scheme != chosen.scheme:
-        raise StoreError(
-            f"The store {store.path} has the scheme {scheme}, and {chosen.scheme} is needed; make one with: {command}."
-        )
-    if chosen.needs_gradients and not store.has_gradients:
-        raise StoreError(
-            f"The store {store.path} has no gradients, and {chosen.needs_gradients_for} needs them; make one with: "
-            f"{command}."
-        )
-
-
-def _analyze(
-    loaded: LoadedModel,
-    place: Path,
-    chosen: Preset,
-    calibration: Calibration | None,
-    *,
-    gradients_from: str | Path | None = None,
-    hidden_limit: int | None = None,
-    overwrite: bool = False,
-    progress: OnProgress = silent,
-) -> AnalysisStore:
-    from unirank.analysis.fill_store import fill_store
-
-    asked = calibration or Calibration()
-    if gradients_from is None:
-        asked = _with_gradients(asked, chosen)
-    return fill_store(
-        loaded,
-        place,
-        scheme=chosen.scheme,
-        calibration=asked,
-        gradients_from=gradients_from,
-        hidden_limit=hidden_limit,
-        overwrite=overwrite,
-        progress=progress,
-    )
-
-
-def _with_gradients(calibration: Calibration, chosen: Preset) -> Calibration:
-    """Gradients are made where the recipe needs them and nothing is said about them (**choice**: 32 windows)."""
-    if not chosen.needs_gradients or calibration.gradient_windows is not None:
-        if chosen.needs_gradients and calibration.gradient_windows == 0:
-            raise InputError(
-                f"{chosen.needs_gradients_for.capitalize()} needs gradients; Calibration.gradient_windows must be at "
-                "least 1."
-            )
-        return calibration
-    return dataclasses.replace(calibration, gradient_windows=min(GRADIENT_WINDOWS, calibration.windows))
-
-
-def _workbench(loaded: LoadedModel, store: AnalysisStore, text: str | None, progress: OnProgress) -> Workbench:
-    from unirank.planning.measuring import make_workbench
-
-    return make_workbench(loaded, store, text=text, progress=progress)
-
-
-def _ranks_text(ranks: RankPlan | Mapping[str, Rank] | str | Path) -> str:
-    """Ranks as JSON text, as `import_plan` reads it."""
-    if isinstance(ranks, RankPlan):
-        return ranks.to_json()
-    if isinstance(ranks, Mapping):
-        return json.dumps({"ranks": dict(ranks)})
-    return read_rank_file(Path(ranks))
-
-
-def _loaded(
-    model: str | Path | PreTrainedModel | LoadedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    dtype: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    stream: bool = False,
-) -> LoadedModel:
-    if isinstance(model, LoadedModel):
-        return model
-    from unirank.models.loading import describe, load
-
-    if isinstance(model, str | Path):
-        return load(
-            str(model),
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            stream=stream,
-        )
-    if tokenizer is None:
-        raise InputError("A model in memory needs its tokenizer=: unirank.compress(model, remove, tokenizer=...).")
-    return describe(model, tokenizer)

@@ -20,6 +20,7 @@ ORDER = (
     "analysis | evaluation",
     "planning | compression | diagnosis",
     "finetuning | report | recipes",
+    "job",
     "api",
     "serving | cli",
     "run",

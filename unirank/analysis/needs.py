@@ -56,7 +56,7 @@ class Needs:
         return self.memory <= self.available_memory and self.disk <= self.available_disk
 
     def require_fit(self) -> None:
-        """Raise InputError, with what would fit, where memory or disk is short."""
+        """Raise InputError, and says what would fit, where memory or disk is short."""
         if self.memory > self.available_memory:
             advice = "a shorter Calibration.window, a smaller Calibration.batch, fewer Calibration.windows or a machine with more"
             if self.stream_memory <= self.available_memory:

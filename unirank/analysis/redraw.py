@@ -38,7 +38,7 @@ def redrawn_windows(loaded: LoadedModel, store: AnalysisStore, *, text: str | No
         loaded: the model that was analysed (see `check_model`), with its tokenizer.
         text: the calibration text, as `Calibration.text` named it; None takes a builtin or named one from the store.
 
-    Raises InputError where the text has to be named, cannot be read, or does not give the store's windows; says whether
+    Raises InputError where the text must be given, cannot be read, or does not give the store's windows; says whether
     the text or the tokenizer is another one.
     """
     recorded = store.identity.calibration

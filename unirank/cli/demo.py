@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from unirank.analysis.calibration import Calibration
-from unirank.api import analyze, apply, plan
+from unirank.api import analyze, plan
 from unirank.compression.truncation import TruncateReport
 from unirank.disk.files import bytes_on_disk, check_output, make_directory, write_json
 from unirank.evaluation.perplexity import EvalReport, evaluate, generate
+from unirank.job import apply
 from unirank.models.embedded import NAME
 from unirank.models.loading import load
 from unirank.progress import OnProgress, silent

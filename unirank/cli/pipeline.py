@@ -201,10 +201,10 @@ def compress_command(
     as_json: options.Json = False,
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
-    from unirank.api import Job
     from unirank.api import dry_run as needs_of
     from unirank.compression.card import PLAN_FILE
     from unirank.disk.files import beside, check_output
+    from unirank.job import Job
     from unirank.recipes import recipe as recipe_of
 
     with run_session(as_json, parallel=True) as session:

@@ -54,7 +54,7 @@ tags: [unirank, low-rank, compressed]
 # {title}
 
 Compressed by unirank {identity.versions["unirank"]} ([the method](https://arxiv.org/abs/2606.21847)): low-rank
-factors in the place of {report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
+factors instead of {report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
 
 ```python
 import unirank  # teaches transformers the low-rank layers; without it, loading stops with a shape mismatch

@@ -34,7 +34,7 @@ def refine(
     *,
     progress: OnProgress = silent,
 ) -> TruncateReport:
-    """Compress `loaded` in place at the ranks of `plan` by a second pass, in the place of `truncate`.
+    """Compress `loaded` in place at the ranks of `plan` by a second pass, instead of `truncate`.
 
     Args:
         store: the analysis of the plan; with `settings.metric`, also the source of the gradients.

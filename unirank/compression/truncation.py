@@ -1,4 +1,4 @@
-"""Put a rank plan into a model: factors in the place of weights, and a recount from the modules."""
+"""Put a rank plan into a model: factors instead of weights, and a recount from the modules."""
 
 from __future__ import annotations
 

@@ -108,7 +108,10 @@ def finetune(
     names = adapted(model, dense=dense)
     corpus = read_corpus(data, compressed.tokenizer, split=split)
     train, held_out = split_windows(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
-    guide = _teacher(compressed, against if teacher is None else teacher, settings)
+    if teacher is not None:
+        warnings.warn("finetune(teacher=) is called against now.", DeprecationWarning, stacklevel=2)
+        against = teacher
+    guide = _teacher(compressed, against, settings)
     recipe = _identity(compressed, corpus, settings, train, held_out, guide)
     check_output(work, marker=_RECIPE, overwrite=True)
     with locked(work):

@@ -168,7 +168,7 @@ def foreign(what: str) -> Iterator[None]:
 
 @contextmanager
 def shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`layer` runs `forward` in the place of its own."""
+    """`layer` runs `forward` instead of its own."""
     before = layer.__dict__.get("forward")  # accelerate, for one, puts a wrapper there
     layer.__dict__["forward"] = forward
     try:

@@ -120,7 +120,7 @@ def lost_output(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, m
 
 
 def make_low_rank(model: nn.Module, name: str, rank: int, *, add_bias: bool = False) -> LowRankLinear:
-    """Put an empty `LowRankLinear` of that rank in the place of the linear `name`, on its device and in its dtype.
+    """Replace the linear `name` by an empty `LowRankLinear` of that rank, on its device and in its dtype.
 
     A bias is kept; where there is none, `add_bias` makes one of zeros.
 

@@ -106,7 +106,7 @@ def check_floor(linears: Sequence[LinearSpec], remove: float, budget: int, min_r
 
 
 def options_of(rule: Allocator, given: Mapping[str, float]) -> dict[str, float]:
-    """The rule's options with `given` in the place of defaults.
+    """The rule's options with `given` instead of the defaults.
 
     Raises InputError for an unknown name (with the legal ones) or a number outside of its range.
     """

@@ -46,7 +46,7 @@ def _projections(linears: Sequence[LinearSpec]) -> list[tuple[int, int, int]]:
         if missing := {"q", "k", "v"} - roles.keys():
             raise InputError(
                 f"The allocator d-rank with beta > 0 needs separate q, k and v projections; layer {layer} has no "
-                f"{' and no '.join(sorted(missing))}; beta = 0 leaves the moving out."
+                f"{' and no '.join(sorted(missing))}; with beta = 0 nothing is moved."
             )
     return [(roles["q"], roles["k"], roles["v"]) for roles in found.values()]
 
