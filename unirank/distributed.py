@@ -68,7 +68,9 @@ def share(count: int) -> range:
 
 
 def owners(costs: Sequence[float]) -> list[int]:
-    """Process by thing: the most expensive first, each to the process with the least to do. Equal costs give equal answers."""
+    """Process by thing: the most expensive first, each to the process with the least to do.
+
+    Equal costs give equal answers."""
     load = [0.0] * size()
     found = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

@@ -113,7 +113,7 @@ def recipe(
     if name is not None:
         if given:
             other = next(iter(given))
-            raise InputError(f"preset = {name!r} sets {', '.join(parts)}; {other}= is given too: leave one of them out.")
+            raise InputError(f"preset = {name!r} sets {', '.join(parts)}; {other}= is given too: leave one out.")
         return preset(name)
     found = Preset(**given)
     scheme_of(found.scheme)

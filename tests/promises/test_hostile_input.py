@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from unirank import InputError, RankPlan, StoreError, UnirankError
 from unirank.analysis.store import MANIFEST, open_store
 from unirank.cli.main import app
 from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE
-from unirank.compression.checkpoint import read_record
+from unirank.compression.checkpoint import add_evaluation, read_record
+from unirank.evaluation.perplexity import EvalReport
 from unirank.planning.imported_ranks import read_ranks
 from unirank.report.gather import gather
 from unirank.report.page import page
@@ -284,6 +286,78 @@ def test_the_fuzzers_would_find_a_crash(made: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys.modules["unirank.rank_plan"], "parse_object", json.loads)
     with pytest.raises(RecursionError):
         RankPlan.from_json("[" * 100_000)
+
+
+def grid_of(place: Path) -> Path:
+    row = {"scheme": "svd", "allocator": "uniform", "remove": 0.2, "text": "t", "perplexity": 2.0}
+    (place / "grid.json").write_text(json.dumps({"rows": [row]}))
+    return place / "grid.json"
+
+
+def measured_of(place: Path) -> dict[str, float]:
+    store = open_store(place / "STORE")
+    return store.measured("lems", {}, lambda: {spec.name: 1.0 for spec in store.linears})
+
+
+def with_index(place: Path) -> Path:
+    folder = Path(shutil.copytree(place / "dense", place / "indexed", dirs_exist_ok=True))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    return folder
+
+
+# A function of ours on the way of each reader, in which a slip is planted.
+SLIPS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "manifest": ("unirank.analysis.manifest.entry", lambda place: open_store(place / "STORE")),
+    "identity": ("unirank.analysis.identity.Identity.from_dict", lambda place: open_store(place / "STORE")),
+    "linears": ("unirank.types.LinearSpec.from_dict", lambda place: open_store(place / "STORE")),
+    "layer file": (
+        "unirank.disk.tensorfile.TensorFile.__getitem__",
+        lambda place: open_store(place / "STORE").energies(),
+    ),
+    "layer file's sums": ("unirank.disk.tensorfile._sum", lambda place: open_store(place / "STORE").energies()),
+    "layer file's header": ("unirank.disk.tensorfile._dumped", lambda place: open_store(place / "STORE").energies()),
+    "cosines": ("unirank.types.CosineStat.from_dict", lambda place: open_store(place / "STORE").cosines()),
+    "damping": ("unirank.analysis.store.number", lambda place: open_store(place / "STORE").damping()),
+    "all tensors of a file": ("unirank.disk.tensorfile._sum", lambda place: open_store(place / "STORE").gradients(0)),
+    "measured": ("unirank.analysis.store.number", measured_of),
+    "provenance": ("unirank.compression.truncation.TruncateReport.from_dict", lambda place: read_record(place / "OUT")),
+    "provenance's identity": ("unirank.analysis.identity.Identity._parse", lambda place: read_record(place / "OUT")),
+    "evaluations": ("unirank.evaluation.perplexity.EvalReport.from_dict", lambda place: read_record(place / "OUT")),
+    "plan": ("unirank.rank_plan.RankPlan._check", lambda place: read_record(place / "OUT")),
+    "plan's cost": ("unirank.rank_plan.RankPlan.rank_cost", lambda place: read_record(place / "OUT")),
+    "ranks": (
+        "unirank.planning.imported_ranks.canonical",
+        lambda place: read_ranks(open_store(place / "STORE").linears, (place / "OUT" / PLAN_FILE).read_text()),
+    ),
+    "grid": ("unirank.report.gather.number", lambda place: gather(place / "OUT", None, grid_of(place))),
+    "index": ("unirank.models.loading.entry", lambda place: load(with_index(place))),
+}
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, ValueError])
+@pytest.mark.parametrize("reader", SLIPS)
+def test_a_slip_of_ours_is_no_damage(
+    reader: str, error: type[Exception], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes through as it is; called damage, it would make people delete good files."""
+    for name in ("OUT", "STORE", "dense"):
+        shutil.copytree(made / name, tmp_path / name)
+    calibration = unirank.Calibration(text=str(made / "words.txt"), windows=2, window=16, batch=2, gradient_windows=1)
+    if reader == "all tensors of a file":
+        unirank.analyze(load(made / "dense"), tmp_path / "STORE", calibration=calibration, overwrite=True)
+    report = EvalReport(2.0, 0.7, "a", "b", window=4, windows=2, predicted_tokens=6, bos=False, dtype="x", parameters=9)
+    add_evaluation(tmp_path / "OUT", report)
+    measured_of(tmp_path)
+    target, read = SLIPS[reader]
+    assert read(tmp_path)
+
+    def slip(*_: object, **__: object) -> None:
+        raise error("planted")
+
+    monkeypatch.setattr(target, slip)
+    with pytest.raises(error, match="planted") as caught:
+        read(tmp_path)
+    assert caught.type is error
 
 
 def test_zero_and_huge_ranks_of_a_plan(made: Path) -> None:

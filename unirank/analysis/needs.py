@@ -56,9 +56,10 @@ class Needs:
         return self.memory <= self.available_memory and self.disk <= self.available_disk
 
     def require_fit(self) -> None:
-        """Raise InputError, and says what would fit, where memory or disk is short."""
+        """Raise InputError where memory or disk is short; it says what would fit."""
         if self.memory > self.available_memory:
-            advice = "a shorter Calibration.window, a smaller Calibration.batch, fewer Calibration.windows or a machine with more"
+            advice = "a shorter Calibration.window, a smaller Calibration.batch, fewer Calibration.windows or "
+            advice += "a machine with more"
             if self.stream_memory <= self.available_memory:
                 advice = f"stream=True needs {gib(self.stream_memory)}"
             raise InputError(

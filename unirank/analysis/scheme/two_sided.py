@@ -16,8 +16,8 @@ from unirank import ops
 from unirank.analysis.scheme.base import WORK_DTYPE, eigh_descending
 from unirank.types import Factors
 
-# How far the columns of `A left` may be from orthonormal (largest entry of `leftᵀ G left - I`) before the more expensive route
-# is taken: far below the rounding of a float32 factor.
+# How far the columns of `A left` may be from orthonormal (largest entry of `leftᵀ G left - I`) before the more
+# expensive route is taken: far below the rounding of a float32 factor.
 ORTHOGONALITY = 1e-9
 
 
