@@ -39,13 +39,14 @@ LAYER = "layer-0000.safetensors"
 # Where the lines are that read what comes from outside: a module, and the functions in it (all of it without).
 PARSERS = {
     "unirank/disk/strictjson.py": (),
-    "unirank/disk/tensorfile.py": ("TensorFile", "open_tensors", "_sum"),
+    "unirank/disk/tensorfile.py": ("TensorFile", "open_tensors", "_reading", "_sum"),
     "unirank/planning/imported_ranks.py": ("read_ranks",),
     "unirank/types.py": ("from_dict",),
     "unirank/rank_plan.py": ("from_json", "_check"),
     "unirank/analysis/store.py": ("open_store", "_open", "cosines", "damping", "energies"),
+    "unirank/analysis/manifest.py": ("read_manifest",),
     "unirank/compression/checkpoint.py": ("read_record", "_evaluations"),
-    "unirank/analysis/identity.py": ("check_identity",),
+    "unirank/analysis/identity.py": ("_parse", "from_dict"),
     "unirank/compression/card.py": ("check_training",),
 }
 Parser = Callable[[bytes], object]
