@@ -1,6 +1,12 @@
 """Errors that unirank raises on purpose; each message is one sentence with what was got and what is legal."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, a GPU's (torch has a class for it), or a CPU's (a RuntimeError, known by its text)."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+
+
 class UnirankError(Exception):
     """Base of every deliberate error; the command line prints it without a traceback and exits with `exit_code`."""
 

@@ -108,10 +108,11 @@ def test_help_has_groups_and_the_common_options_come_first(run_unirank: Run) -> 
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        ("needs the dense model; give it with against= or workbench=.", "give it with --against or --against."),
+        ("needs the dense model; give it with against=.", "give it with --against."),
         ("pass overwrite=True to replace it.", "pass --overwrite to replace it."),
         ("Calibration.gradient_windows must be at least 1", "--gradients must be at least 1"),
         ("a shorter Calibration.window", "a shorter --window"),
+        ("Finetune.window = 100 is not legal", "--window = 100 is not legal"),
         ("Exactly one of remove= and ranks= is needed; both were given.", "--remove and --ranks is needed"),
         ("remove = 1.5 is not legal", "remove = 1.5 is not legal"),
         ("sha256=abc is", "sha256=abc is"),

@@ -63,6 +63,10 @@ def test_a_plan_needs_no_transformers(model_dir: Path, text_file: Path, calibrat
         "import transformers.quantizers.auto, unirank",
         "import transformers.modeling_utils, unirank, unirank.cli.main",
         "import unirank.errors",
+        "import unirank.models.quantizer",
+        "from unirank import UniRankConfig",
+        "from unirank.compression import truncation",
+        "import unirank; unirank.load",
     ],
 )
 def test_the_format_is_known_in_whatever_order_things_are_imported(order: str) -> None:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from unirank.errors import InputError, UnirankError
+from unirank.errors import InputError, UnirankError, is_out_of_memory
 from unirank.progress import OnProgress, silent
 
 
@@ -94,7 +94,7 @@ def exit_codes() -> Iterator[None]:
             raise SystemExit(130) from None
         if isinstance(error, UnirankError):
             sentence, code = in_flags(str(error)), error.exit_code
-        elif _is_out_of_memory(error):
+        elif is_out_of_memory(error):
             sentence, code = f"Out of memory: {(str(error).splitlines() or ['no room.'])[0]} {_LESS}", 1
         else:
             raise
@@ -104,7 +104,7 @@ def exit_codes() -> Iterator[None]:
     raise SystemExit(code)
 
 
-# Arguments whose option is not their name. The library writes `name=`, `name=True` or `Calibration.name`.
+# Arguments whose option is not their name. The library writes `name=`, `name=True`, `Calibration.name` or `Finetune.name`.
 _FLAGS = {
     "Calibration.text": "--calib",
     "Calibration.gradient_windows": "--gradients",
@@ -116,7 +116,7 @@ _FLAGS = {
     "workbench=": "--against",
     "tokenizer=": "a tokenizer",
 }
-_ARGUMENT = re.compile(r"\bCalibration\.\w+|(?<![\w.(-])[a-z_]+=(?:True\b|(?=[\s,.;:)]|$))")
+_ARGUMENT = re.compile(r"\b(?:Calibration|Finetune)\.\w+|(?<![\w.(-])[a-z_]+=(?:True\b|(?=[\s,.;:)]|$))")
 
 
 def in_flags(sentence: str) -> str:
@@ -124,7 +124,7 @@ def in_flags(sentence: str) -> str:
 
     def flag(found: re.Match[str]) -> str:
         name = found[0].removesuffix("True")
-        return _FLAGS.get(name) or "--" + name.removeprefix("Calibration.").rstrip("=").replace("_", "-")
+        return _FLAGS.get(name) or "--" + name.rpartition(".")[2].rstrip("=").replace("_", "-")
 
     return _ARGUMENT.sub(flag, sentence)
 
@@ -140,12 +140,6 @@ def _was_interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's, a GPU's (torch has a class for it), or a CPU's (a RuntimeError, known by its text)."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager

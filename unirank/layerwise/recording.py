@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unirank.disk.files import mapped_copy
-from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
+from unirank.errors import InputError, NonFiniteError, UnirankError, first_line, is_out_of_memory
 from unirank.types import LoadedModel
 
 # The structure of a layer does not depend on how many tokens it sees, so a few suffice to trace it.
@@ -160,9 +160,11 @@ def foreign(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UnirankError, MemoryError, torch.OutOfMemoryError):
+    except UnirankError:
         raise
     except Exception as error:  # it is anybody's code, so it may be anything
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{what}: {type(error).__name__}: {first_line(error)}.") from error
 
 

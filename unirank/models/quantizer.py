@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -70,8 +70,5 @@ class UniRankQuantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Tell transformers of the method; a second time changes nothing."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(UniRankConfig)
-        register_quantizer(METHOD)(UniRankQuantizer)
+register_quantization_config(METHOD)(UniRankConfig)
+register_quantizer(METHOD)(UniRankQuantizer)

@@ -25,9 +25,8 @@ def register() -> None:
 
 
 def _add() -> None:
-    from unirank.models import quantizer
-
-    quantizer.register()
+    """Importing the module registers the method, once; where that is under way already, its end does."""
+    import unirank.models.quantizer  # noqa: F401
 
 
 class _Finder(MetaPathFinder):

@@ -49,8 +49,7 @@ def plan_ranks(
     chosen = options_of(rule, options or {})
     if rule.measures and workbench is None:
         raise InputError(
-            f"The allocator {allocator} measures the model, so a plan needs the dense model; give it with against= or "
-            "workbench=."
+            f"The allocator {allocator} measures the model, so a plan needs the dense model; give it with against=."
         )
     if rule.gradients and not store.has_gradients:
         raise InputError(
