@@ -104,7 +104,8 @@ def exit_codes() -> Iterator[None]:
     raise SystemExit(code)
 
 
-# Arguments whose option is not their name. The library writes `name=`, `name=True`, `Calibration.name` or `Finetune.name`.
+# Arguments whose option is not their name. The library writes `name=`, `name=True`, `Calibration.name` or
+# `Finetune.name`.
 _FLAGS = {
     "Calibration.text": "--calib",
     "Calibration.gradient_windows": "--gradients",
