@@ -190,6 +190,7 @@ def test_errors_of_a_models_own_code_are_one_sentence(where: str, error: Excepti
         MemoryError(),
         KeyboardInterrupt(),
         torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
     ],
     ids=lambda error: type(error).__name__,
 )
