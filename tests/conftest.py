@@ -7,9 +7,6 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from tests.support.command_line import command_line as command_line
-from tests.support.tiny import build
-
 # Tests must never wait for a hub that may not be there; read before transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -19,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import unirank
-from tests.support.tiny import WORDS
+from tests.support.command_line import command_line as command_line
+from tests.support.tiny import WORDS, build
 from unirank.analysis.store import AnalysisStore
 from unirank.models import embedded
 from unirank.planning.allocator.base import Workbench

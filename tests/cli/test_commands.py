@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,9 +182,7 @@ def test_gradients_and_damping_are_asked_for_and_shown(
 def test_an_allocator_that_needs_gradients_gets_them_or_is_refused_before_calibration(
     run_unirank: Run, model_dir: Path, store: Path, calibrate: list[object], tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(
-        sys.modules["unirank.analysis.fill_store"], "record", lambda *_, **__: pytest.fail("calibration began")
-    )
+    monkeypatch.setattr("unirank.analysis.fill_store.record", lambda *_, **__: pytest.fail("calibration began"))
     compress = ["compress", model_dir, "-r", "0.3", "-o", tmp_path / "out", "--allocator", "curvature"]
     code, out, err = run_unirank(*compress, *calibrate, "--gradients", 0)
     assert (code, out) == (2, "")
@@ -316,9 +313,7 @@ def test_the_demo_writes_comparable_rows_and_resumes(model_dir: Path, text_file:
     assert sum(parameter.numel() for parameter in model.parameters()) == first.rows[-1].parameters
 
     before = written(tmp_path / "demo" / "analysis")
-    monkeypatch.setattr(
-        sys.modules["unirank.analysis.fill_store"], "record", lambda *_, **__: pytest.fail("calibrated again")
-    )
+    monkeypatch.setattr("unirank.analysis.fill_store.record", lambda *_, **__: pytest.fail("calibrated again"))
     second = run()
     assert written(tmp_path / "demo" / "analysis") == before
     assert [row.perplexity for row in second.rows] == [row.perplexity for row in first.rows]

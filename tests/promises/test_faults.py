@@ -52,9 +52,7 @@ COMMON: list[tuple[dict[str, Any], str]] = [
 @pytest.fixture
 def place(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a foreign directory, a file and unusable texts, in a world where calibrating is a failure."""
-    monkeypatch.setattr(
-        sys.modules["unirank.analysis.fill_store"], "record", lambda *_, **__: pytest.fail("calibration began")
-    )
+    monkeypatch.setattr("unirank.analysis.fill_store.record", lambda *_, **__: pytest.fail("calibration began"))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     folder = tmp_path / "work"
     (folder / "theirs").mkdir(parents=True)
@@ -182,7 +180,7 @@ def test_out_of_memory_says_what_to_lower(
             torch.empty(1 << 60, dtype=torch.uint8)
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore.") if where == "gpu" else MemoryError("no room.")
 
-    monkeypatch.setattr(sys.modules["unirank.analysis.fill_store"], "calibrate_layer", greedy)
+    monkeypatch.setattr("unirank.analysis.fill_store.calibrate_layer", greedy)
     arguments = ["analyze", str(model_dir), "-o", str(tmp_path / "store"), "--calib", str(text_file), "--windows", "4"]
     monkeypatch.setattr(sys, "argv", ["unirank", *arguments, "--window", "16", "--device", "cpu"])
     with pytest.raises(SystemExit) as ended:
