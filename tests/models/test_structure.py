@@ -72,9 +72,7 @@ def test_experts_that_a_configuration_states_count_where_a_layer_holds_them(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_dense_checkpoint_whose_configuration_states_experts_is_loaded(
-    stream: bool, model_dir: Path
-) -> None:
+def test_dense_checkpoint_whose_configuration_states_experts_is_loaded(stream: bool, model_dir: Path) -> None:
     config = LlamaConfig.from_pretrained(model_dir)
     config.num_experts = 4
     config.save_pretrained(model_dir)
