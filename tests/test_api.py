@@ -130,15 +130,45 @@ def test_what_is_wrong_is_said_before_a_model_is_looked_for(arguments: dict, wor
 
 def test_a_store_that_lacks_what_a_preset_needs_says_what_makes_it(make_model, calibration, tmp_path: Path) -> None:
     plain = unirank.analyze(make_model(), tmp_path / "plain", calibration=calibration)
-    with pytest.raises(StoreError, match=r"has the scheme whiten, and afm is needed; .* --scheme afm"):
+    with pytest.raises(
+        StoreError,
+        match=r"has the scheme whiten, and afm is needed; .* --scheme afm --calib words\.txt --windows 6 --window 24",
+    ):
         unirank.plan(plain, 0.3, preset="fast")
-    with pytest.raises(StoreError, match=r"has the scheme whiten, and kfac is needed; .* --scheme kfac --gradients 32"):
+    with pytest.raises(StoreError, match=r"has the scheme whiten, and kfac is needed; .* --gradients 6"):
         unirank.compress(make_model(), 0.3, preset="best", store=plain.path)
     with pytest.raises(StoreError, match="has no gradients, and the allocator curvature needs them"):
         unirank.compress(make_model(), 0.3, allocator="curvature", store=plain.path)
     best = unirank.analyze(make_model(), tmp_path / "best", preset="best", calibration=calibration)
     assert best.identity.scheme == "kfac"
     assert best.has_gradients
+
+
+@pytest.mark.parametrize("preset", ["unirank", "fast"])
+def test_a_finished_store_needs_the_place_of_its_text_alone(
+    preset: str, make_model, calibration, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows its file by name, and windows, seed and batch by number: nobody should have to say those again."""
+    store = unirank.analyze(make_model(), tmp_path / "store", preset=preset, calibration=calibration)
+    monkeypatch.setattr("unirank.analysis.fill_store.calibrate_layer", lambda *_, **__: pytest.fail("calibrated again"))
+    made = unirank.compress(make_model(), 0.3, preset=preset, calibration=str(text_file), store=store.path)
+    assert made.identity == store.identity
+    assert ("refine" in made.plan.settings) == (preset == "fast")
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[:-40])
+    with pytest.raises(StoreError, match="belongs to another analysis"):
+        unirank.compress(make_model(), 0.3, preset=preset, calibration=str(other), store=store.path)
+
+
+def test_the_scheme_of_a_finished_store_will_do_where_none_is_asked_for(
+    make_model, calibration, tmp_path: Path
+) -> None:
+    store = unirank.analyze(make_model(), tmp_path / "store", scheme="afm", calibration=calibration)
+    assert unirank.compress(make_model(), 0.3, store=store.path).plan.scheme == "afm"
+    ranks = unirank.plan(store, 0.3, allocator="uniform")
+    assert unirank.compress(make_model(), ranks=ranks, store=store.path).plan == ranks
+    with pytest.raises(StoreError, match="has the scheme afm, and whiten is needed"):
+        unirank.compress(make_model(), 0.3, scheme="whiten", store=store.path)
 
 
 def test_a_dry_run_takes_a_preset(model_dir: Path, calibration, tmp_path: Path) -> None:

@@ -62,15 +62,16 @@ def compress(
         remove: the fraction of the decoder linears' weight parameters to remove, in [0, 1).
         ranks: instead of `remove`: a plan, a JSON file of one, or names and ranks (see `unirank.import_plan`).
         preset: a name from `unirank.presets()`, instead of the next five.
-        scheme: a name from `unirank.schemes()`; None is "whiten".
+        scheme: a name from `unirank.schemes()`; None is that of a finished `store`, else "whiten".
         allocator: a name from `unirank.allocators()`; None is "unirank".
         settings: of allocators that score components; None is UniRank.
         options: of the allocator.
         refine: a second pass over the calibration tokens (see `unirank.Refine`); None takes the factors as they are.
         min_rank: the least rank.
         multiple_of: what ranks are multiples of.
-        calibration: which tokens calibrate, or the path or name of a text; None takes a finished `store` as it is,
-            else 64 windows of 512 tokens of Python's documentation.
+        calibration: which tokens calibrate, or the path or name of a text alone. A finished `store` is taken as it is
+            where this is None, or the text that the store was calibrated on. Default: 64 windows of 512 tokens of
+            Python's documentation.
         store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
         tokenizer: needed when `model` is a `PreTrainedModel`.
         copy: compress a copy of a model in memory, which then stays dense.
@@ -85,7 +86,8 @@ def compress(
         recipe=recipe(preset, scheme=scheme, allocator=allocator, settings=settings, options=options, refine=refine),
         min_rank=min_rank,
         multiple_of=multiple_of,
-        calibration=None if calibration is None else calibration_of(calibration),
+        calibration=calibration,
+        scheme_is_free=preset is None and scheme is None,
         progress=progress,
     )
     compressed = job.run(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
+from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration, calibration_of
 from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
 from unirank.distributed import rank
 from unirank.errors import InputError, StoreError
@@ -51,7 +51,8 @@ class Job:
     recipe: Preset
     min_rank: int
     multiple_of: int
-    calibration: Calibration | None
+    calibration: Calibration | str | Path | None
+    scheme_is_free: bool = False  # nobody asked for a scheme: that of a finished store will do
     progress: OnProgress = silent
 
     def run(
@@ -115,7 +116,8 @@ class Job:
         for name, given in (("stream", stream), ("dry_run", dry_run)):
             if given and self.tokens_for:
                 raise InputError(
-                    f"{name}=True covers analysis and truncation; {self.tokens_for} would run the whole model."
+                    f"{name}=True covers analysis and truncation; {self.tokens_for} would run the whole model. "
+                    f"Leave out {name}=True, or take preset='unirank', which does neither."
                 )
 
     def check_model(self, loaded: LoadedModel) -> None:
@@ -140,23 +142,31 @@ class Job:
         )
 
     def analyze(self, loaded: LoadedModel, place: Path, *, overwrite: bool = False) -> AnalysisStore:
-        """The store at `place`: as it is when finished and no calibration is asked for; else analyzed, or resumed.
+        """The store at `place`: as it is when finished and no other calibration is asked for; else made, or resumed.
+
+        A text alone (no `Calibration`) says where the text of a finished store is; all else is the store's.
 
         Raises StoreError where a finished store lacks what the recipe needs, with the command that makes one; and like
         `unirank.analyze`.
         """
-        if self.calibration is None and not overwrite and (place / MANIFEST).is_file():
+        asked = None if self.calibration is None else calibration_of(self.calibration)
+        if not isinstance(self.calibration, Calibration) and not overwrite and (place / MANIFEST).is_file():
             store = open_store(place)
-            if store.complete:
-                require(store, self.recipe)
+            if store.complete and (asked is None or _is_text_of(store, asked.text, loaded)):
+                require(store, self._recipe_for(store))
                 return store
-        return analyze_for(loaded, place, self.recipe, self.calibration, overwrite=overwrite, progress=self.progress)
+        return analyze_for(loaded, place, self.recipe, asked, overwrite=overwrite, progress=self.progress)
+
+    def _recipe_for(self, store: AnalysisStore) -> Preset:
+        """The recipe, with the store's scheme where nobody asked for one."""
+        free = self.scheme_is_free
+        return dataclasses.replace(self.recipe, scheme=store.identity.scheme) if free else self.recipe
 
     def finish(self, loaded: LoadedModel, store: AnalysisStore, *, copy: bool = False) -> CompressedModel:
         """Plan and apply. The model is changed in place unless `copy` is set."""
         workbench = None
         if self.tokens_for:
-            text = None if self.calibration is None else self.calibration.text
+            text = None if self.calibration is None else calibration_of(self.calibration).text
             workbench = workbench_for(loaded, store, text, self.progress)
         if self.ranks is not None:
             ranks = import_plan(store, ranks_text(self.ranks))
@@ -221,10 +231,12 @@ def apply(
 
 def require(store: AnalysisStore, chosen: Preset) -> None:
     """Raise StoreError where a finished store lacks what a recipe needs: says what, and which command makes it."""
-    scheme = store.identity.scheme
-    command = f"unirank analyze MODEL -o NEW-STORE --scheme {chosen.scheme}"
+    scheme, used = store.identity.scheme, store.identity.calibration
+    command = f"unirank analyze MODEL -o NEW-STORE --scheme {chosen.scheme} --calib {used.text}"
+    command += f" --windows {used.windows} --window {used.window} --seed {used.seed} --batch {used.batch}"
     if chosen.needs_gradients:
-        command += f" --gradients-from {store.path}" if store.has_gradients else " --gradients 32"
+        count = min(GRADIENT_WINDOWS, used.windows)
+        command += f" --gradients-from {store.path}" if store.has_gradients else f" --gradients {count}"
     if scheme != chosen.scheme:
         raise StoreError(
             f"The store {store.path} has the scheme {scheme}, and {chosen.scheme} is needed; make one with: {command}."
@@ -280,6 +292,14 @@ def workbench_for(loaded: LoadedModel, store: AnalysisStore, text: str | None, p
     from unirank.planning.measuring import make_workbench
 
     return make_workbench(loaded, store, text=text, progress=progress)
+
+
+def _is_text_of(store: AnalysisStore, text: str, loaded: LoadedModel) -> bool:
+    """Whether `store` was calibrated on `text`. Raises InputError like `read_text`."""
+    from unirank.text.windows import read_text
+
+    used = store.identity.calibration
+    return read_text(text, loaded.tokenizer, split=used.split, revision=used.revision).sha256 == used.text_sha256
 
 
 def ranks_text(ranks: RankPlan | Mapping[str, Rank] | str | Path) -> str:

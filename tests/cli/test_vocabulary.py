@@ -138,7 +138,8 @@ def test_presets_work_wherever_a_scheme_and_an_allocator_do(
         assert (code, err) == (0, "")
         assert json.loads(out)["allocator"] == ("unirank" if preset == "unirank" else "lems")
         small = ["compress", model_dir, "-r", "0.3", "-o", tmp_path / f"{preset}-small", "--store", store]
-        code, _, err = run_unirank(*small, "--preset", preset, "--calib", text_file, *calibrate[2:])
+        # The text alone: windows and their length are the store's.
+        code, _, err = run_unirank(*small, "--preset", preset, "--calib", text_file, "--device", "cpu")
         assert (code, err) == (0, "")
     for preset, store, lacks in (("fast", "unirank", "scheme whiten, and afm is needed"), ("best", "fast", "kfac")):
         for command in (["plan"], ["compress", model_dir, "-o", tmp_path / "no"]):
@@ -154,3 +155,34 @@ def test_a_command_that_is_typed_wrong_names_the_option(run_unirank: Run, model_
     code, _, err = run_unirank("compress", model_dir, "-o", tmp_path / "x", "-r", "0.2", "--refine-metric")
     assert code == 2
     assert "--refine-metric needs --refine MIX" in err
+
+
+def test_what_comes_next_keeps_what_was_chosen(
+    run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibrate = ["--calib", text_file, "--windows", 4, "--window", 24, "--device", "cpu"]
+    code, out, _ = run_unirank("analyze", model_dir, "-o", tmp_path / "store", "--preset", "fast", *calibrate)
+    assert code == 0
+    following = out.partition("Next: unirank ")[2].split()  # the last line, which may be broken
+    code, out, err = run_unirank(*following, "--device", "cpu", "-o", tmp_path / "plan.json")
+    assert (code, err) == (0, "")
+    second = " ".join(out.split()).partition("give compress ")[2].partition(" too.")[0].split()
+    whole = ["compress", model_dir, "--store", tmp_path / "store", "--calib", text_file, "--device", "cpu"]
+    assert run_unirank(*whole, "--ranks", tmp_path / "plan.json", *second, "-o", tmp_path / "a")[0] == 0
+    assert run_unirank(*whole, "-r", "0.2", "--preset", "fast", "-o", tmp_path / "b")[0] == 0
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert one == other
+
+
+def test_a_page_is_not_replaced_in_passing(run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    calibrate = ["--calib", text_file, "--windows", 4, "--window", 24, "--device", "cpu"]
+    small = ["compress", model_dir, "-r", "0.3", "-o", tmp_path / "out", *calibrate, "--report"]
+    assert run_unirank(*small)[0] == 0
+    page = tmp_path / "out.html"
+    before = page.read_bytes()
+    assert b"cosine" in before  # the store is in it
+    code, _, err = run_unirank("report", tmp_path / "out")
+    assert code == 2
+    assert f"The page {page} exists already; pass --overwrite" in err
+    assert page.read_bytes() == before
+    assert run_unirank("report", tmp_path / "out", "--overwrite")[0] == 0

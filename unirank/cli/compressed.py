@@ -201,7 +201,14 @@ def report_command(
         page = out or beside(checkpoint, ".html")
         analysis = open_store(where) if where is not None else None
         data = write_report(
-            checkpoint, page, store=analysis, grid=grid, against=against, prompts=prompts or PROMPTS, device=device
+            checkpoint,
+            page,
+            store=analysis,
+            grid=grid,
+            against=against,
+            prompts=prompts or PROMPTS,
+            device=device,
+            overwrite=overwrite,
         )
         drawn = [] if plots is None else save_plots(data, plots, overwrite=overwrite)
         size = page.stat().st_size

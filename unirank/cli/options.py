@@ -51,8 +51,9 @@ RanksFile = Annotated[
 Preset = Annotated[
     str | None,
     option(
-        f"A recipe that sets scheme, allocator and second pass: {', '.join(presets())}. unirank is the paper, fast the "
-        "best without gradients, best the best. Default: unirank."
+        f"A recipe that sets scheme, allocator and second pass: {', '.join(presets())}. unirank is the paper and takes "
+        "seconds after the analysis; fast is better and takes minutes; best is better still and needs gradients. "
+        "Default: unirank."
     ),
 ]
 Calib = Annotated[str | None, option(f"Calibration text: {TEXT_HELP}. Default: {BUILTIN}.")]

@@ -91,7 +91,7 @@ def analyze_command(
             record,
             views.cosine_table(store),
             *views.damping_summary(store),
-            f"Store: {out}. Next: unirank plan {out} --remove 0.2",
+            f"Store: {out}. Next: unirank plan {out} --remove 0.2{_measuring(preset, model, calib)}",
         )
 
 
@@ -146,6 +146,8 @@ def plan_command(
         if out is not None:
             write_text(out, chosen.to_json())
             written.append(f"Written to {out}.")
+        if preset is not None:
+            written += views.second_pass_hint(unirank.recipe(preset))
         session.show(json.loads(chosen.to_json()), views.plan_table(chosen), views.plan_summary(chosen), *written)
 
 
@@ -206,6 +208,7 @@ def compress_command(
     from unirank.disk.files import beside, check_output
     from unirank.job import Job
     from unirank.recipes import recipe as recipe_of
+    from unirank.report.write import check_page, write_report
 
     with run_session(as_json, parallel=True) as session:
         _check_source(ctx, remove, ranks)
@@ -226,6 +229,7 @@ def compress_command(
             min_rank=min_rank,
             multiple_of=multiple_of,
             calibration=_calibration(calib, windows, window, seed, batch, gradients, split, text_revision),
+            scheme_is_free=preset is None and scheme is None,
             progress=session.progress,
         )
         loading = {"dtype": dtype, "device": device, "revision": model_revision}
@@ -233,6 +237,8 @@ def compress_command(
         place = store or beside(out, "-analysis")
         job.check(stream=stream, dry_run=dry_run)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
+        if report:
+            check_page(beside(out, ".html"), overwrite=overwrite)
         if dry_run:
             asked: dict[str, Any] = {"scheme": recipe.scheme, "calibration": job.calibration, "remove": remove or 0.0}
             _show_needs(session, needs_of(model, place, progress=session.progress, **asked, **loading))
@@ -248,13 +254,22 @@ def compress_command(
         lines = views.compress_view(compressed, out, place)
         if report:
             from unirank.analysis.store import open_store
-            from unirank.report.write import write_report
 
             page = beside(out, ".html")
-            write_report(out, page, store=open_store(place))
+            write_report(out, page, store=open_store(place), overwrite=overwrite)
             record["page"] = str(page)
             lines.append(f"Report: {page}")
         session.show(record, *lines)
+
+
+def _measuring(preset: str | None, model: str, calib: str | None) -> str:
+    """The options that `unirank plan` takes for a preset whose allocator runs the dense model."""
+    from unirank.recipes import preset as preset_of
+
+    if preset is None:
+        return ""
+    more = f" --against {model}" + (f" --calib {calib}" if calib else "") if preset_of(preset).measures else ""
+    return f" --preset {preset}{more}"
 
 
 def _show_needs(session: Session, found: Needs) -> None:
@@ -272,13 +287,15 @@ def _calibration(
     gradients: int | None,
     split: str | None,
     revision: str | None,
-) -> Calibration | None:
+) -> Calibration | str | None:
     """What was said about calibration; None where nothing was, so that a finished store is taken as it is."""
     from unirank.analysis.calibration import Calibration
 
     given = {"text": text, "windows": windows, "window": window, "seed": seed, "batch": batch}
     given |= {"gradient_windows": gradients, "split": split, "revision": revision}
     given = {name: value for name, value in given.items() if value is not None}
+    if given.keys() == {"text"}:
+        return text  # a text alone goes with a finished store of it
     return Calibration(**given) if given else None  # pyright: ignore[reportArgumentType] - each has its own type
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from unirank.compression.checkpoint import CompressedModel
     from unirank.diagnosis.claim import Diagnosis
     from unirank.rank_plan import RankPlan
+    from unirank.recipes import Preset
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -82,6 +83,16 @@ def plan_summary(plan: RankPlan) -> str:
         f"parameters, used {plan.used:,} ({plan.budget - plan.used:,} left); "
         f"{dense} of {len(plan.ranks)} linears stay dense."
     )
+
+
+def second_pass_hint(recipe: Preset) -> list[str]:
+    """How `compress` is told of a preset's second pass, which is not in the ranks; nothing where it has none."""
+    second = recipe.refine
+    if second is None:
+        return []
+    flags = [f"--refine {second.mix:g}"]
+    flags += [f"--refine-{name}" for name in ("metric", "centred", "dense") if getattr(second, name)]
+    return [f"The preset's second pass is not in the ranks: with --ranks, give compress {' '.join(flags)} too."]
 
 
 def compress_view(compressed: CompressedModel, out: Path, store: Path) -> list[Any]:
@@ -289,7 +300,7 @@ def needs_view(found: Needs) -> tuple[Any, ...]:
     rows = {
         "time": _duration(found.seconds),
         "memory": f"{gib(found.memory)} of {gib(found.available_memory)} ({found.device})",
-        "as a whole, streamed": f"{gib(found.whole_memory)}, {gib(found.stream_memory)}",
+        "memory whole / streamed": f"{gib(found.whole_memory)}, {gib(found.stream_memory)}",
         "disk": f"{gib(found.disk)} of {gib(found.available_disk)}",
     }
     for name, value in rows.items():

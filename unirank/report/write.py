@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unirank.analysis.store import AnalysisStore
 from unirank.disk.files import write_text
+from unirank.errors import InputError
 from unirank.evaluation.perplexity import generate
 from unirank.models.loading import load_pretrained
 from unirank.report.gather import ReportData, gather
@@ -26,6 +27,12 @@ def samples(
     return tuple(zip(prompts, *texts, strict=True))
 
 
+def check_page(out: Path, *, overwrite: bool = False) -> None:
+    """Raise InputError where the page `out` is there already and is not to be replaced."""
+    if out.exists() and not overwrite:
+        raise InputError(f"The page {out} exists already; pass overwrite=True to replace it.")
+
+
 def write_report(
     checkpoint: str | Path,
     out: str | Path,
@@ -35,6 +42,7 @@ def write_report(
     against: str | None = None,
     prompts: Sequence[str] = PROMPTS,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> ReportData:
     """Write the page `out` about a compressed checkpoint.
 
@@ -42,9 +50,11 @@ def write_report(
         store: the analysis it was made from; adds cosines, spectra and effective ranks.
         grid: a JSON result of `bench_quality.py`, or `demo.json`; adds perplexities.
         against: the dense model; adds continuations of `prompts` side by side.
+        overwrite: replace a page that is there.
 
     Raises InputError when one of them is not what it should be, WriteError when the disk refuses.
     """
+    check_page(Path(out), overwrite=overwrite)
     checkpoint = Path(checkpoint)
     data = gather(checkpoint, store, Path(grid) if grid is not None else None)
     if against is not None:
