@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shutil
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import Recording, Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.models.shards import SHARD_BYTES
-from unirank.progress import OnProgress, gib, silent
+from unirank.progress import OnProgress, Stopwatch, gib, silent
 from unirank.text.windows import read_text
 from unirank.types import LoadedModel
 
@@ -178,12 +177,13 @@ def _work_on_first_layer(
 ) -> _Work:
     stage, steps = "measure one layer", 5
     progress(stage, 0, steps)
-    clock = _Clock(loaded.device)
-    work = _Work(clock.device)
+    device = loaded.device
+    clock = Stopwatch((lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None)
+    work = _Work(device)
     recording = record(loaded, windows, batch=len(windows))
     work.record = clock.lap()
     streams = recording.start
-    work.resting = _in_use(clock.device)
+    work.resting = _in_use(device)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unirank-", dir=place)))
         clock.lap()
@@ -225,21 +225,8 @@ def _work_on_first_layer(
     progress(stage, steps, steps)
     work.stream_bytes = sum(hidden.nbytes for hidden in streams.batches)
     work.call_bytes = _call_bytes(recording)
-    work.peak = _peak(clock.device)
+    work.peak = _peak(device)
     return work
-
-
-class _Clock:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self._last = self._last, time.perf_counter()
-        return self._last - before
 
 
 def _call_bytes(recording: Recording) -> int:

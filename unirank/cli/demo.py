@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from unirank.evaluation.perplexity import EvalReport, evaluate, generate
 from unirank.job import apply
 from unirank.models.embedded import NAME
 from unirank.models.loading import load
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, Stopwatch, silent
 from unirank.provenance import default_device, meta
 from unirank.rank_plan import RankPlan, budget_of
 from unirank.text.windows import BUILTIN, BUILTIN_HELD_OUT, read_text
@@ -56,19 +55,6 @@ class DemoResult:
     meta: dict[str, Any]
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
 def demo(
     out: str | Path,
     *,
@@ -89,26 +75,27 @@ def demo(
     for fraction in remove:
         budget_of(fraction, 0)
     check_output(out, marker=RESULTS, overwrite=True)
-    clock = _Clock()
+    clock = Stopwatch()
     device = device or default_device()
     calibration = calibration or Calibration(text=BUILTIN)
     progress("load", 0, 1)
-    with clock.time("load"):
-        loaded = load(model, device=device)
+    loaded = load(model, device=device)
+    clock.lap("load")
     progress("load", 1, 1)
     make_directory(out)
     if not (out / RESULTS).is_file():
         write_json(out / RESULTS, {"rows": [], "meta": {}})  # marks the directory as ours
     name = Path(model).name
-    with clock.time("analyze"):
-        store = analyze(loaded, out / "analysis", calibration=calibration, overwrite=True, progress=progress)
+    store = analyze(loaded, out / "analysis", calibration=calibration, overwrite=True, progress=progress)
+    clock.lap("analyze")
 
     dense_bytes = _dense_bytes(loaded)
     total = budget_of(0, sum(spec.params for spec in loaded.linears))
     rows, checkpoints = [], []
-    with clock.time("evaluate"):
-        report = _evaluate(loaded.model, loaded.tokenizer, "dense", limit, progress)
+    report = _evaluate(loaded.model, loaded.tokenizer, "dense", limit, progress)
+    clock.lap("evaluate")
     sample = generate(loaded.model, loaded.tokenizer, PROMPT)
+    clock.lap("generate")
     rows.append(
         DemoRow(
             model=name,
@@ -130,18 +117,18 @@ def demo(
         for allocator in ("uniform", "unirank"):
             label = f"{allocator} {fraction:.0%}"
             start = time.perf_counter()
-            with clock.time("plan"):
-                ranks = plan(store, fraction, allocator=allocator)
-            with clock.time("truncate"):
-                compressed = apply(loaded, store, ranks, copy=True)
-            with clock.time("save"):
-                target = out / f"{name}-{allocator}-{round(fraction * 100):02d}"
-                compressed.save(target, overwrite=True)
+            ranks = plan(store, fraction, allocator=allocator)
+            clock.lap("plan")
+            compressed = apply(loaded, store, ranks, copy=True)
+            clock.lap("truncate")
+            target = out / f"{name}-{allocator}-{round(fraction * 100):02d}"
+            compressed.save(target, overwrite=True)
+            clock.lap("save")
             seconds = time.perf_counter() - start
-            with clock.time("evaluate"):
-                report = _evaluate(compressed.model, loaded.tokenizer, label, limit, progress)
-            with clock.time("generate"):
-                sample = generate(compressed.model, loaded.tokenizer, PROMPT)
+            report = _evaluate(compressed.model, loaded.tokenizer, label, limit, progress)
+            clock.lap("evaluate")
+            sample = generate(compressed.model, loaded.tokenizer, PROMPT)
+            clock.lap("generate")
             rows.append(_row(name, ranks, report, compressed.report, bytes_on_disk(target), seconds, sample))
             if allocator == "unirank":
                 checkpoints.append(target)
