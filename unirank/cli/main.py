@@ -43,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make Hugging Face language models smaller by low-rank decomposition. "
-    "`remove` is everywhere the fraction of the decoder linears' weights that is removed.",
+    "`remove` always means the fraction of the decoder linears' weights that is removed.",
 )
 
 

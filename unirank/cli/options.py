@@ -31,13 +31,13 @@ REMOVE_HELP = (
     "Embeddings and lm_head are neither touched nor counted."
 )
 TEXT_HELP = (
-    f"{BUILTIN!r} (Python's documentation), a UTF-8 file, records as .jsonl or .parquet, {', '.join(NAMED)}, or a "
-    "dataset's directory or hub name, where needed as NAME:CONFIGURATION"
+    f"{BUILTIN!r} (Python's documentation), a UTF-8 file, records as .jsonl, .json, .csv or .parquet, "
+    f"{', '.join(NAMED)}, or a dataset's directory or hub name, where needed as NAME:CONFIGURATION"
 )
 
 # -- what to compress, and how much: the first group ------------------------------------------------------------------
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"Directory, hub name, or {EMBEDDED!r} (embedded).")]
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="Directory that `unirank analyze` made.")]
+Model = Annotated[str, typer.Argument(help=f"Directory, hub name, or {EMBEDDED!r} (embedded).")]
+Store = Annotated[Path, typer.Argument(help="Directory that `unirank analyze` made.")]
 Compressed = Annotated[
     str, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.", show_default=False)
 ]
@@ -77,7 +77,13 @@ Split = Annotated[str | None, option("Split of a calibration dataset. Default: t
 TextRevision = Annotated[str | None, option("Revision of a calibration dataset on the hub.", group=_CALIBRATION)]
 
 # -- recipe: how matrices are decomposed and what follows -------------------------------------------------------------
-Scheme = Annotated[str | None, option(f"Decomposition scheme: {', '.join(schemes())}. Default: whiten.", group=_RECIPE)]
+Scheme = Annotated[
+    str | None,
+    option(
+        f"Decomposition scheme: {', '.join(schemes())}. Default: the preset's, or a finished store's, or whiten.",
+        group=_RECIPE,
+    ),
+]
 Refine = Annotated[
     float | None,
     option(
@@ -102,7 +108,9 @@ RefineDense = Annotated[
 ]
 
 # -- ranks: how the budget is shared out ------------------------------------------------------------------------------
-Allocator = Annotated[str | None, option(f"Allocator: {', '.join(allocators())}. Default: unirank.", group=_RANKS)]
+Allocator = Annotated[
+    str | None, option(f"Allocator: {', '.join(allocators())}. Default: the preset's, or unirank.", group=_RANKS)
+]
 Set = Annotated[
     list[str] | None,
     option("An option of the allocator; repeatable.", "--set", metavar="NAME=VALUE", group=_RANKS),

@@ -163,7 +163,8 @@ def compress_command(
         Path | None,
         options.option(
             "Analysis store to make, resume or reuse. Default: OUT with -analysis appended. "
-            "A finished one is taken as it is where no calibration option is given."
+            "A finished one is taken as it is where nothing is said about calibration; --calib alone says where "
+            "its text is."
         ),
     ] = None,
     windows: options.Windows = None,
