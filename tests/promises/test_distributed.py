@@ -30,7 +30,7 @@ def calibrate(loaded, index, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(loaded, index, *arguments, **options)
 module.calibrate_layer = calibrate
-from unirank.cli import main
+from unirank.cli.main import main
 main()
 """
 
