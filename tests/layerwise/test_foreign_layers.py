@@ -172,7 +172,7 @@ def test_errors_of_a_models_own_code_are_one_sentence(where: str, error: Excepti
     loaded = make_model()
 
     def fail(*_: Any, **__: Any) -> None:
-        raise error
+        raise error.with_traceback(None)  # the object was raised in another test before
 
     {"decoder": loaded.model.base_model, "first layer": layers_of(loaded)[0], "last layer": layers_of(loaded)[2]}[
         where
@@ -255,3 +255,15 @@ def test_parallel_sublayer_whose_last_linear_is_not_its_output_is_refused() -> N
     ]
     with pytest.raises(unirank.InputError, match=r"^l\.0 takes .* and what first gives is \[1, 3, 8\]"):
         trace_layer(layer, "l.0", specs, lambda one, hidden: one(hidden), torch.randn(1, 3, 4))
+
+
+@pytest.mark.parametrize("error", [TypeError("a slip"), RuntimeError("of ours"), IndexError("in a hook")])
+def test_a_slip_of_ours_in_a_hook_is_not_called_the_models(
+    error, make_model, calibration, tmp_path, monkeypatch
+) -> None:
+    def slip(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("unirank.ops.gram_accumulate_", slip)
+    with pytest.raises(type(error), match=str(error)):
+        unirank.analyze(make_model(), tmp_path / "store", calibration=calibration)

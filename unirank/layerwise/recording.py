@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -156,16 +158,22 @@ def _version(weight: Any) -> int:
 def foreign(what: str) -> Iterator[None]:
     """Around code of a model's own: whatever it raises is an InputError that begins with `what`.
 
-    Ours pass, and so do those of memory.
+    Errors of ours pass, those of our hooks inside the model too, and so do those of memory.
     """
     try:
         yield
     except UnirankError:
         raise
     except Exception as error:  # it is anybody's code, so it may be anything
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or _is_of_a_hook(error):
             raise
         raise InputError(f"{what}: {type(error).__name__}: {first_line(error)}.") from error
+
+
+def _is_of_a_hook(error: Exception) -> bool:
+    """Whether the model had called back into unirank when it happened: then it is a slip of ours, and must be seen."""
+    ours = [frame.f_globals.get("__name__", "").startswith("unirank.") for frame, _ in walk_tb(error.__traceback__)]
+    return any(itertools.dropwhile(bool, ours))
 
 
 @contextmanager
