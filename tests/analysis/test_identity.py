@@ -16,9 +16,10 @@ import torch
 import unirank
 from tests.support.tiny import build, made_up_identity
 from unirank.analysis import identity as module
-from unirank.analysis.identity import CalibrationIdentity, Identity, check_model, weights_hash
+from unirank.analysis.identity import CalibrationIdentity, Identity, weights_hash
 from unirank.analysis.manifest import MANIFEST
 from unirank.analysis.needs import dry_run
+from unirank.analysis.redraw import check_model
 from unirank.analysis.store import open_store
 from unirank.disk.strictjson import Damaged
 from unirank.types import LoadedModel

@@ -10,7 +10,6 @@ import torch
 
 from unirank.disk.hashing import fingerprint, sha256_tensors, sha256_text, sha256_tree
 from unirank.disk.strictjson import Damaged, entry
-from unirank.errors import InputError
 from unirank.provenance import device_name, versions
 from unirank.types import LoadedModel
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from unirank.analysis.calibration import Calibration
-    from unirank.analysis.store import AnalysisStore
     from unirank.text.windows import Text
 
 TREE = "tree:"  # before a hash of hashes; without it, a hash is of the serial kind of stores up to format 3
@@ -171,17 +169,6 @@ def make_identity(
         device=device_name(loaded.device),
         versions=versions(),
     )
-
-
-def check_model(loaded: LoadedModel, store: AnalysisStore) -> None:
-    """Raise InputError unless `loaded` is dense, and the model that `store` was made from: the same linears, and the
-    same weights."""
-    loaded.require_dense()
-    recorded = store.identity.model.weights_sha256
-    if store.linears != loaded.linears or recorded != weights_hash(loaded, like=recorded):
-        raise InputError(
-            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
-        )
 
 
 def weights_hash(loaded: LoadedModel, *, like: str = TREE) -> str:

@@ -1,10 +1,14 @@
-"""The calibration windows of a finished analysis, drawn again: a store keeps their hash and not their tokens."""
+"""What a finished analysis was made from, found again: its model checked by hash, its calibration windows redrawn.
+
+A store keeps hashes, and neither weights nor tokens.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from unirank.analysis.calibration import Calibration, windows_of
+from unirank.analysis.identity import weights_hash
 from unirank.analysis.store import AnalysisStore
 from unirank.disk.hashing import sha256_tensors
 from unirank.errors import InputError
@@ -13,6 +17,17 @@ from unirank.text.windows import BUILTIN, BUILTIN_HELD_OUT, read_text
 from unirank.types import LoadedModel
 
 _BY_NAME = (BUILTIN, BUILTIN_HELD_OUT, *NAMED)  # texts that their name alone finds, wherever the store goes
+
+
+def check_model(loaded: LoadedModel, store: AnalysisStore) -> None:
+    """Raise InputError unless `loaded` is dense, and the model that `store` was made from: the same linears, and the
+    same weights."""
+    loaded.require_dense()
+    recorded = store.identity.model.weights_sha256
+    if store.linears != loaded.linears or recorded != weights_hash(loaded, like=recorded):
+        raise InputError(
+            f"The store {store.path} was made from another model than {loaded.source}: the weights differ."
+        )
 
 
 def text_to_redraw(store: AnalysisStore, text: str | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unirank.analysis.identity import check_model
+from unirank.analysis.redraw import check_model
 from unirank.analysis.store import AnalysisStore
 from unirank.disk.strictjson import Damaged, entry
 from unirank.errors import InputError, NonFiniteError, UnirankError

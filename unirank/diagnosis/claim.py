@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from unirank.analysis.identity import check_model
-from unirank.analysis.redraw import redrawn_windows
+from unirank.analysis.redraw import check_model, redrawn_windows
 from unirank.analysis.store import AnalysisStore
 from unirank.diagnosis.correlation import LEAST, LEVEL, Correlation, spearman
 from unirank.diagnosis.spectra import SECOND_MOMENT, Geometry, Group, stream_spectra, weight_energies

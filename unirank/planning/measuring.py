@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from unirank.analysis.identity import check_model
-from unirank.analysis.redraw import redrawn_windows, text_to_redraw
+from unirank.analysis.redraw import check_model, redrawn_windows, text_to_redraw
 from unirank.analysis.store import AnalysisStore
 from unirank.planning.allocator.base import Workbench
 from unirank.progress import OnProgress, silent
