@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, MptConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import unirank
 from tests.support.tiny import WORDS, build
@@ -111,13 +111,3 @@ def test_a_text_shorter_than_a_window_is_an_error_with_both_lengths(tokenizer, t
 def test_an_illegal_argument_is_named(argument, value, tokenizer, text_file) -> None:
     with pytest.raises(InputError, match=f"{argument}.*{value}"):
         unirank.evaluate(build("llama"), tokenizer, **({"text": str(text_file), "window": 8} | {argument: value}))
-
-
-def test_what_a_models_own_code_raises_is_one_sentence(tokenizer, text_file: Path) -> None:
-    """MPT makes its biases by position for `max_seq_len` tokens; nothing in its structure tells of a limit."""
-    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=96, max_seq_len=16, expansion_ratio=2)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    fits = unirank.evaluate(model, tokenizer, text=str(text_file), window=16, limit=1)
-    assert fits.perplexity > 1
-    with pytest.raises(unirank.InputError, match=r"^MptForCausalLM cannot run over window 0, of 17 tokens: \w+Error: "):
-        unirank.evaluate(model, tokenizer, text=str(text_file), window=17, limit=1)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.disk.strictjson import Damaged, build
 from unirank.errors import InputError, NonFiniteError
-from unirank.layerwise.recording import foreign
 from unirank.models.low_rank import count_parameters
 from unirank.progress import OnProgress, silent
 from unirank.text.windows import (
@@ -112,16 +111,14 @@ def total_nll(
 ) -> float:
     """Summed negative log likelihood (nats) of all predicted tokens of `windows`, int64 `[W, T]`; loss in float32.
 
-    Raises NonFiniteError for a window whose loss is NaN or infinity; it is never skipped. InputError where the model's
-    own code fails.
+    Raises NonFiniteError for a window whose loss is NaN or infinity; it is never skipped.
     """
     model.eval()
     total = 0.0
     progress(stage, 0, len(windows))
     for index, ids in enumerate(windows):
         ids = ids.to(model.device)
-        with foreign(f"{type(model).__name__} cannot run over window {index}, of {len(ids)} tokens"):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         loss = float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
         if not math.isfinite(loss):
             raise NonFiniteError(
