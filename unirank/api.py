@@ -1,7 +1,4 @@
-"""The whole job in one call, and its stages: the only place where they are put together.
-
-The command line, the demo and the benches call what stands here.
-"""
+"""The whole job in one call, and its stages for those who want them one by one; `job` wires them together."""
 
 from __future__ import annotations
 
