@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(unirank, m) {
   m.def("batched_svd(Tensor a) -> (Tensor u, Tensor s, Tensor vh)");
   m.def(
       "global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets, int budget, int min_rank, "
-      "int multiple_of) -> (Tensor ranks, Tensor threshold)");
+      "int multiple_of, bool pivoted=False) -> (Tensor ranks, Tensor threshold)");
   m.def("has_lapack() -> bool");
 }
 

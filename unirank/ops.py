@@ -150,25 +150,34 @@ def _(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def global_topk(
-    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
+    value: Tensor,
+    cost: Tensor,
+    dense_cost: Tensor,
+    offsets: Tensor,
+    budget: int,
+    min_rank: int,
+    multiple_of: int,
+    pivoted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Ranks of all linears that one global ranking of their components buys for an exact budget.
 
-    A rank r of segment l costs `min(r cost_l, dense_cost_l)`; where that is dense_cost_l the matrix is dense and its
-    rank is reported as K_l, the segment's length. Every segment starts at the floor, min_rank rounded up to
-    multiple_of. Then the longest prefix of all components, by (score descending, segment, component), that the budget
-    affords is bought. With multiple_of > 1 ranks that are neither dense nor the floor are rounded down to a multiple,
-    and what that frees is spent again in the same order by whole multiples, a segment being closed by its first step
-    that does not fit. With multiple_of = 1 ranks never fall as the budget grows.
+    A rank r of segment l costs `min(r cost_l, dense_cost_l)`, or with pivoted `min(r cost_l - r², dense_cost_l)`; where
+    that is dense_cost_l the matrix is dense and its rank is reported as K_l, the segment's length. The pivoted price of
+    a matrix with all its min(M, N) components reaches dense_cost exactly at K_l. Every segment starts at the floor,
+    min_rank rounded up to multiple_of. Then the longest prefix of all components, by (score descending, segment,
+    component), that the budget affords is bought. With multiple_of > 1 ranks that are neither dense nor the floor are
+    rounded down to a multiple, and what that frees is spent again in the same order by whole multiples, a segment being
+    closed by its first step that does not fit. With multiple_of = 1 ranks never fall as the budget grows.
 
     Args:
         value: scores, segment after segment, [C], fp64 or fp32, finite, non-increasing inside a segment.
-        cost: parameters of one rank, M + N, int64 [L], positive.
+        cost: M + N, the parameters of one rank in two factors, int64 [L], positive; with pivoted at least 2 K_l.
         dense_cost: parameters of the dense matrix, M N, int64 [L], positive.
         offsets: where each segment starts, and C at the end, int64 [L + 1], strictly increasing from 0.
         budget: parameters that may be spent.
         min_rank: rank that every segment gets first, at least 0.
         multiple_of: granularity of ranks, at least 1.
+        pivoted: the price of pivoted storage, where r rows of the left factor are the identity and are not stored.
 
     Returns:
         ranks, int64 [L], and threshold, fp64 []: the smallest score that the prefix bought beyond the floor, +inf
@@ -178,14 +187,21 @@ def global_topk(
         ValueError: an argument is not as above (the message names the segment or the index), or the floor alone
             costs more than the budget.
 
-    Source: UniRank's sorting and truncation, arXiv 2606.21847.
+    Source: UniRank's sorting and truncation, arXiv 2606.21847; pivoted storage is PIFA's, arXiv 2501.19090.
     """
-    return _native.global_topk(value, cost, dense_cost, offsets, budget, min_rank, multiple_of)
+    return _native.global_topk(value, cost, dense_cost, offsets, budget, min_rank, multiple_of, pivoted)
 
 
 @torch.library.register_fake("unirank::global_topk")
 def _(
-    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
+    value: Tensor,
+    cost: Tensor,
+    dense_cost: Tensor,
+    offsets: Tensor,
+    budget: int,
+    min_rank: int,
+    multiple_of: int,
+    pivoted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     reference.check_topk(value, cost, dense_cost, offsets)
     return cost.new_empty(cost.shape), value.new_empty((), dtype=torch.float64)
@@ -202,11 +218,18 @@ def has_cuda_kernels() -> bool:
 
 
 def _global_topk_on_host(
-    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
+    value: Tensor,
+    cost: Tensor,
+    dense_cost: Tensor,
+    offsets: Tensor,
+    budget: int,
+    min_rank: int,
+    multiple_of: int,
+    pivoted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     reference.check_topk(value, cost, dense_cost, offsets)
     on_host = (t.cpu() for t in (value, cost, dense_cost, offsets))
-    ranks, threshold = _native.global_topk(*on_host, budget, min_rank, multiple_of)
+    ranks, threshold = _native.global_topk(*on_host, budget, min_rank, multiple_of, pivoted)
     return ranks.to(value.device), threshold.to(value.device)
 
 

@@ -144,7 +144,7 @@ def check_topk(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor)
     _check_devices(op, value, cost, dense_cost, offsets)
 
 
-def _check_topk_data(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor) -> None:
+def _check_topk_data(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, pivoted: bool) -> None:
     op, C = "global_topk", value.shape[0]
     _require(
         int(offsets[0]) == 0 and int(offsets[-1]) == C,
@@ -155,6 +155,12 @@ def _check_topk_data(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: T
     for name, tensor in (("cost", cost), ("dense_cost", dense_cost)):
         bad = (tensor <= 0).nonzero().flatten().tolist()
         _require(not bad, f"{op}: {name} must be positive, got {tensor[bad[:1]].tolist()} at segment {bad[:1]}")
+    lengths = offsets.diff()
+    for seg in (pivoted & (cost // 2 < lengths)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{op}: with pivoted=True, cost must be at least twice a segment's length, got cost {int(cost[seg])} "
+            f"and length {int(lengths[seg])} at segment {seg}"
+        )
     _require(sum(dense_cost.tolist()) < 2**63, f"{op}: the dense costs add up to more than an int64")
     bad = (~value.isfinite()).nonzero().flatten().tolist()
     _require(not bad, f"{op}: value must be finite, got {value[bad[:1]].tolist()} at index {bad[:1]}")
@@ -169,19 +175,23 @@ def _check_topk_data(value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: T
 
 
 class _Prices:
-    """Price of a rank in each segment: `min(r * cost, dense_cost)`; from `dense_rank` on a matrix is dense."""
+    """Price of a rank in each segment; a matrix is dense where its rank alone would cost `dense_cost` or more."""
 
-    def __init__(self, cost: Tensor, dense_cost: Tensor, offsets: Tensor, multiple_of: int) -> None:
+    def __init__(self, cost: Tensor, dense_cost: Tensor, offsets: Tensor, multiple_of: int, pivoted: bool) -> None:
         self.K: list[int] = offsets.diff().tolist()
         self.cost: list[int] = cost.tolist()
         self.dense_cost: list[int] = dense_cost.tolist()
         self.multiple_of = multiple_of
+        self.pivoted = pivoted
+
+    def uncapped(self, seg: int, r: int) -> int:
+        return r * self.cost[seg] - (r * r if self.pivoted else 0)
 
     def price(self, seg: int, r: int) -> int:
-        return min(r * self.cost[seg], self.dense_cost[seg])
+        return min(self.uncapped(seg, r), self.dense_cost[seg])
 
     def is_dense(self, seg: int, r: int) -> bool:
-        return r * self.cost[seg] >= self.dense_cost[seg]
+        return self.uncapped(seg, r) >= self.dense_cost[seg]
 
     def normalise(self, seg: int, r: int) -> int:
         return self.K[seg] if self.is_dense(seg, r) else r
@@ -195,17 +205,18 @@ class _Prices:
 
 
 def _buy_prefix(
-    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, floor: Tensor, left: int
+    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, floor: Tensor, left: int, pivoted: bool
 ) -> tuple[Tensor, float]:
     """Longest affordable prefix of the global order: its ranks and the smallest score bought beyond the floor."""
     order = torch.sort(value, descending=True, stable=True).indices
     segment = torch.repeat_interleave(offsets.diff())[order]
     component = order - offsets[segment]
     c, dense = cost[segment], dense_cost[segment]
-    dense_rank = (dense + c - 1) // c
 
     def price(r: Tensor) -> Tensor:
-        return torch.where(r >= dense_rank, dense, torch.minimum(r, dense_rank) * c)
+        unit = c - r if pivoted else c
+        is_dense = r >= -(-dense // unit)  # r * unit might overflow
+        return torch.where(is_dense, dense, r.masked_fill(is_dense, 0) * unit)
 
     beyond = component >= floor[segment]
     steps = torch.where(beyond, price(component + 1) - price(component), 0)
@@ -232,7 +243,14 @@ def _fill_residual(value: list[float], starts: list[int], prices: _Prices, ranks
 
 
 def global_topk(
-    value: Tensor, cost: Tensor, dense_cost: Tensor, offsets: Tensor, budget: int, min_rank: int, multiple_of: int
+    value: Tensor,
+    cost: Tensor,
+    dense_cost: Tensor,
+    offsets: Tensor,
+    budget: int,
+    min_rank: int,
+    multiple_of: int,
+    pivoted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Ranks that one global ranking of all components buys for `budget` parameters; see `unirank.ops`."""
     check_topk(value, cost, dense_cost, offsets)
@@ -240,14 +258,14 @@ def global_topk(
     _require(multiple_of >= 1, f"global_topk: multiple_of must be at least 1, got {multiple_of}")
     device = value.device
     value, cost, dense_cost, offsets = (t.cpu() for t in (value.double() + 0.0, cost, dense_cost, offsets))
-    _check_topk_data(value, cost, dense_cost, offsets)
+    _check_topk_data(value, cost, dense_cost, offsets, pivoted)
 
-    prices = _Prices(cost, dense_cost, offsets, multiple_of)
+    prices = _Prices(cost, dense_cost, offsets, multiple_of, pivoted)
     floor = [prices.round_up(seg, min(min_rank, K)) for seg, K in enumerate(prices.K)]
     used = prices.total(floor)
     _require(used <= budget, f"global_topk: min_rank {min_rank} needs {used} parameters but the budget is {budget}")
     bought, threshold = _buy_prefix(
-        value, cost, dense_cost, offsets, torch.tensor(floor, dtype=torch.int64), budget - used
+        value, cost, dense_cost, offsets, torch.tensor(floor, dtype=torch.int64), budget - used, pivoted
     )
     ranks: list[int] = bought.tolist()
     if multiple_of > 1:

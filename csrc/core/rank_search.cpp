@@ -15,12 +15,35 @@ using i64 = std::int64_t;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument("global_topk: " + message); }
 
-// One segment with its prices: "rank r" costs min(r * cost, dense_cost), without ever forming a product that overflows.
+// One segment with its prices: "rank r" costs min(r * unit(r), dense_cost), without ever forming a product that
+// overflows. Pivoted storage leaves out the r * r numbers of an identity; with K <= cost / 2 a larger rank costs more.
 struct Segment {
   i64 begin, K, cost, dense_cost;
-  i64 dense_rank;  // smallest r with r * cost >= dense_cost; may exceed K
+  bool pivoted;
+  i64 dense_rank;  // smallest r with r * unit(r) >= dense_cost; beyond K where there is none
 
-  i64 price(i64 r) const { return r >= dense_rank ? dense_cost : r * cost; }
+  Segment(i64 begin, i64 K, i64 cost, i64 dense_cost, bool pivoted)
+      : begin(begin), K(K), cost(cost), dense_cost(dense_cost), pivoted(pivoted), dense_rank(find_dense_rank()) {}
+
+  i64 unit(i64 r) const { return pivoted ? cost - r : cost; }
+  // From this rank on a product with unit(r) reaches dense_cost.
+  i64 enough(i64 r) const { return dense_cost / unit(r) + (dense_cost % unit(r) != 0); }
+
+  i64 find_dense_rank() const {
+    if (!pivoted) return enough(0);
+    i64 low = 1, high = K + 1;
+    while (low < high) {
+      const i64 middle = low + (high - low) / 2;
+      if (middle >= enough(middle)) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return low;
+  }
+
+  i64 price(i64 r) const { return r >= dense_rank ? dense_cost : r * unit(r); }
   i64 normalise(i64 r) const { return r >= dense_rank ? K : r; }
 
   i64 round_up(i64 r, i64 multiple_of) const {
@@ -42,6 +65,10 @@ std::vector<Segment> checked_segments(const Ranking<T>& g) {
     const std::string name = "segment " + std::to_string(l);
     if (cost <= 0) fail("cost must be positive, got " + std::to_string(cost) + " at " + name);
     if (dense <= 0) fail("dense_cost must be positive, got " + std::to_string(dense) + " at " + name);
+    if (g.pivoted && cost / 2 < end - begin) {
+      fail("with pivoted=True, cost must be at least twice a segment's length, got cost " + std::to_string(cost) +
+           " and length " + std::to_string(end - begin) + " at " + name);
+    }
     if (__builtin_add_overflow(dense_total, dense, &dense_total)) fail("the dense costs add up to more than an int64");
     for (i64 i = begin; i < end; ++i) {
       if (!std::isfinite(g.value[i]))
@@ -50,7 +77,7 @@ std::vector<Segment> checked_segments(const Ranking<T>& g) {
         fail("value must be non-increasing inside a segment, but rises at index " + std::to_string(i) + " in " + name);
       }
     }
-    segments.push_back({begin, end - begin, cost, dense, dense / cost + (dense % cost != 0)});
+    segments.emplace_back(begin, end - begin, cost, dense, g.pivoted);
   }
   return segments;
 }

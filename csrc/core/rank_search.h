@@ -10,11 +10,12 @@ namespace unirank {
 template <typename T>
 struct Ranking {
   const T* value;                  // [C]
-  const std::int64_t* cost;        // [L] price of one rank, M + N
+  const std::int64_t* cost;        // [L] M + N
   const std::int64_t* dense_cost;  // [L] price of the dense matrix, M N
   const std::int64_t* offsets;     // [L + 1]
   std::int64_t L;
   std::int64_t budget, min_rank, multiple_of;
+  bool pivoted;  // rank r costs r * (cost - r), else r * cost; at most dense_cost either way
 };
 
 struct RankPlan {

@@ -23,7 +23,8 @@ void check_offsets(const std::int64_t* offsets, std::int64_t L, std::int64_t C) 
 }  // namespace
 
 std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets,
-                                       std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of) {
+                                       std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of,
+                                       bool pivoted) {
   check_ranking(kOp, value, cost);
   const std::int64_t C = value.size(0), L = cost.size(0);
   check_integers(kOp, "cost", cost, L);
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_c
   check_offsets(bounds, L, C);
 
   const auto search = [&]<typename T>(const T* scores) {
-    return search_ranks(Ranking<T>{scores, costs, dense_costs, bounds, L, budget, min_rank, multiple_of});
+    return search_ranks(Ranking<T>{scores, costs, dense_costs, bounds, L, budget, min_rank, multiple_of, pivoted});
   };
   const RankPlan plan =
       value.scalar_type() == ScalarType::Double ? search(const_data<double>(value)) : search(const_data<float>(value));

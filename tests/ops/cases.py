@@ -72,6 +72,13 @@ PRICES_NEAR_INT64: Problem = (
     torch.tensor([2**62 - 1, 2**60]),
     torch.tensor([0, 3, 4]),
 )
+# Pivoted, rank 2 costs 2^63 - 4, and the product of rank 3 does not fit.
+PIVOTED_NEAR_INT64: Problem = (
+    torch.tensor([3.0, 2, 1]),
+    torch.tensor([2**62]),
+    torch.tensor([2**63 - 1]),
+    torch.tensor([0, 3]),
+)
 _NONE = torch.zeros(0, dtype=torch.int64)
 NO_SEGMENTS: Problem = (torch.zeros(0), _NONE, _NONE, torch.zeros(1, dtype=torch.int64))
 
@@ -101,6 +108,11 @@ bad_rankings = pytest.mark.parametrize(
         ({"offsets": torch.tensor([0, 4])}, r"offsets must have shape \[3\]"),
         ({"offsets": torch.tensor([0, 2, 3])}, "offsets must run from 0 to 4, got 0 to 3"),
         ({"offsets": torch.tensor([0, 4, 4])}, "offsets must increase, but segment.*1"),
+        (
+            {"cost": torch.tensor([5, 3]), "pivoted": True},
+            "global_topk: with pivoted=True, cost must be at least twice a segment's length, got cost 3 and length 2 "
+            "at segment 1",
+        ),
         ({"min_rank": -1}, "min_rank must be at least 0, got -1"),
         ({"multiple_of": 0}, "multiple_of must be at least 1, got 0"),
         ({"budget": 9}, "min_rank 1 needs 10 parameters but the budget is 9"),

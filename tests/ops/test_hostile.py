@@ -48,7 +48,9 @@ calls = st.one_of(
     st.tuples(st.just("gram_accumulate_"), tensors(), tensors(), tensors()),
     st.tuples(st.just("batched_eigh"), tensors()),
     st.tuples(st.just("batched_svd"), tensors()),
-    st.tuples(st.just("global_topk"), tensors(dimensions=1), integers, integers, integers, sizes, sizes, sizes),
+    st.tuples(
+        st.just("global_topk"), tensors(dimensions=1), integers, integers, integers, sizes, sizes, sizes, st.booleans()
+    ),
 )
 
 
@@ -88,6 +90,7 @@ def nearly_right(draw: st.DrawFn) -> tuple[tuple[Any, ...], bool]:
                     ("batched_eigh", torch.randn(B, N, N)),
                     ("batched_svd", torch.randn(B, T, N)),
                     ("global_topk", value, 3 * torch.ones_like(K), 9 * torch.ones_like(K), offsets, 99, 1, 1),
+                    ("global_topk", value, 2 * K, 9 * torch.ones_like(K), offsets, 99, 1, 1, True),
                 ]
             )
         )

@@ -1,5 +1,6 @@
 """What is registered where: schemas, dispatch keys, and the compositions that stand in for a missing kernel."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -32,8 +33,12 @@ def test_schema_names_what_it_mutates(name: str) -> None:
 
 def test_twins_have_the_parameters_of_the_ops() -> None:
     for name in NAMES:
-        code = [getattr(module, name).__code__ for module in (ops, reference)]
-        assert code[0].co_varnames[: code[0].co_argcount] == code[1].co_varnames[: code[1].co_argcount]
+        op, twin = (inspect.signature(getattr(module, name)) for module in (ops, reference))
+        schema = getattr(torch.ops.unirank, name).default._schema
+        assert op.parameters == twin.parameters
+        assert [(p.name, p.default) for p in op.parameters.values()] == [
+            (a.name, a.default_value if a.has_default_value() else inspect.Parameter.empty) for a in schema.arguments
+        ]
 
 
 def run_python(source: str, **environment: str) -> str:

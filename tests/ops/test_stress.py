@@ -45,6 +45,7 @@ def jobs() -> list[Callable[[], tuple[Tensor, ...]]]:
         lambda: ops.batched_eigh(a),
         lambda: ops.batched_svd(a[:, :, :40]),
         lambda: ops.global_topk(*problem, 20_000, 1, 4),
+        lambda: ops.global_topk(*problem, 20_000, 1, 4, pivoted=True),
     ]
 
 
@@ -84,9 +85,11 @@ int main() {
   for (long i = 0; i < D * T; ++i) x[i] = static_cast<float>((i * 37) % 101 - 50);
   std::vector<double> score(T);
   for (long i = 0; i < T; ++i) score[i] = static_cast<double>(T - i / 3);
-  const std::int64_t cost[] = {3, 5}, dense[] = {40, 50}, offsets[] = {0, T / 2, T};
-  const Ranking<double> ranking{score.data(), cost, dense, offsets, 2, 60, 1, 1};
-  const auto ranks = search_ranks(ranking).ranks;
+  const std::int64_t cost[] = {43, 45}, dense[] = {400, 500}, offsets[] = {0, T / 2, T};
+  const Ranking<double> ranking{score.data(), cost, dense, offsets, 2, 600, 1, 1, false};
+  Ranking<double> pivoted = ranking;
+  pivoted.pivoted = true;
+  const auto ranks = search_ranks(ranking).ranks, pivoted_ranks = search_ranks(pivoted).ranks;
   const double cosine = row_cosine(x.data(), x.data() + D, D);
   std::vector<int> wrong(4);
   std::vector<std::thread> threads;
@@ -96,6 +99,7 @@ int main() {
       double sums[kMaxTile] = {};
       for (int repeat = 0; repeat < 20; ++repeat) {
         wrong[k] += search_ranks(ranking).ranks != ranks;
+        wrong[k] += search_ranks(pivoted).ranks != pivoted_ranks;
         wrong[k] += row_cosine(x.data(), x.data() + D, D) != cosine;
         tile_moment(RowsOf<float>{x.data(), D}, 0, T, 0, D, 0, D, scratch, sums);
       }
