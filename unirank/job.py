@@ -247,6 +247,7 @@ def require(store: AnalysisStore, chosen: Preset) -> None:
             f"{command}."
         )
 
+    command += f" --clip {used.clip or 0:g}"
 
 def analyze_for(
     loaded: LoadedModel,

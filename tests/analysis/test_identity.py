@@ -55,6 +55,7 @@ def changed(path: str, *value: Any) -> dict[str, Any]:
         changed("model.more", 7),
         changed("calibration.revision", None),
         changed("calibration.gradient_windows", 0),
+        changed("calibration.clip", 2.5),
         changed("versions.other", "1.2"),
     ],
 )
@@ -90,6 +91,9 @@ def test_fields_are_read_by_name() -> None:
         (changed("calibration.batch", 0), "calibration.batch is 0"),
         (changed("calibration.window", 2.0), "calibration.window is '2.0'"),
         (changed("calibration.gradient_windows", -1), "calibration.gradient_windows is -1"),
+        (changed("calibration.clip", "2"), "calibration.clip is '2'"),
+        (changed("calibration.clip", 0.5), "calibration.clip is 0.5"),
+        (changed("calibration.clip", float("nan")), "calibration.clip is nan"),
         (changed("versions"), "has no versions"),
         (changed("versions.unirank"), "versions.unirank is missing"),
         (changed("versions.torch", 2), "a version is no text"),

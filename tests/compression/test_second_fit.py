@@ -148,3 +148,34 @@ def test_moments_of_half_precision_streams_are_those_of_float32(dtype: torch.dty
     for name in ("own", "cross", "own_sum", "dense_sum"):
         a, b = getattr(found, name), getattr(wanted, name)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+
+
+def test_an_outlier_does_not_bend_the_fit_where_tokens_are_clipped() -> None:
+    """One factor a token for both streams, found from `x'`: the map between them that it asks for is the same."""
+    dense, own = streams(24, shift=0.0)
+    kept = Pair.zeros(24, torch.device("cpu"))
+    kept.add(dense, own)
+    dense[5], own[5] = 1e4 * dense[5], 1e4 * own[5]
+    limit = 2 * own.norm(dim=1).sort().values[(TOKENS - 1) // 2]
+    factors = (limit / own.norm(dim=1)).clamp(max=1)[:, None]
+    found, bent = Pair.zeros(24, torch.device("cpu"), clip=2.0), Pair.zeros(24, torch.device("cpu"))
+    for pair in (found, bent):
+        pair.add(dense, own)
+    x, y = dense * factors, own * factors
+    assert int((factors < 1).sum()) < TOKENS // 4
+    torch.testing.assert_close(found.own, y.T @ y)
+    torch.testing.assert_close(found.cross, x.T @ y)
+    torch.testing.assert_close(found.own_sum, y.sum(0))
+    torch.testing.assert_close(found.dense_sum, x.sum(0))
+    assert found.tokens == bent.tokens == TOKENS
+    assert float((found.own - kept.own).norm()) < 0.1 * float(kept.own.norm())
+    assert float((bent.own - kept.own).norm()) > 1e4 * float(kept.own.norm())
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_what_is_no_number_stays_where_tokens_are_clipped(stream: int) -> None:
+    both = streams(24, shift=0.0)
+    both[stream][5, 3] = float("nan")
+    pair = Pair.zeros(24, torch.device("cpu"), clip=2.0)
+    pair.add(*both)
+    assert pair.cross.isnan().any()

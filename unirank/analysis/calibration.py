@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ from unirank.types import LoadedModel
 
 if TYPE_CHECKING:
     from unirank.analysis.scheme.base import Scheme
+    from unirank.analysis.store import AnalysisStore
 
+CLIP = 0.0  # where nothing is said about clipping, and no store is gone on with
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
 
@@ -31,6 +35,9 @@ class Calibration:
         seed: of the positions.
         batch: windows that run together; more need more memory and round differently.
         gradient_windows: how many of the windows also run backward; None is 0, or 32 for a scheme that needs gradients.
+        clip: tokens of a linear's input that are longer than this many times the median count with that length in its
+            moments (see `unirank.layerwise.clipping`); 0 is off, else at least 1. None is that of the store that is
+            gone on with, or whose gradients are taken, and else the default, CLIP.
         split, revision: of a dataset; None is "train", and the newest.
     """
 
@@ -42,11 +49,28 @@ class Calibration:
     gradient_windows: int | None = None
     split: str | None = None
     revision: str | None = None
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str | os.PathLike):
             raise InputError(f"Calibration.text = {self.text!r} is not legal; it is a path or a name.")
         object.__setattr__(self, "text", os.fspath(self.text))
+        if self.clip is not None:
+            object.__setattr__(self, "clip", _checked_clip(self.clip))
+
+
+def _checked_clip(clip: float) -> float:
+    if not isinstance(clip, int | float) or isinstance(clip, bool) or not (clip == 0 or 1 <= clip < math.inf):
+        raise InputError(f"Calibration.clip = {clip!r} is not legal; it is 0, for off, or a number of at least 1.")
+    return float(clip)
+
+
+def with_clip(calibration: Calibration, *stores: AnalysisStore | None) -> Calibration:
+    """`calibration` with a clip: the one that was said, else that of the first of `stores` there is, else CLIP."""
+    if calibration.clip is not None:
+        return calibration
+    clips = (store.identity.calibration.clip or 0.0 for store in stores if store is not None)
+    return dataclasses.replace(calibration, clip=next(clips, CLIP))
 
 
 def calibration_of(given: Calibration | str | Path | None) -> Calibration:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of
+from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of, with_clip
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.gradient_pass import gradient_pass
 from unirank.analysis.identity import make_identity, weights_hash
@@ -61,6 +61,10 @@ def fill_store(
         if calibration.gradient_windows is None:
             count = source.identity.calibration.gradient_windows
             calibration = dataclasses.replace(calibration, gradient_windows=count)
+    place = Path(store_path)
+    # A store that is gone on with keeps its clip, also one from before there was any.
+    begun = open_store(place) if not overwrite and (place / MANIFEST).is_file() else None
+    calibration = with_clip(calibration, begun, source)
     backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
     windows = windows_of(loaded, text, calibration)
@@ -72,7 +76,6 @@ def fill_store(
 
     if source is not None:
         source.check_shared(identity, weights_like)
-    place = Path(store_path)
     if not place.is_dir():  # else create_or_resume looks into it
         check_output(place, marker=MANIFEST, overwrite=True)
     with process_group():
@@ -87,7 +90,7 @@ def fill_store(
                     store.share_gradients(source)
             barrier()
             scratch = place if _hidden_bytes(loaded, windows) > _limit(loaded, hidden_limit) else None
-            _fill(store, loaded, windows, chosen, calibration.batch, backward, scratch, progress)
+            _fill(store, loaded, windows, chosen, calibration, backward, scratch, progress)
             barrier()
     return store
 
@@ -106,7 +109,7 @@ def _fill(
     loaded: LoadedModel,
     windows: torch.Tensor,
     chosen: Scheme,
-    batch: int,
+    calibration: Calibration,
     backward: int,
     scratch: Path | None,
     progress: OnProgress,
@@ -116,7 +119,8 @@ def _fill(
 
     Of several processes each runs its own batches through every layer, and process 0 writes.
     """
-    stage = "calibrate and decompose"
+    stage, batch = "calibrate and decompose", calibration.batch
+    collected = {"mean_abs": chosen.needs_mean_abs, "clip": calibration.clip or 0.0}
     first, count = from_zero(store.layers_done()), store.layer_count
     if backward:  # also with all layers done: one of its files may have been lost since
         if size() > 1 and from_zero(store.layers_without_gradients()):
@@ -138,8 +142,7 @@ def _fill(
         for layer in range(first if resumed else 0, count):
             moments = layer >= first and (chosen.needs_moment or backward > 0)
             with loaded.resident(layer):
-                absolute = chosen.needs_mean_abs
-                stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, mean_abs=absolute)
+                stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
                 if layer < first:
                     continue
                 factors = decompose_layer(loaded, stats, chosen, store.gradients(layer, device) if backward else None)

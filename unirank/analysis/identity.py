@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -73,7 +74,11 @@ class ModelIdentity(_Fields):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationIdentity(_Fields):
-    """The windows that calibrated it: `Calibration`, with hashes, and the text by its name alone."""
+    """The windows that calibrated it: `Calibration`, with hashes, and the text by its name alone.
+
+    Attributes:
+        clip: `Calibration.clip`; None is 0, as in all stores from before there was one.
+    """
 
     text: str
     windows_sha256: str
@@ -85,6 +90,7 @@ class CalibrationIdentity(_Fields):
     gradient_windows: int | None = None
     split: str | None = None
     revision: str | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,8 @@ class Identity(_Fields):
             value = getattr(calibration, key)
             if value is not None and value < low:
                 raise Damaged(f"its identity is not legal: calibration.{key} is {value}")
+        if calibration.clip is not None and not 1 <= calibration.clip < math.inf:
+            raise Damaged(f"its identity is not legal: calibration.clip is {calibration.clip}")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,6 +149,7 @@ def make_identity(
 
     Args:
         windows: calibration tokens, int64 `[W, T]`, of which the first `backward` run backward.
+        calibration: as `with_clip` gives it.
         weights_sha256: what `weights_hash` says of the model.
     """
     parameter = next(loaded.model.parameters())
@@ -164,6 +173,7 @@ def make_identity(
             gradient_windows=backward,
             split=text.split,
             revision=text.revision,
+            clip=calibration.clip or None,
         ),
         scheme=scheme,
         device=device_name(loaded.device),

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of
+from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of, with_clip
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.identity import Identity, make_identity
 from unirank.analysis.scheme import scheme as scheme_of
@@ -97,7 +97,7 @@ def dry_run(
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
     loaded.require_dense()
-    calibration = calibration_of(calibration)
+    calibration = with_clip(calibration_of(calibration))
     chosen = scheme_of(scheme)
     backward = gradient_windows(calibration, chosen)
     text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
@@ -194,7 +194,13 @@ def _work_on_first_layer(
             moving = Streams(list(streams.batches), streams.probe)
             clock.lap()
             stats = calibrate_layer(
-                loaded, 0, recording, moving, moments=scheme.needs_moment or backward, mean_abs=scheme.needs_mean_abs
+                loaded,
+                0,
+                recording,
+                moving,
+                moments=scheme.needs_moment or backward,
+                mean_abs=scheme.needs_mean_abs,
+                clip=identity.calibration.clip or 0.0,
             )
             work.calibrate = clock.lap()
         progress(stage, 1, steps)

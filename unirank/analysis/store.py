@@ -159,7 +159,11 @@ class AnalysisStore:
             raise StoreError(
                 f"The gradients of the store {self.path} are not finished: {remaining} layers are missing."
             )
-        differs = identity_differences(replace(self.identity, scheme=""), replace(identity, scheme=""), weights)
+
+        def plain(found: Identity) -> Identity:  # without what gradients do not depend on
+            return replace(found, scheme="", calibration=replace(found.calibration, clip=None))
+
+        differs = identity_differences(plain(self.identity), plain(identity), weights)
         if differs:
             raise StoreError(f"The gradients of the store {self.path} are of another analysis: {'; '.join(differs)}.")
 

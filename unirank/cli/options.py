@@ -73,6 +73,14 @@ Gradients = Annotated[
         group=_CALIBRATION,
     ),
 ]
+Clip = Annotated[
+    float | None,
+    option(
+        "Tokens that are longer than this many times the median count with that length; 0 is off. Default: 0, or that "
+        "of a store that is gone on with.",
+        group=_CALIBRATION,
+    ),
+]
 Split = Annotated[str | None, option("Split of a calibration dataset. Default: train.", group=_CALIBRATION)]
 TextRevision = Annotated[str | None, option("Revision of a calibration dataset on the hub.", group=_CALIBRATION)]
 

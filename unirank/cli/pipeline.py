@@ -57,6 +57,7 @@ def analyze_command(
         ),
     ] = None,
     split: options.Split = None,
+    clip: options.Clip = None,
     text_revision: options.TextRevision = None,
     scheme: options.Scheme = None,
     stream: options.Stream = False,
@@ -72,7 +73,7 @@ def analyze_command(
     import unirank
 
     with run_session(as_json, parallel=True) as session:
-        calibration = _calibration(calib, windows, window, seed, batch, gradients, split, text_revision)
+        calibration = _calibration(calib, windows, window, seed, batch, gradients, clip, split, text_revision)
         asked: dict[str, Any] = {"preset": preset, "scheme": scheme, "calibration": calibration, "stream": stream}
         asked |= {"dtype": dtype, "device": device, "revision": model_revision, "trust_remote_code": trust_remote_code}
         asked["progress"] = session.progress
@@ -175,6 +176,7 @@ def compress_command(
     split: options.Split = None,
     text_revision: options.TextRevision = None,
     scheme: options.Scheme = None,
+    clip: options.Clip = None,
     refine: options.Refine = None,
     refine_damping: options.RefineDamping = None,
     refine_metric: options.RefineMetric = False,
@@ -229,7 +231,7 @@ def compress_command(
             recipe=recipe,
             min_rank=min_rank,
             multiple_of=multiple_of,
-            calibration=_calibration(calib, windows, window, seed, batch, gradients, split, text_revision),
+            calibration=_calibration(calib, windows, window, seed, batch, gradients, clip, split, text_revision),
             scheme_is_free=preset is None and scheme is None,
             progress=session.progress,
         )
@@ -291,9 +293,10 @@ def _calibration(
 ) -> Calibration | str | None:
     """What was said about calibration; None where nothing was, so that a finished store is taken as it is."""
     from unirank.analysis.calibration import Calibration
+    clip: float | None,
 
     given = {"text": text, "windows": windows, "window": window, "seed": seed, "batch": batch}
-    given |= {"gradient_windows": gradients, "split": split, "revision": revision}
+    given |= {"gradient_windows": gradients, "clip": clip, "split": split, "revision": revision}
     given = {name: value for name, value in given.items() if value is not None}
     if given.keys() == {"text"}:
         return text  # a text alone goes with a finished store of it

@@ -40,7 +40,8 @@ def render_card(
         "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
         "settings": plan.described_settings(),
         "calibration": f"{calibration.windows} windows of {calibration.window} tokens of "
-        f"`{calibration.text}`, seed {calibration.seed}",
+        f"`{calibration.text}`, seed {calibration.seed}"
+        + (f", tokens clipped at {calibration.clip:g} medians" if calibration.clip else ""),
     }
     if training is not None:
         rows["fine-tuned"] = _training_line(training)

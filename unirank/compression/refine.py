@@ -45,8 +45,17 @@ def refine(
     check_plan(loaded, store, plan)
     before = count_parameters(loaded.model)
     gradients = store.gradients if settings.metric else None
-    batch = store.identity.calibration.batch
-    refit(loaded, plan.ranks, windows, settings, batch=batch, gradients=gradients, progress=progress)
+    used = store.identity.calibration
+    refit(
+        loaded,
+        plan.ranks,
+        windows,
+        settings,
+        batch=used.batch,
+        clip=used.clip or 0.0,
+        gradients=gradients,
+        progress=progress,
+    )
     return settle(loaded, plan, before)
 
 
@@ -59,6 +68,7 @@ def refit(
     *,
     batch: int = 8,
     gradients: Callable[[int], Mapping[str, Gradient]] | None = None,
+    clip: float = 0.0,
     progress: OnProgress = silent,
 ) -> None:
     """Replace every linear of `loaded` that `ranks` gives a rank, layer by layer.
@@ -69,6 +79,7 @@ def refit(
         batch: windows that run together.
         gradients: of a layer; then the fit is in the output metric of `kfac`.
 
+        clip: of the tokens, as `Calibration.clip`; 0 clips nothing.
     Raises NonFiniteError when a fit is NaN or infinity, also in the dtype of the model; names the linear.
     """
     recording = record(loaded, windows, batch=batch)
@@ -88,7 +99,7 @@ def refit(
         paths = {owner: layer.path_of(owner) for owner in owners}
         seen, dense_stream = _inputs(original, calls, dense_stream, paths)
         for owner in owners:
-            pair = _measure(layer.module, calls, own_stream, paths[owner], seen.pop(owner))
+            pair = _measure(layer.module, calls, own_stream, paths[owner], seen.pop(owner), clip)
             for spec in wanted[owner]:
                 g = metrics[spec.name].g if metrics else None
                 fit(loaded, spec, ranks[spec.name], pair, g, settings)
@@ -148,8 +159,9 @@ def _measure(
     path: str,
     dense: Sequence[torch.Tensor],
 ) -> Pair:
-    pair = Pair.zeros(dense[0].shape[1], dense[0].device)
+    pair = Pair.zeros(dense[0].shape[1], dense[0].device, clip=clip)
     for call, x, dense_input in zip(calls, stream, dense, strict=True):
+    clip: float,
 
         def catch(own: torch.Tensor, _dense: torch.Tensor = dense_input) -> None:
             pair.add(_dense, own)

@@ -11,6 +11,7 @@ from unirank import ops
 from unirank.analysis.scheme.base import WORK_DTYPE
 from unirank.analysis.scheme.two_sided import Target, damped, solve
 from unirank.errors import InputError, NonFiniteError
+from unirank.layerwise.clipping import clip_factors, scaled
 from unirank.layerwise.products import cross_moment
 from unirank.models.low_rank import make_low_rank
 from unirank.models.structure import weight_of
@@ -55,23 +56,32 @@ class Refine:
 
 @dataclass
 class Pair:
-    """Running sums over tokens of an input of the dense (`x`) and of the compressed (`x'`) stream, float64."""
+    """Running sums over tokens of an input of the dense (`x`) and of the compressed (`x'`) stream, float64.
+
+    Attributes:
+        clip: a token whose `x'` is longer than this many times the median of its batch counts in both streams with the
+            one factor that brings `x'` there (see `unirank.layerwise.clipping`), so that the map between the two that
+            it asks for is the same; 0 clips nothing.
+    """
 
     own: torch.Tensor  # x' x'ᵀ
     cross: torch.Tensor  # x x'ᵀ
     own_sum: torch.Tensor
     dense_sum: torch.Tensor
     tokens: int = 0
+    clip: float = 0.0
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device) -> Pair:
+    def zeros(cls, n: int, device: torch.device, *, clip: float = 0.0) -> Pair:
         def make(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=WORK_DTYPE, device=device)
 
-        return cls(make(n, n), make(n, n), make(n), make(n))
+        return cls(make(n, n), make(n, n), make(n), make(n), clip=clip)
 
     def add(self, dense: torch.Tensor, own: torch.Tensor) -> None:
         """Account for the same tokens in both streams, `[T, N]`, of one dtype."""
+        factors = clip_factors(own, self.clip)
+        dense, own = scaled(dense, factors), scaled(own, factors)
         ops.gram_accumulate_(self.own, self.own_sum, own)
         self.cross += cross_moment(dense, own)
         self.dense_sum += dense.sum(0, dtype=WORK_DTYPE)

@@ -19,6 +19,7 @@ from torch import nn
 from unirank import ops
 from unirank.distributed import sum_in_order
 from unirank.errors import NonFiniteError
+from unirank.layerwise.clipping import clipped
 from unirank.layerwise.recording import Recording, Streams
 from unirank.layerwise.trace import TracedLayer, traced_layer
 from unirank.types import CosineStat, LayerStats, LoadedModel, Moment
@@ -33,19 +34,21 @@ def calibrate_layer(
     *,
     moments: bool = True,
     mean_abs: bool = False,
+    clip: float = 0.0,
 ) -> LayerStats:
     """Run layer `index` over all batches; `streams` moves on in place to what enters the next layer.
 
     Args:
         moments: accumulate input moments; schemes that look at weights only need none.
         mean_abs: accumulate the mean absolute input too.
+        clip: no input token counts in a moment with more than this many times the median length; 0 is off.
 
     Raises:
         NonFiniteError: an input, an output or a statistic is NaN or infinity; names the linear or the layer.
         InputError: the layer's structure is not understood (see `trace_layer`).
     """
     layer, streams.probe = traced_layer(loaded, index, recording, streams.probe)
-    grams = _Grams(layer, enabled=moments, mean_abs=mean_abs)
+    grams = _Grams(layer, enabled=moments, mean_abs=mean_abs, clip=clip)
     cosines = _Cosines(layer, device=streams.probe.device)
     with grams.hooked(), cosines.hooked():
         for position, kept in enumerate(list(streams.batches)):
@@ -59,9 +62,10 @@ def calibrate_layer(
 class _Grams:
     """One running Gram matrix per distinct input of the layer's linears."""
 
-    def __init__(self, layer: TracedLayer, *, enabled: bool, mean_abs: bool) -> None:
+    def __init__(self, layer: TracedLayer, *, enabled: bool, mean_abs: bool, clip: float) -> None:
         self._owners = sorted(set(layer.trace.input_of.values())) if enabled else []
         self._modules = {name: layer.module.get_submodule(layer.path_of(name)) for name in self._owners}
+        self._clip = clip
         self._gram: dict[str, torch.Tensor] = {}
         self._sum: dict[str, torch.Tensor] = {}
         self._abs: dict[str, torch.Tensor] | None = {} if mean_abs else None
@@ -76,7 +80,7 @@ class _Grams:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def accumulate(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
+            x = clipped(args[0].reshape(-1, args[0].shape[-1]), self._clip)
             if name not in self._gram:
                 # float64 sums: SmolLM2's outlier channels span 8 decades of energy (docs/numerics.md).
                 self._gram[name] = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)

@@ -84,7 +84,8 @@ def _facts(data: ReportData) -> str:
         "matrices": f"{report.low_rank} low-rank, {report.dense} dense",
         "scheme, allocator": f"{plan.scheme}, {plan.allocator}",
         "calibration": f"{calibration.windows} windows of {calibration.window} tokens of {calibration.text}, "
-        f"seed {calibration.seed}",
+        f"seed {calibration.seed}"
+        + (f", tokens clipped at {calibration.clip:g} medians" if calibration.clip else ""),
         "analysis": plan.analysis,
     }
     for entry in data.record.evaluations:
@@ -245,6 +246,7 @@ def _compress(data: ReportData) -> list[str]:
     options |= {"calib": calibration.text, "split": calibration.split, "text-revision": calibration.revision}
     options |= {"windows": calibration.windows, "window": calibration.window, "seed": calibration.seed}
     options |= {"batch": calibration.batch, "gradients": calibration.gradient_windows or None}
+    options["clip"] = calibration.clip or 0  # said, for the default may be another one
     options["dtype"] = identity.model.dtype
     refine = data.plan.settings.get("refine")
     if isinstance(refine, Mapping):  # read from a file, so nothing in it is certain
