@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
     from unirank.evaluation.perplexity import EvalReport, evaluate, generate
     from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
-    from unirank.finetuning.settings import Finetune
+    from unirank.finetuning.healing import heal
+    from unirank.finetuning.settings import Finetune, Heal
     from unirank.finetuning.tuning import finetune
     from unirank.job import apply
     from unirank.models.fused import fuse
@@ -63,7 +64,8 @@ _HOME = {
     "errors": ("InputError", "NonFiniteError", "StoreError", "UnirankError", "WriteError"),
     "evaluation.perplexity": ("EvalReport", "evaluate", "generate"),
     "evaluation.tasks": ("TaskReport", "Tasks", "run_tasks"),
-    "finetuning.settings": ("Finetune",),
+    "finetuning.healing": ("heal",),
+    "finetuning.settings": ("Finetune", "Heal"),
     "finetuning.tuning": ("finetune",),
     "models.fused": ("fuse",),
     "models.loading": ("describe", "load"),
@@ -88,6 +90,7 @@ __all__ = [
     "EvalReport",
     "Factors",
     "Finetune",
+    "Heal",
     "InputError",
     "LinearSpec",
     "LoadedModel",
@@ -119,6 +122,7 @@ __all__ = [
     "finetune",
     "fuse",
     "generate",
+    "heal",
     "import_plan",
     "load",
     "make_workbench",

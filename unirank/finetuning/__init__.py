@@ -1,10 +1,11 @@
 """finetuning: the factors are tuned, and the ranks stay.
 
-In: a compressed checkpoint, training text.
-Out: the same with other factors of the same shapes; held-out loss before and after.
+In: a compressed checkpoint; training text, or calibration windows and the dense model.
+Out: the same with other weights of the same shapes; held-out loss, or error of every layer, before and after.
 
-Here one may train: adapters by peft (adapters), the loop by transformers' Trainer (loop), ours are
-losses, phases, checks and what makes a killed run resume (tuning).
+Here one may train. Fine-tuning (tuning): adapters by peft (adapters), the loop by transformers' Trainer (loop), ours are
+losses, phases, checks and what makes a killed run resume. Healing (healing): layer by layer (block), on the streams of
+the dense and the compressed model.
 
-Changed most often: a setting of `Finetune`.
+Changed most often: a setting of `Finetune` or `Heal`.
 """

@@ -1,4 +1,4 @@
-"""How to fine-tune: numbers alone, which need neither torch nor transformers."""
+"""How to fine-tune, and how to heal: numbers alone, which need neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from unirank.errors import InputError
 
 Schedule = Literal["joint", "left-then-right"]
 Precision = Literal["auto", "float32", "bfloat16"]
+_PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,46 @@ class Finetune:
         for name, value in (("alpha", self.alpha), ("evaluate_every", self.evaluate_every)):
             _check(name, value, value is None or value > 0, "above 0")
         _check("schedule", self.schedule, self.schedule in ("joint", "left-then-right"), "joint or left-then-right")
-        legal = ("auto", "float32", "bfloat16")
-        _check("precision", self.precision, self.precision in legal, ", ".join(legal))
+        _check("precision", self.precision, self.precision in _PRECISIONS, ", ".join(_PRECISIONS))
         if self.schedule == "left-then-right":
             _check("steps", self.steps, self.steps >= 2, "at least 2 with left-then-right")
+
+
+@dataclass(frozen=True)
+class Heal:
+    """How to refine a compressed model block by block (method 10). Defaults are **choices**.
+
+    Attributes:
+        mix: `m` in [0, 1]. 1 aims at what the dense layer makes of the dense model's stream (AA-SVD), 0 at what it
+            makes of the stream that really enters the compressed layer.
+        passes: over the training windows, for every layer.
+        lr: peak learning rate of AdamW; a cosine down to 0 over all steps of a layer, after `warmup`.
+        warmup: fraction of the steps in which the rate rises.
+        weight_decay: of AdamW, on everything that is trained.
+        held_out: fraction of the windows, at least one, that is not trained on but tells which state of a layer was
+            best. They come from the end of the text, the others from what is before it.
+        patience: end a layer after so many passes without improvement; 0 never. The best state is kept in any case.
+        precision: "auto" is bfloat16 on GPUs that have it, else float32; weights and sums are float32 in any case.
+    """
+
+    mix: float = 0.5
+    passes: int = 3
+    lr: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    held_out: float = 0.1
+    patience: int = 2
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("passes", 1), ("patience", 0)):
+            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        _check("mix", self.mix, 0 <= self.mix <= 1, "at least 0 and at most 1")
+        _check("lr", self.lr, self.lr > 0, "above 0")
+        _check("warmup", self.warmup, 0 <= self.warmup < 1, "at least 0 and less than 1")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _check("held_out", self.held_out, 0 < self.held_out < 1, "above 0 and less than 1")
+        _check("precision", self.precision, self.precision in _PRECISIONS, ", ".join(_PRECISIONS))
 
 
 def _check(name: str, value: Any, good: bool, legal: str) -> None:

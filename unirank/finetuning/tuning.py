@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from unirank.compression.checkpoint import CompressedModel, open_compressed
 from unirank.disk.files import check_output, locked, write_json
-from unirank.disk.hashing import differences, sha256_tensors
-from unirank.disk.strictjson import parse_object
+from unirank.disk.hashing import sha256_tensors
 from unirank.disk.tensorfile import read_tensors, write_tensors
 from unirank.errors import InputError, UnirankError
 from unirank.evaluation.perplexity import total_nll
@@ -32,6 +31,7 @@ from unirank.finetuning.adapters import (
 )
 from unirank.finetuning.loop import Loop, run
 from unirank.finetuning.settings import Finetune
+from unirank.finetuning.work import claim
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
 from unirank.progress import OnProgress, silent
@@ -116,7 +116,7 @@ def finetune(
     recipe = _identity(compressed, corpus, settings, train, held_out, guide)
     check_output(work, marker=_RECIPE, overwrite=True)
     with locked(work):
-        _claim(work, recipe)
+        claim(work, _RECIPE, recipe, "fine-tuning")
         set_seed(settings.seed)
         before = _loss(model, held_out)
         peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
@@ -220,21 +220,3 @@ def _identity(
         "device": device_name(compressed.model.device),
         "versions": versions(),
     }
-
-
-def _claim(work: Path, recipe: Mapping[str, Any]) -> None:
-    """Make `work` ours, or resume it. Raises InputError when it is not ours, or belongs to another run."""
-    file = work / _RECIPE
-    if file.is_file():
-        try:
-            found = parse_object(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} is damaged ({error}); delete {work} to start again.") from error
-        differs = differences(found, json.loads(json.dumps(recipe)), was="there")
-        if differs:
-            raise InputError(
-                f"The directory {work} belongs to another fine-tuning; it differs in {'; '.join(differs)}. "
-                "Delete it, or choose another."
-            )
-        return
-    write_json(file, recipe)

@@ -1,0 +1,115 @@
+"""The two streams of healing, `x` of the dense model and `x'` of the compressed one, between two layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unirank.disk.files import mapped_copy
+from unirank.disk.strictjson import Damaged
+from unirank.disk.tensorfile import open_tensors, write_tensors
+from unirank.errors import NonFiniteError
+from unirank.layerwise.recording import LayerCall, Streams, record
+from unirank.types import LoadedModel
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a layer's output of one batch is compared with.
+
+    Attributes:
+        target: `m L(x) + (1 - m) L(x')`, float32 `[B, T, D]`.
+        weight: `1 / ||L(x)||²`, float32 `[B, T]`; 0 for a token whose `L(x)` is 0.
+    """
+
+    target: torch.Tensor
+    weight: torch.Tensor
+
+    def error(self, output: torch.Tensor) -> torch.Tensor:
+        """Mean over the batch's tokens of the squared relative error of `output [B, T, D]`; float32 scalar."""
+        return ((self.target - output.float()).square().sum(-1) * self.weight).mean()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Windows that go through both models together; `calls[batch][layer]` are the dense model's."""
+
+    calls: list[list[LayerCall]]
+    own_calls: list[list[LayerCall]]
+    dense: Streams
+    own: Streams
+
+    @torch.no_grad()
+    def aims(self, layer: nn.Module, index: int, mix: float) -> list[Aim]:
+        """Run the dense layer: the aims of every batch. `x` is then what leaves it.
+
+        Raises NonFiniteError when its output is NaN or infinity.
+        """
+        found = []
+        for position, calls in enumerate(self.calls):
+            output = calls[index].run(layer, self.dense.batches[position])
+            target = output.float()
+            norms = target.square().sum(-1)
+            if mix < 1:
+                target = target.lerp(calls[index].run(layer, self.own.batches[position]).float(), 1 - mix)
+            weight = torch.where(norms > 0, 1 / norms, 0.0)
+            if not bool((target.sum() + norms.sum()).isfinite()):
+                raise NonFiniteError(f"The output of layer {index} of the dense model is NaN or infinity.")
+            folder = self.dense.folder
+            found.append(Aim(target if folder is None else mapped_copy(folder, target), weight))
+            self.dense.put(position, output)
+        return found
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module, index: int) -> None:
+        """Run the compressed layer: `x'` is then what leaves it."""
+        for position, calls in enumerate(self.own_calls):
+            self.own.put(position, calls[index].run(layer, self.own.batches[position]))
+
+
+def start(
+    dense: LoadedModel, own: LoadedModel, windows: Mapping[str, torch.Tensor], *, batch: int, folder: Path | None
+) -> dict[str, Group]:
+    """The groups `windows` (int64 `[W, T]` by name) before layer 0; `folder` as in `Streams`."""
+    groups = {}
+    for name, tokens in windows.items():
+        first, second = (record(model, tokens, batch=batch, folder=folder) for model in (dense, own))
+        groups[name] = Group(first.calls, second.calls, first.start, second.start)
+    return groups
+
+
+def write_streams(path: Path, groups: Mapping[str, Group]) -> None:
+    """Keep the streams for a run that resumes. Raises WriteError like `write_tensors`."""
+    tensors = {
+        f"{name}.{side}.{position}": hidden
+        for name, group in groups.items()
+        for side, streams in (("dense", group.dense), ("own", group.own))
+        for position, hidden in enumerate(streams.batches)
+    }
+    write_tensors(path, tensors, {})
+
+
+def read_streams(path: Path, groups: Mapping[str, Group]) -> bool:
+    """Put what `write_streams` kept into `groups`; False, and nothing done, where the file is not whole."""
+    try:
+        with open_tensors(path) as file:
+            places = {
+                f"{name}.{side}.{position}": (streams, position)
+                for name, group in groups.items()
+                for side, streams in (("dense", group.dense), ("own", group.own))
+                for position in range(len(streams.batches))
+            }
+            if set(file.names()) != places.keys():
+                return False
+            for name in places:
+                file[name]  # its bytes are checked before anything is put
+            for name, (streams, position) in places.items():
+                # A copy, which begins where torch begins its memory: BLAS adds in another order elsewhere.
+                streams.put(position, file[name].to(streams.batches[position].device, copy=True))
+    except Damaged:
+        return False
+    return True
