@@ -26,15 +26,13 @@ struct Segment {
       : begin(begin), K(K), cost(cost), dense_cost(dense_cost), pivoted(pivoted), dense_rank(find_dense_rank()) {}
 
   i64 unit(i64 r) const { return pivoted ? cost - r : cost; }
-  // From this rank on a product with unit(r) reaches dense_cost.
-  i64 enough(i64 r) const { return dense_cost / unit(r) + (dense_cost % unit(r) != 0); }
 
   i64 find_dense_rank() const {
-    if (!pivoted) return enough(0);
+    if (!pivoted) return (dense_cost - 1) / cost + 1;
     i64 low = 1, high = K + 1;
     while (low < high) {
       const i64 middle = low + (high - low) / 2;
-      if (middle >= enough(middle)) {
+      if (middle > (dense_cost - 1) / unit(middle)) {
         high = middle;
       } else {
         low = middle + 1;

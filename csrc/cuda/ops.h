@@ -13,6 +13,7 @@ using torch::stable::Tensor;
 void cosine_accumulate_(Tensor state, Tensor x, Tensor y);
 void gram_accumulate_(Tensor gram, Tensor mean, Tensor x);
 std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets,
-                                       std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of);
+                                       std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of,
+                                       bool pivoted);
 
 }  // namespace unirank::cuda

@@ -65,7 +65,8 @@ void check_prices(const char* argument, const Tensor& t, i64 length, const Tenso
 }  // namespace
 
 std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets,
-                                       std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of) {
+                                       std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of,
+                                       bool pivoted) {
   check_ranking(kOp, value, cost);
   const i64 C = value.size(0), L = cost.size(0);
   check(C < (i64{1} << 31), kOp, ": value must have fewer than 2^31 components, got ", C);
@@ -93,7 +94,8 @@ std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_c
                                               L,
                                               budget,
                                               min_rank,
-                                              multiple_of};
+                                              multiple_of,
+                                              pivoted};
     search(queue, problem, scratch, data<i64>(ranks), data<double>(threshold));
   };
   if (value.scalar_type() == ScalarType::Double) {

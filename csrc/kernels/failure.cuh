@@ -25,6 +25,10 @@ std::string failure_message(const RankStatus& status, const RankProblem<Score>& 
   }
   if (status.bad_cost != kNone) return price("cost", p.cost, status.bad_cost);
   if (status.bad_dense != kNone) return price("dense_cost", p.dense_cost, status.bad_dense);
+  if (const i64 l = status.bad_pivoted; l != kNone) {
+    return "with pivoted=True, cost must be at least twice a segment's length, got cost " + text(read(p.cost + l)) +
+           " and length " + text(read(p.offsets + l + 1) - read(p.offsets + l)) + " at segment " + text(l);
+  }
   if (status.dense_overflows()) return "the dense costs add up to more than an int64";
   if (const i64 c = status.bad_value; c != kNone) {
     return "value must be finite, got " + text(read(p.value + c)) + " at index " + text(c);

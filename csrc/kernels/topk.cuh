@@ -37,7 +37,7 @@ template <typename Score>
 __global__ void __launch_bounds__(kRankThreads, 4)
     check_segments(RankProblem<Score> p, RankStatus* status, i64* floor, i64* ranks) {
   if (threadIdx.x == 0) {
-    *status = {kNone, kNone, kNone, kNone, kNone, kNone, 0, 0, 0};
+    *status = {kNone, kNone, kNone, kNone, kNone, kNone, kNone, 0, 0, 0};
     if (p.offsets[0] != 0 || p.offsets[p.L] != p.C) status->bad_ends = 0;
   }
   __syncthreads();
@@ -49,6 +49,10 @@ __global__ void __launch_bounds__(kRankThreads, 4)
     if (dense <= 0) atomic_min(&status->bad_dense, l);
     if (!increases || cost <= 0 || dense <= 0) continue;
     const Segment s = segment_at(p, l);
+    if (p.pivoted && cost / 2 < s.K) {
+      atomic_min(&status->bad_pivoted, l);
+      continue;
+    }
     const i64 wanted = p.min_rank < s.K ? p.min_rank : s.K;
     floor[l] = ranks[l] = s.normalise(s.round_up(wanted, p.multiple_of));
     atomicAdd(&status->dense_high, static_cast<unsigned long long>(dense) >> 32);
@@ -84,7 +88,7 @@ __global__ void __launch_bounds__(kRankThreads, 4)
   const i64 l = segment_of(p, order[i]);
   const Segment s = segment_at(p, l);
   const i64 r = order[i] - s.begin;
-  if (r >= floor[l]) steps[i] = s.price(r + 1) - s.price(r);
+  if (r >= floor[l]) steps[i] = s.step(r, r + 1);
 }
 
 // Raises ranks from the floor to the longest affordable prefix. `spent` is the inclusive sum of the steps. Scores do
@@ -147,7 +151,7 @@ __device__ void fill_residual(const RankProblem<Score>& p, double* next, i64* ra
     if (threadIdx.x == 0) {
       const Segment s = segment_at(p, best.l);
       const i64 r = ranks[best.l], target = s.normalise(s.round_up(r + 1, p.multiple_of));
-      const i64 step = s.price(target) - s.price(r);
+      const i64 step = s.step(r, target);
       if (step <= left) {
         left -= step;
         ranks[best.l] = target;
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(kRankThreads, 4)
     const Segment s = segment_at(p, l);
     i64 r = ranks[l];
     if (r > floor[l]) smallest = Smaller{}(smallest, static_cast<double>(p.value[s.begin + r - 1]));
-    if (r < s.dense_rank) {
+    if (!s.is_dense(r)) {
       const i64 rounded = r / p.multiple_of * p.multiple_of;
       r = rounded < floor[l] ? floor[l] : rounded;
     }

@@ -6,13 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import GOOD_RANKING, NO_SEGMENTS, PRICES_NEAR_INT64, Problem, bad_rankings, random_problem
+from tests.ops.cases import (
+    GOOD_RANKING,
+    NO_SEGMENTS,
+    PIVOTED_NEAR_INT64,
+    PRICES_NEAR_INT64,
+    Problem,
+    bad_rankings,
+    random_problem,
+)
 from unirank import ops
 
 
-def assert_same(device: torch.device, problem: Problem, budget: int, min_rank: int, multiple_of: int) -> None:
-    want = ops.global_topk(*problem, budget, min_rank, multiple_of)
-    got = ops.global_topk(*(t.to(device) for t in problem), budget, min_rank, multiple_of)
+def assert_same(
+    device: torch.device, problem: Problem, budget: int, min_rank: int, multiple_of: int, pivoted: bool = False
+) -> None:
+    want = ops.global_topk(*problem, budget, min_rank, multiple_of, pivoted)
+    value, cost, dense_cost, offsets = (t.to(device) for t in problem)
+    got = ops.global_topk(value, cost, dense_cost, offsets, budget, min_rank, multiple_of, pivoted)
     for g, w in zip(got, want, strict=True):
         assert g.is_cuda
         assert torch.equal(g.cpu(), w)
@@ -22,18 +33,22 @@ def assert_same(device: torch.device, problem: Problem, budget: int, min_rank: i
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("multiple_of", [1, 7, 8, 64])
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.4, 0.8, 1.0])
-def test_a_whole_model(cuda: torch.device, keep: float, multiple_of: int, ties: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_a_whole_model(
+    cuda: torch.device, pivoted: bool, keep: float, multiple_of: int, ties: bool, dtype: torch.dtype
+) -> None:
     problem = random_problem(210, 480, dtype, levels=50 if ties else None)
-    assert_same(cuda, problem, int(keep * int(problem[2].sum())), 1, multiple_of)
+    assert_same(cuda, problem, int(keep * int(problem[2].sum())), 1, multiple_of, pivoted)
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_small_problems(cuda: torch.device, seed: int) -> None:
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_small_problems(cuda: torch.device, pivoted: bool, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     L, K, multiple_of = (int(torch.randint(1, n, (1,), generator=g)) for n in (7, 40, 6))
     problem = random_problem(L, K, levels=50, seed=seed)
     for keep in (0.3, 0.5, 0.7, 1.0):
-        assert_same(cuda, problem, int(keep * int(problem[2].sum())), 0, multiple_of)
+        assert_same(cuda, problem, int(keep * int(problem[2].sum())), 0, multiple_of, pivoted)
 
 
 def test_signed_zeros_tie(cuda: torch.device) -> None:
@@ -49,6 +64,9 @@ def test_signed_zeros_tie(cuda: torch.device) -> None:
 
 def test_prices_near_the_end_of_int64(cuda: torch.device) -> None:
     assert_same(cuda, PRICES_NEAR_INT64, 2**62 + 10, 0, 1)
+    assert_same(cuda, PRICES_NEAR_INT64, 2**62 + 3, 0, 1, pivoted=True)
+    for budget in (2**62 - 2, 2**62 - 1, 2**63 - 5, 2**63 - 4, 2**63 - 1):
+        assert_same(cuda, PIVOTED_NEAR_INT64, budget, 0, 1, pivoted=True)
 
 
 def test_no_segments(cuda: torch.device) -> None:

@@ -46,6 +46,12 @@ def _gram(emulated: ModuleType, seed: int) -> list[float]:
 
 
 def _topk(emulated: ModuleType, seed: int) -> list[object]:
+    def outcome(*arguments, fp64: bool = True) -> object:
+        try:
+            return emulated.topk(*arguments, fp64=fp64, seed=seed)
+        except ValueError as error:
+            return str(error)
+
     results: list[object] = []
     g = np.random.default_rng(7)
     for L, K, fp64 in [(40, 20, False), (3, 7, True), (300, 3, True)]:
@@ -56,13 +62,18 @@ def _topk(emulated: ModuleType, seed: int) -> list[object]:
         offsets = np.arange(L + 1) * K
         for keep, min_rank, multiple_of in [(0.3, 0, 1), (0.5, 1, 1), (0.6, 1, 2), (0.7, 2, 3), (2.0, 1, 4)]:
             arguments = (value.ravel().tolist(), cost.tolist(), dense.tolist(), offsets.tolist())
-            try:
-                found = emulated.topk(*arguments, int(keep * dense.sum()), min_rank, multiple_of, fp64=fp64, seed=seed)
-            except ValueError as error:
-                found = str(error)
-            results.append(found)
+            results.append(outcome(*arguments, int(keep * dense.sum()), min_rank, multiple_of, fp64=fp64))
+    for L, K, fp64 in [(40, 20, False), (300, 3, True)]:
+        value = np.sort(g.integers(-3, 9, (L, K)) / 4, axis=1)[:, ::-1]
+        M = g.integers(K, 2 * K, L)
+        # With the price of the dense matrix at K, below it, and out of reach.
+        dense = (M * K * g.choice([1, 0.8, 1.2], L)).astype(np.int64)
+        arguments = (value.ravel().tolist(), (M + K).tolist(), dense.tolist(), (np.arange(L + 1) * K).tolist())
+        for keep, min_rank, multiple_of in [(0.3, 0, 1), (0.7, 1, 1), (0.7, 2, 3), (2.0, 1, 4)]:
+            results.append(outcome(*arguments, int(keep * dense.sum()), min_rank, multiple_of, True, fp64=fp64))
     # Faults in the input; a tie of -0.0 and 0.0; a sum of prices that carries into its upper half; a floor that is no
-    # multiple, beside a segment that would take what it frees.
+    # multiple, beside a segment that would take what it frees. Pivoted, the least legal cost, one below it, and prices
+    # near the end of int64.
     for value, cost, dense, offsets, *limits in [
         ([3.0, 1, 2, math.nan], [5, 5], [9, 9], [0, 2, 4], 15, 1, 1),
         ([3.0, 1, 0, 2], [5, 5], [9, 9], [0, 2, 4], 15, 1, 1),
@@ -71,11 +82,12 @@ def _topk(emulated: ModuleType, seed: int) -> list[object]:
         ([1.0, 1e-300, 1e-310, 0], [5, 5], [9, 9], [0, 2, 4], 15, 1, 1),
         ([-0.0, 0.0], [5, 5], [9, 9], [0, 1, 2], 5, 0, 1),
         ([1.0] * 3 + [9.0] * 6, [5, 2], [100, 100], [0, 3, 9], 26, 3, 2),
+        ([3.0, 1, 2, 0], [4, 5], [4, 9], [0, 2, 4], 12, 1, 1, True),
+        ([3.0, 1, 2, 0], [4, 3], [4, 9], [0, 2, 4], 12, 1, 1, True),
+        ([3.0, 2, 1], [2**62], [2**63 - 1], [0, 3], 2**63 - 4, 0, 1, True),
+        ([3.0, 2, 1], [2**62], [2**63 - 1], [0, 3], 2**63 - 1, 0, 1, True),
     ]:
-        try:
-            results.append(emulated.topk(value, cost, dense, offsets, *limits, seed=seed))
-        except ValueError as error:
-            results.append(str(error))
+        results.append(outcome(value, cost, dense, offsets, *limits))
     return results
 
 

@@ -147,19 +147,24 @@ def test_gram_adds_to_what_is_there(emulated: ModuleType) -> None:
     torch.testing.assert_close(mean, x.double().sum(0) + 1)
 
 
+Ranking = tuple[list[float], list[int], list[int], list[int], bool]  # the last: pivoted
+
+
 @st.composite
-def rankings(draw: st.DrawFn) -> tuple[list[float], list[int], list[int], list[int]]:
+def rankings(draw: st.DrawFn) -> Ranking:
     few = st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, 1.0])  # ties within and between segments
     any_float = st.floats(allow_nan=False, allow_infinity=False, width=32)
     one = draw(st.sampled_from([few, any_float]))
     scores = draw(st.lists(st.lists(one, min_size=1, max_size=12), max_size=6))
-    cost = [draw(st.integers(1, 9)) for _ in scores]
-    # Below K * cost the dense cap bites, above it the segment was truncated by the caller.
-    dense = [draw(st.integers(1, 2 * c * len(s))) for c, s in zip(cost, scores, strict=True)]
+    pivoted = draw(st.booleans())
+    cost = [draw(st.integers(1, 9)) + (2 * len(s) - 1 if pivoted else 0) for s in scores]
+    # Below the price of rank K the dense cap bites, above it the segment was truncated by the caller.
+    most = [len(s) * (c - len(s) if pivoted else c) for c, s in zip(cost, scores, strict=True)]
+    dense = [draw(st.just(price) | st.integers(1, 2 * price)) for price in most]
     offsets = [0]
     for s in scores:
         offsets.append(offsets[-1] + len(s))
-    return [v for s in scores for v in sorted(s, reverse=True)], cost, dense, offsets
+    return [v for s in scores for v in sorted(s, reverse=True)], cost, dense, offsets, pivoted
 
 
 def outcome(op, value, cost, dense, offsets, *rest) -> tuple[list[int], float] | str:
@@ -171,16 +176,16 @@ def outcome(op, value, cost, dense, offsets, *rest) -> tuple[list[int], float] |
 
 
 def check_topk(
-    emulated: ModuleType, ranking: tuple, budget: int, min_rank: int, multiple_of: int, fp64: bool, seeds: range
+    emulated: ModuleType, ranking: Ranking, budget: int, min_rank: int, multiple_of: int, fp64: bool, seeds: range
 ) -> None:
-    value, cost, dense, offsets = ranking
+    value, cost, dense, offsets, pivoted = ranking
     scores = torch.tensor(value, dtype=torch.float64 if fp64 else torch.float32)
     prices = (torch.tensor(numbers, dtype=torch.int64) for numbers in (cost, dense, offsets))
-    want = outcome(ops.global_topk, scores, *prices, budget, min_rank, multiple_of)
+    want = outcome(ops.global_topk, scores, *prices, budget, min_rank, multiple_of, pivoted)
     for seed in seeds:
         got = outcome(
             lambda *a, seed=seed: emulated.topk(*a, fp64=fp64, seed=seed),
-            scores.double().tolist(), cost, dense, offsets, budget, min_rank, multiple_of,
+            scores.double().tolist(), cost, dense, offsets, budget, min_rank, multiple_of, pivoted,
         )  # fmt: skip
         assert got == want
         if not isinstance(got, str):
@@ -188,37 +193,48 @@ def check_topk(
 
 
 @settings(max_examples=300, deadline=None)
-@given(rankings(), st.integers(-1, 250), st.integers(0, 14), st.integers(1, 6), st.booleans(), st.integers(0, 1000))
+@given(
+    rankings(),
+    st.integers(-1, 250) | st.floats(0, 1.1),
+    st.integers(0, 14),
+    st.integers(1, 6),
+    st.booleans(),
+    st.integers(0, 1000),
+)
 def test_topk_ranks_are_those_of_the_cpu(
-    emulated: ModuleType, ranking: tuple, budget: int, min_rank: int, multiple_of: int, fp64: bool, seed: int
+    emulated: ModuleType, ranking: Ranking, budget: float, min_rank: int, multiple_of: int, fp64: bool, seed: int
 ) -> None:
+    budget = int(budget * sum(ranking[2])) if isinstance(budget, float) else budget
     check_topk(emulated, ranking, budget, min_rank, multiple_of, fp64, range(seed, seed + 2))
 
 
-def whole_model(L: int, K: int) -> tuple[list[float], list[int], list[int], list[int]]:
+def whole_model(L: int, K: int, pivoted: bool = False) -> Ranking:
     g = torch.Generator().manual_seed(L)
     value = torch.rand(L, K, generator=g).mul(2 * K).round().sort(1, descending=True).values.flatten()
     M = torch.randint(K, 3 * K, (L,), generator=g)
-    return value.tolist(), (M + K).tolist(), (M * K).tolist(), [seg * K for seg in range(L + 1)]
+    return value.tolist(), (M + K).tolist(), (M * K).tolist(), [seg * K for seg in range(L + 1)], pivoted
 
 
 @pytest.mark.parametrize("fp64", [True, False])
 @pytest.mark.parametrize("multiple_of", [1, 8, 64])
 @pytest.mark.parametrize("keep", [0.25, 0.8, 1.0])
-def test_topk_of_a_whole_model(emulated: ModuleType, keep: float, multiple_of: int, fp64: bool) -> None:
-    ranking = whole_model(210, 96)
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_topk_of_a_whole_model(emulated: ModuleType, pivoted: bool, keep: float, multiple_of: int, fp64: bool) -> None:
+    ranking = whole_model(210, 96, pivoted)
     check_topk(emulated, ranking, int(keep * sum(ranking[2])), 1, multiple_of, fp64, range(2))
 
 
-def test_topk_of_more_segments_than_threads(emulated: ModuleType) -> None:
-    ranking = whole_model(700, 5)
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_topk_of_more_segments_than_threads(emulated: ModuleType, pivoted: bool) -> None:
+    ranking = whole_model(700, 5, pivoted)
     for multiple_of in (1, 2):
         check_topk(emulated, ranking, sum(ranking[2]) // 2, 1, multiple_of, True, range(3))
 
 
 @pytest.mark.parametrize("multiple_of", [1, 3])
-def test_topk_schedules(emulated: ModuleType, multiple_of: int) -> None:
-    ranking = whole_model(20, 16)
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_topk_schedules(emulated: ModuleType, pivoted: bool, multiple_of: int) -> None:
+    ranking = whole_model(20, 16, pivoted)
     check_topk(emulated, ranking, sum(ranking[2]) // 2, 1, multiple_of, True, range(50))
 
 
@@ -241,6 +257,23 @@ def test_topk_schedules(emulated: ModuleType, multiple_of: int) -> None:
         {"value": [], "cost": [], "dense_cost": [], "offsets": [0]},
         {"value": [1.0, 1e-300, 1e-310, 5e-324]},
         {"min_rank": 2**62, "budget": 2**62, "multiple_of": 2**62},
+        {"pivoted": True},
+        {"pivoted": True, "cost": [5, 3]},
+        {"pivoted": True, "cost": [4, 5]},
+        {"pivoted": True, "cost": [1, 5], "offsets": [0, 9, 4]},
+        {"pivoted": True, "min_rank": 2**62, "budget": 2**62, "multiple_of": 2**62},
+        *(
+            {
+                "value": [3.0, 2, 1],
+                "cost": [2**62],
+                "dense_cost": [2**63 - 1],
+                "offsets": [0, 3],
+                "pivoted": True,
+                "budget": budget,
+                "min_rank": 0,
+            }
+            for budget in (2**62 - 1, 2**63 - 5, 2**63 - 4, 2**63 - 1)
+        ),
     ],
 )
 def test_topk_says_what_the_cpu_says(emulated: ModuleType, changed: dict) -> None:
@@ -249,9 +282,11 @@ def test_topk_says_what_the_cpu_says(emulated: ModuleType, changed: dict) -> Non
         "cost": [5, 5],
         "dense_cost": [9, 9],
         "offsets": [0, 2, 4],
+        "pivoted": False,
         "budget": 15,
         "min_rank": 1,
         "multiple_of": 1,
     }
-    *ranking, budget, min_rank, multiple_of = {**good, **changed}.values()
-    check_topk(emulated, tuple(ranking), budget, min_rank, multiple_of, True, range(4))
+    value, cost, dense_cost, offsets, pivoted, budget, min_rank, multiple_of = {**good, **changed}.values()
+    ranking = (value, cost, dense_cost, offsets, pivoted)
+    check_topk(emulated, ranking, budget, min_rank, multiple_of, True, range(4))

@@ -29,6 +29,7 @@ struct Ranking {
   std::vector<double> value;
   std::vector<i64> cost, dense_cost, offsets;
   i64 budget, min_rank, multiple_of;
+  bool pivoted;
 };
 
 struct Ranks {

@@ -28,11 +28,11 @@ void gram(py::array gram, py::array mean, const py::array& x, bool bf16, i64 pad
 }
 
 std::pair<std::vector<i64>, double> topk(std::vector<double> value, std::vector<i64> cost, std::vector<i64> dense_cost,
-                                         std::vector<i64> offsets, i64 budget, i64 min_rank, i64 multiple_of, bool fp64,
-                                         unsigned seed) {
-  const drivers::Ranks result = drivers::topk(
-      {std::move(value), std::move(cost), std::move(dense_cost), std::move(offsets), budget, min_rank, multiple_of},
-      fp64, seed);
+                                         std::vector<i64> offsets, i64 budget, i64 min_rank, i64 multiple_of,
+                                         bool pivoted, bool fp64, unsigned seed) {
+  const drivers::Ranks result = drivers::topk({std::move(value), std::move(cost), std::move(dense_cost),
+                                               std::move(offsets), budget, min_rank, multiple_of, pivoted},
+                                              fp64, seed);
   return {result.ranks, result.threshold};
 }
 
@@ -47,7 +47,8 @@ PYBIND11_MODULE(emulated, m) {
   std::apply([&](const auto&... a) { m.def("gram", &gram, a...); },
              layout(py::arg("gram"), py::arg("mean"), py::arg("x")));
   m.def("topk", &topk, py::arg("value"), py::arg("cost"), py::arg("dense_cost"), py::arg("offsets"), py::arg("budget"),
-        py::arg("min_rank"), py::arg("multiple_of"), py::kw_only(), py::arg("fp64") = true, py::arg("seed") = 0);
+        py::arg("min_rank"), py::arg("multiple_of"), py::arg("pivoted") = false, py::kw_only(), py::arg("fp64") = true,
+        py::arg("seed") = 0);
   m.def("widen", [](const std::vector<std::uint16_t>& bits, bool bf16) {
     return drivers::widened(bf16 ? Dtype::Bf16 : Dtype::Fp16, bits);
   });

@@ -62,14 +62,15 @@ void drive_gram(Dtype dtype, i64 T, i64 N) {
   }
 }
 
-void drive_topk(i64 L, i64 K, bool fp64) {
+void drive_topk(i64 L, i64 K, bool fp64, bool pivoted) {
   std::mt19937 random(5);
   Ranking ranking{};
+  ranking.pivoted = pivoted;
   i64 dense_total = 0;
   for (i64 l = 0; l < L; ++l) {
     ranking.offsets.push_back(l * K);
     for (i64 i = 0; i < K; ++i) ranking.value.push_back(static_cast<double>((K - i) / 2));
-    ranking.cost.push_back(1 + random() % 9);
+    ranking.cost.push_back(1 + random() % 9 + (pivoted ? 2 * K - 1 : 0));
     ranking.dense_cost.push_back(1 + random() % (2 * 9 * K));
     dense_total += ranking.dense_cost.back();
   }
@@ -84,7 +85,7 @@ void drive_topk(i64 L, i64 K, bool fp64) {
     }
   }
   const Ranking good = ranking;
-  for (int fault = 0; fault < 6 && L > 1; ++fault) {
+  for (int fault = 0; fault < 7 && L > 1; ++fault) {
     ranking = good;
     if (fault == 0) ranking.offsets[1] = 5 * K * L;
     if (fault == 1) ranking.offsets[1] = -7;
@@ -92,6 +93,7 @@ void drive_topk(i64 L, i64 K, bool fp64) {
     if (fault == 3) ranking.dense_cost[0] = INT64_MAX, ranking.dense_cost[1] = INT64_MAX;
     if (fault == 4) ranking.value[0] = -1;
     if (fault == 5) ranking.budget = -1;
+    if (fault == 6) ranking.cost[0] = 1, ranking.pivoted = true;
     bool refused = false;
     try {
       topk(ranking, fp64, 1);
@@ -116,10 +118,12 @@ int main() {
     }
   }
   for (const bool fp64 : {false, true}) {
-    drive_topk(0, 1, fp64);
-    drive_topk(1, 1, fp64);
-    drive_topk(7, 13, fp64);
-    drive_topk(300, 3, fp64);
+    for (const bool pivoted : {false, true}) {
+      drive_topk(0, 1, fp64, pivoted);
+      drive_topk(1, 1, fp64, pivoted);
+      drive_topk(7, 13, fp64, pivoted);
+      drive_topk(300, 3, fp64, pivoted);
+    }
   }
   std::printf("%d runs\n", runs);
 }

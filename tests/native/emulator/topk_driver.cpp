@@ -48,8 +48,8 @@ Ranks run(const Ranking& ranking, unsigned seed) {
   fill(cost, ranking.cost);
   fill(dense_cost, ranking.dense_cost);
   fill(offsets, ranking.offsets);
-  const RankProblem<Score> problem{value.data(),   cost.data(),      dense_cost.data(),  offsets.data(), C, L,
-                                   ranking.budget, ranking.min_rank, ranking.multiple_of};
+  const RankProblem<Score> problem{value.data(),   cost.data(),      dense_cost.data(),   offsets.data(), C, L,
+                                   ranking.budget, ranking.min_rank, ranking.multiple_of, ranking.pivoted};
   search_ranks(emulator::Launch{seed}, Sort{}, AddUp{}, problem,
                RankScratch<Score>{keys.data(), sorted_keys.data(), index.data(), order.data(), steps.data(),
                                   spent.data(), floor.data(), next.data(), status.data()},

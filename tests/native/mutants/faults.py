@@ -98,11 +98,41 @@ FAULTS = (
     Fault(
         "topk",
         "segments.cuh",
-        "return r >= dense_rank ? dense_cost : r * cost;",
-        "return r * cost;",
+        "return is_dense(r) ? dense_cost : r * unit(r);",
+        "return r * unit(r);",
         "no dense cap on the price",
     ),
-    Fault("topk", "segments.cuh", "return r >= dense_rank ? K : r;", "return r;", "dense ranks not reported as K"),
+    Fault("topk", "segments.cuh", "return is_dense(r) ? K : r;", "return r;", "dense ranks not reported as K"),
+    Fault("topk", "segments.cuh", "pivoted ? cost - r : cost", "cost", "pivoted storage at the price of two factors"),
+    Fault(
+        "topk", "segments.cuh", "pivoted ? cost - r : cost", "cost - r", "two factors at the price of pivoted storage"
+    ),
+    Fault(
+        "topk", "segments.cuh", "pivoted ? cost - r : cost", "pivoted ? cost - r - 1 : cost", "unit of the next rank"
+    ),
+    Fault(
+        "topk",
+        "segments.cuh",
+        "r > (dense_cost - 1) / unit(r)",
+        "r > dense_cost / unit(r)",
+        "a rank that costs exactly as much as the dense matrix is not dense",
+    ),
+    Fault(
+        "topk",
+        "segments.cuh",
+        "r > (dense_cost - 1) / unit(r)",
+        "r * unit(r) >= dense_cost",
+        "a product that overflows",
+    ),
+    Fault(
+        "topk",
+        "segments.cuh",
+        "? dense_cost - price(r) :",
+        "? dense_cost - r * unit(r) :",
+        "the step beyond a dense rank is not free",
+    ),
+    Fault("topk", "topk.cuh", "cost / 2 < s.K", "cost / 2 <= s.K", "the least legal cost is refused"),
+    Fault("topk", "topk.cuh", "p.pivoted && cost / 2 < s.K", "false", "too small a cost for pivoted storage"),
     Fault("topk", "segments.cuh", "if (p.offsets[middle] <= c)", "if (p.offsets[middle] < c)", "segment of its first"),
     Fault(
         "topk", "segments.cuh", "(dense_high + (dense_low >> 32)) >> 31", "dense_high >> 31", "carry of the sum lost"
