@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from unirank.analysis.identity import TREE, Identity
+from unirank.compression.trainings import training_rows
 from unirank.compression.truncation import TruncateReport
-from unirank.disk.strictjson import Damaged, entry, number
 from unirank.rank_plan import RankPlan
 
 # What lies beside the weights.
 PLAN_FILE = "rank_plan.json"
 PROVENANCE_FILE = "provenance.json"
 EVALUATIONS_FILE = "evaluations.json"
-_SETTINGS = ("steps", "batch", "window", "rank", "schedule", "distill", "seed")  # that the card shows of a training
 
 
 def render_card(
@@ -43,8 +42,7 @@ def render_card(
         f"`{calibration.text}`, seed {calibration.seed}"
         + (f", tokens clipped at {calibration.clip:g} medians" if calibration.clip else ""),
     }
-    if training is not None:
-        rows["fine-tuned"] = _training_line(training)
+    rows |= training_rows(training)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
@@ -71,30 +69,6 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 {_perplexities(evaluations)}
 `{PLAN_FILE}` holds the rank of every linear, `{PROVENANCE_FILE}` hashes and versions.
 """
-
-
-def check_training(training: Any) -> None:
-    """Raise Damaged unless a record of a fine-tuning can be shown."""
-    settings = entry(training, "settings", dict)
-    for key in _SETTINGS:
-        if key not in settings:
-            raise Damaged(f"the settings of its training have no {key}")
-    entry(entry(training, "data", dict), "text", str)
-    for step in entry(training, "log", list):
-        if not isinstance(step, dict):
-            raise Damaged(f"the log of its training has {str(step)[:80]!r}")
-        for key in ("loss", "eval_loss"):
-            if key in step:
-                number(step[key], f"{key} in the log of its training")
-
-
-def _training_line(training: Mapping[str, Any]) -> str:
-    settings, data = training["settings"], training["data"]
-    return (
-        f"{settings['steps']} steps of {settings['batch']} x {settings['window']} tokens of `{data['text']}`, LoRA of "
-        f"rank {settings['rank']} on the factors, {settings['schedule']}, distill = {settings['distill']}, "
-        f"seed {settings['seed']}"
-    )
 
 
 def _perplexities(evaluations: Sequence[Mapping[str, Any]]) -> str:

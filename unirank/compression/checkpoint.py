@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.analysis.identity import Identity
-from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, check_training, render_card
+from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, render_card
+from unirank.compression.trainings import check_training
 from unirank.compression.truncation import TruncateReport
 from unirank.disk.files import check_output, staged_directory, write_json, write_text
 from unirank.disk.hashing import sha256_files
@@ -34,7 +35,7 @@ class CompressedModel:
     report: TruncateReport
     identity: Identity  # of the analysis
     source: str
-    training: Mapping[str, Any] | None = None  # of `unirank.finetune`
+    training: Mapping[str, Any] | None = None  # of `unirank.finetune` or `unirank.heal`
     evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
     pages: Paging | None = None  # of a model that was loaded with `stream`
     scratch: object = field(default=None, repr=False, compare=False)  # a temporary store that lives as long as this

@@ -10,6 +10,7 @@ from typing import Any
 
 from unirank.report import curves, svg
 from unirank.report.gather import Linear, ReportData
+from unirank.report.training_section import training_sections
 from unirank.types import DENSE
 
 _STYLE = files("unirank.report").joinpath("style.css").read_text(encoding="utf-8")
@@ -37,8 +38,7 @@ def page(data: ReportData) -> str:
         sections.append(_section("Cosines and spectra", "", "They need the analysis store, which was not given."))
     if data.samples:
         sections.append(_section("Side by side", _samples(data), "Greedy continuations; a sample, not a measurement."))
-    if data.record.training is not None:
-        sections.append(_section("Fine-tuning", _training(data)))
+    sections += [_section(title, body) for title, body in training_sections(data.record.training)]
     sections.append(_section("Every linear", _table(data)))
     sections.append(_section("Make it again", _commands(data)))
     return (
@@ -189,19 +189,6 @@ def _without_tail(text: str) -> str:
     return f"{kept}\n[{empty} empty lines]" if empty > 1 else kept
 
 
-def _training(data: ReportData) -> str:
-    training = data.record.training or {}
-    losses = {
-        label: [(float(index), entry[key]) for index, entry in enumerate(training["log"]) if key in entry]
-        for label, key in (("training loss", "loss"), ("held-out loss", "eval_loss"))
-    }
-    losses = {label: curve for label, curve in losses.items() if curve}
-    chart = svg.lines("loss", losses, x="log entry", y="nats a token", dots=True) if losses else ""
-    settings = ", ".join(f"{key} = {value}" for key, value in sorted(training["settings"].items()))
-    figure = f'<div class="charts"><figure><figcaption>loss</figcaption>{chart}</figure></div>'
-    return f"<p>{_text(training['data']['text'])}; {_text(settings)}</p>{figure}"
-
-
 def _table(data: ReportData) -> str:
     has_store = any(linear.effective_rank is not None for linear in data.linears)
     columns = ["linear", "M x N", "rank", "kept"] + (["energy kept", "effective rank"] if has_store else [])
@@ -229,8 +216,8 @@ def _commands(data: ReportData) -> str:
     note = (
         "rank_plan.json lies beside the weights and holds every rank. Of a text that is a file, only the name is known."
     )
-    if data.record.training is not None:
-        note += " Fine-tuning came after that."
+    for title, _ in training_sections(data.record.training):  # in their order
+        note += f" {title} came after that."
     versions = ", ".join(f"{name} {version}" for name, version in identity.versions.items())
     return (
         f"<pre>{_text(shlex.join(_compress(data)))}</pre><p>{_text(note)}</p>"

@@ -1,0 +1,97 @@
+"""What a checkpoint says of the trainings behind it: fine-tuning and healing, each with what was before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unirank.disk.strictjson import Damaged, entry, number
+
+HEALED, TUNED = "healed", "fine-tuned"
+_EARLIER = "before_that"
+# What is shown of the settings.
+_TUNING = ("steps", "batch", "window", "rank", "schedule", "distill", "seed")
+_HEALING = ("mix", "passes", "lr", "held_out")
+
+
+def trainings(training: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The records of all trainings, the first one first."""
+    found = []
+    while training is not None:
+        found.append(training)
+        training = training.get(_EARLIER)
+    return found[::-1]
+
+
+def kind_of(training: Mapping[str, Any]) -> str:
+    """HEALED or TUNED; the record of a fine-tuning names no kind."""
+    return HEALED if training.get("kind") == "heal" else TUNED
+
+
+def check_training(training: Any) -> None:
+    """Raise Damaged unless a record, and those before it, can be shown."""
+    while training is not None:
+        settings, data = entry(training, "settings", dict), entry(training, "data", dict)
+        entry(data, "text", str)
+        healed = training.get("kind") is not None
+        for key in _HEALING if healed else _TUNING:
+            if key not in settings:
+                raise Damaged(f"the settings of its training have no {key}")
+        if healed:
+            _check_healing(training, data)
+        else:
+            _check_tuning(training)
+        training = training.get(_EARLIER)
+
+
+def _check_healing(training: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    if training["kind"] != "heal":
+        raise Damaged(f"the kind of its training is {str(training['kind'])[:80]!r}")
+    for key in ("window", "train_windows", "batch", "seed"):
+        entry(data, key, int)
+    if (second := entry(data, "second", dict, type(None))) is not None:
+        entry(second, "text", str)
+    for layer in entry(training, "layers", list):
+        for key in ("before", "after"):
+            number(entry(layer, key, float, int), f"{key} in the layers of its training")
+        for key in ("passes", "best"):
+            entry(layer, key, int)
+
+
+def _check_tuning(training: Mapping[str, Any]) -> None:
+    for step in entry(training, "log", list):
+        if not isinstance(step, dict):
+            raise Damaged(f"the log of its training has {str(step)[:80]!r}")
+        for key in ("loss", "eval_loss"):
+            if key in step:
+                number(step[key], f"{key} in the log of its training")
+
+
+def training_rows(training: Mapping[str, Any] | None) -> dict[str, str]:
+    """A line for each training under what it did; several are numbered in their order."""
+    chain = trainings(training)
+    lines = [(kind_of(one), _healing_line(one) if kind_of(one) == HEALED else _tuning_line(one)) for one in chain]
+    if len(lines) == 1:
+        return dict(lines)
+    return {f"{position}. {kind}": line for position, (kind, line) in enumerate(lines, start=1)}
+
+
+def _tuning_line(training: Mapping[str, Any]) -> str:
+    settings, data = training["settings"], training["data"]
+    return (
+        f"{settings['steps']} steps of {settings['batch']} x {settings['window']} tokens of `{data['text']}`, LoRA of "
+        f"rank {settings['rank']} on the factors, {settings['schedule']}, distill = {settings['distill']}, "
+        f"seed {settings['seed']}"
+    )
+
+
+def _healing_line(training: Mapping[str, Any]) -> str:
+    settings, data, layers = training["settings"], training["data"], training["layers"]
+    better = sum(layer["best"] > 0 for layer in layers)
+    before, after = (sum(layer[key] for layer in layers) / max(1, len(layers)) for key in ("before", "after"))
+    second = "" if data["second"] is None else f", stopped by `{data['second']['text']}` too"
+    return (
+        f"{better} of {len(layers)} layers, at most {settings['passes']} passes over {data['train_windows']} windows "
+        f"of {data['window']} tokens of `{data['text']}`{second}, mix = {settings['mix']}, lr = {settings['lr']}, "
+        f"seed {data['seed']}; mean held-out error of a layer {before:.4f} before, {after:.4f} after"
+    )
