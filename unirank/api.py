@@ -16,7 +16,7 @@ from unirank.planning.ranks import check_request, plan_ranks
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
 from unirank.recipes import recipe
-from unirank.types import LoadedModel, Rank
+from unirank.types import Form, LoadedModel, Rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +41,7 @@ def compress(
     refine: Refine | None = None,
     min_rank: int = 1,
     multiple_of: int = 1,
+    form: Form | None = None,
     calibration: Calibration | str | Path | None = None,
     store: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -66,6 +67,9 @@ def compress(
         refine: a second pass over the calibration tokens (see `unirank.Refine`); None takes the factors as they are.
         min_rank: the least rank.
         multiple_of: what ranks are multiples of.
+        form: how low-rank matrices are stored, and so what a rank costs: "factors", two of them in `R (M + N)`
+            parameters, or "pivoted", the same map in `R (M + N - R)`. None is the preset's, or that of a plan in
+            `ranks`, else "factors".
         calibration: which tokens calibrate, or the path or name of a text alone. A finished `store` is taken as it is
             where this is None, or the text that the store was calibrated on. Default: 64 windows of 512 tokens of
             Python's documentation.
@@ -85,6 +89,7 @@ def compress(
         multiple_of=multiple_of,
         calibration=calibration,
         scheme_is_free=preset is None and scheme is None,
+        form=form,
         progress=progress,
     )
     compressed = job.run(
@@ -213,6 +218,7 @@ def plan(
     options: Mapping[str, float] | None = None,
     min_rank: int = 1,
     multiple_of: int = 1,
+    form: Form | None = None,
     workbench: Workbench | None = None,
     against: str | Path | LoadedModel | None = None,
     calibration: str | Path | None = None,
@@ -231,6 +237,7 @@ def plan(
         options: the allocator's own options by name.
         min_rank: least rank of a matrix.
         multiple_of: ranks are multiples of this (dense matrices aside).
+        form: as in `compress`.
         workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`); see
             `unirank.make_workbench`. The model is left as it was found.
         against: instead of `workbench`, the dense model that the store was made from; other allocators do not load it.
@@ -239,20 +246,20 @@ def plan(
 
     Raises:
         InputError: an argument is not legal, or `min_rank` makes `remove` unreachable.
-        StoreError: the store is unfinished, damaged, or lacks what the preset needs.
+        StoreError: the store is unfinished, damaged, lacks what the preset needs, or is too old for the form.
     """
     analysis = store if isinstance(store, AnalysisStore) else open_store(store)
-    chosen = recipe(preset, allocator=allocator, settings=settings, options=options)
+    chosen = recipe(preset, allocator=allocator, settings=settings, options=options, form=form)
     if (remove is None) == (ranks is None):
         got = "neither" if remove is None else "both"
         raise InputError(f"Exactly one of remove= and ranks= is needed; {got} was given.")
     if ranks is not None:
-        return import_plan(analysis, ranks_text(ranks))
+        return import_plan(analysis, ranks_text(ranks), form=form)
     assert remove is not None
     if preset is not None:
         require(analysis, chosen)
     request: dict[str, Any] = {"allocator": chosen.allocator, "min_rank": min_rank, "multiple_of": multiple_of}
-    request["options"] = chosen.options
+    request |= {"options": chosen.options, "form": chosen.form}
     check_request(analysis.linears, remove, **request)
     if workbench is None and against is not None and chosen.measures:
         analysis.require_complete()

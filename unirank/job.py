@@ -18,12 +18,12 @@ from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration, calibrat
 from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
 from unirank.distributed import rank
 from unirank.errors import InputError, StoreError
-from unirank.planning.imported_ranks import import_plan, read_rank_file, read_ranks
+from unirank.planning.imported_ranks import form_of, import_plan, read_rank_file, read_ranks
 from unirank.planning.ranks import check_request, plan_ranks
 from unirank.progress import OnProgress, silent
-from unirank.rank_plan import RankPlan
+from unirank.rank_plan import RankPlan, check_form
 from unirank.recipes import Preset
-from unirank.types import LoadedModel, Rank
+from unirank.types import Form, LoadedModel, Rank
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ class Job:
     multiple_of: int
     calibration: Calibration | str | Path | None
     scheme_is_free: bool = False  # nobody asked for a scheme: that of a finished store will do
+    form: Form | None = None  # asked for; None is the recipe's, or that of a plan that is given
     progress: OnProgress = silent
 
     def run(
@@ -109,6 +110,8 @@ class Job:
         if (self.remove is None) == (self.ranks is None):
             got = "neither" if self.remove is None else "both"
             raise InputError(f"Exactly one of remove= and ranks= is needed; {got} was given.")
+        if self.form is not None:
+            check_form(self.form)
         if self.remove is not None:
             self._check_budget(())
         elif isinstance(self.ranks, str | os.PathLike):
@@ -128,7 +131,7 @@ class Job:
         if self.remove is not None:
             self._check_budget(loaded.linears)
         if self.ranks is not None:
-            read_ranks(loaded.linears, ranks_text(self.ranks))
+            read_ranks(loaded.linears, ranks_text(self.ranks), form=self.form)
 
     def _check_budget(self, linears: Any) -> None:
         assert self.remove is not None
@@ -139,6 +142,7 @@ class Job:
             min_rank=self.min_rank,
             multiple_of=self.multiple_of,
             options=self.recipe.options,
+            form=self.form or self.recipe.form,
         )
 
     def analyze(self, loaded: LoadedModel, place: Path, *, overwrite: bool = False) -> AnalysisStore:
@@ -154,8 +158,16 @@ class Job:
             store = open_store(place)
             if store.complete and (asked is None or _is_text_of(store, asked.text, loaded)):
                 require(store, self._recipe_for(store))
+                store.require_form(self._form)
                 return store
         return analyze_for(loaded, place, self.recipe, asked, overwrite=overwrite, progress=self.progress)
+
+    @property
+    def _form(self) -> Form:
+        """In which low-rank matrices will be stored."""
+        if self.ranks is not None:
+            return form_of(ranks_text(self.ranks), self.form)
+        return self.form or self.recipe.form
 
     def _recipe_for(self, store: AnalysisStore) -> Preset:
         """The recipe, with the store's scheme where nobody asked for one."""
@@ -169,7 +181,7 @@ class Job:
             text = None if self.calibration is None else calibration_of(self.calibration).text
             workbench = workbench_for(loaded, store, text, self.progress)
         if self.ranks is not None:
-            ranks = import_plan(store, ranks_text(self.ranks))
+            ranks = import_plan(store, ranks_text(self.ranks), form=self.form)
         else:
             assert self.remove is not None
             ranks = plan_ranks(
@@ -181,6 +193,7 @@ class Job:
                 multiple_of=self.multiple_of,
                 options=self.recipe.options,
                 workbench=workbench,
+                form=self._form,
             )
         windows = None if workbench is None else workbench.windows
         return apply(
@@ -234,6 +247,9 @@ def require(store: AnalysisStore, chosen: Preset) -> None:
     scheme, used = store.identity.scheme, store.identity.calibration
     command = f"unirank analyze MODEL -o NEW-STORE --scheme {chosen.scheme} --calib {used.text}"
     command += f" --windows {used.windows} --window {used.window} --seed {used.seed} --batch {used.batch}"
+    if used.texts:
+        command += f" --calib-shares {','.join(str(text.windows) for text in used.texts)}"
+    command += f" --clip {used.clip or 0:g}"
     if chosen.needs_gradients:
         count = min(GRADIENT_WINDOWS, used.windows)
         command += f" --gradients-from {store.path}" if store.has_gradients else f" --gradients {count}"
@@ -247,7 +263,6 @@ def require(store: AnalysisStore, chosen: Preset) -> None:
             f"{command}."
         )
 
-    command += f" --clip {used.clip or 0:g}"
 
 def analyze_for(
     loaded: LoadedModel,
@@ -297,10 +312,9 @@ def workbench_for(loaded: LoadedModel, store: AnalysisStore, text: str | None, p
 
 def _is_text_of(store: AnalysisStore, text: str, loaded: LoadedModel) -> bool:
     """Whether `store` was calibrated on `text`. Raises InputError like `read_text`."""
-    from unirank.text.windows import read_text
+    from unirank.analysis.redraw import is_text_of
 
-    used = store.identity.calibration
-    return read_text(text, loaded.tokenizer, split=used.split, revision=used.revision).sha256 == used.text_sha256
+    return is_text_of(loaded, store, text)
 
 
 def ranks_text(ranks: RankPlan | Mapping[str, Rank] | str | Path) -> str:

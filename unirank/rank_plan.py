@@ -7,14 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unirank.disk.strictjson import Damaged, entry, parse_object
 from unirank.errors import InputError
-from unirank.types import DENSE, LinearSpec, Rank
-
-if TYPE_CHECKING:
-    pass
+from unirank.types import DENSE, FORMS, Form, LinearSpec, Rank, rank_cost
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class RankPlan:
     scheme: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     analysis: str = ""  # sha256 of the store's identity
+    form: Form = "factors"  # in which low-rank matrices are stored, and their parameters counted
 
     def __post_init__(self) -> None:
         recount = sum(self.rank_cost(name) for name in self.ranks)
@@ -41,13 +39,17 @@ class RankPlan:
             )
 
     def rank_cost(self, name: str) -> int:
-        m, n = self.shapes[name]
-        rank = self.ranks[name]
-        return m * n if rank == DENSE else min(int(rank) * (m + n), m * n)
+        return rank_cost(*self.shapes[name], self.ranks[name], self.form)
 
     @property
     def total(self) -> int:
         return sum(m * n for m, n in self.shapes.values())
+
+    @property
+    def described_form(self) -> str:
+        """How low-rank matrices are stored, and what a rank costs."""
+        cost = "R (M + N - R)" if self.form == "pivoted" else "R (M + N)"
+        return f"{self.form}, {cost} parameters a matrix"
 
     def described_settings(self) -> str:
         """The settings in one line; of those that hold a value a linear, how many there are."""
@@ -80,7 +82,7 @@ class RankPlan:
     def _check(record: Mapping[str, Any]) -> None:
         """Raise Damaged unless every entry has a value that `to_json` could have written."""
         known = {field.name for field in fields(RankPlan)}
-        for key in sorted(known - record.keys() - {"settings", "analysis"}):
+        for key in sorted(known - record.keys() - {"settings", "analysis", "form"}):
             raise Damaged(f"it has no {key}")
         for key in sorted(record.keys() - known):
             raise Damaged(f"it has the unknown entry {key[:80]!r}")
@@ -100,6 +102,7 @@ class RankPlan:
             "scheme": isinstance(record["scheme"], str),
             "settings": isinstance(record.get("settings", {}), dict),
             "analysis": isinstance(record.get("analysis", ""), str),
+            "form": record.get("form", "factors") in FORMS,
         }
         for key, fine in good.items():
             if not fine:
@@ -107,14 +110,22 @@ class RankPlan:
         if record["ranks"].keys() != record["shapes"].keys():
             raise Damaged("ranks and shapes name different linears")
         for name, rank in record["ranks"].items():
-            most = min(record["shapes"][name])
+            most = min(record["shapes"][name]) - (record.get("form") == "pivoted")  # there, K is dense
             if rank != DENSE and not (type(rank) is int and 1 <= rank <= most):
                 raise Damaged(f"rank of {name} is {str(rank)[:80]!r}, legal is 1 to {most} or {DENSE!r}")
 
 
-def canonical(spec: LinearSpec, rank: Rank) -> Rank:
-    """The rank, or "dense" where its factors would cost as much as the matrix."""
-    return DENSE if spec.rank_cost(rank) == spec.params else rank
+def canonical(spec: LinearSpec, rank: Rank, form: Form = "factors") -> Rank:
+    """The rank, or "dense" where it would cost as much as the matrix."""
+    return DENSE if spec.rank_cost(rank, form) == spec.params else rank
+
+
+def check_form(form: str) -> Form:
+    """`form`; raises InputError unless there is such a form."""
+    for known in FORMS:
+        if form == known:
+            return known
+    raise InputError(f"form = {form!r} is not legal; legal values: {', '.join(FORMS)}.")
 
 
 def budget_of(remove: float, total: int) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.errors import InputError
 from unirank.planning.allocator import allocator as allocator_of
+from unirank.rank_plan import check_form
+from unirank.types import Form
 
 if TYPE_CHECKING:
     from unirank.compression.refine import Refine
@@ -24,6 +26,7 @@ class Preset:
         settings: of allocators that score; None is UniRank's.
         options: the allocator's own.
         refine: the second pass, or None.
+        form: in which low-rank matrices are stored.
     """
 
     scheme: str = "whiten"
@@ -31,6 +34,7 @@ class Preset:
     settings: ScoreSettings | None = None
     options: Mapping[str, float] = field(default_factory=dict)
     refine: Refine | None = None
+    form: Form = "factors"
 
     @property
     def needs_gradients(self) -> bool:
@@ -103,19 +107,25 @@ def recipe(
     settings: ScoreSettings | None = None,
     options: Mapping[str, float] | None = None,
     refine: Refine | None = None,
+    form: Form | None = None,
 ) -> Preset:
     """The preset `name`, or the parts that are given; the parts that are not are those of `unirank`, the paper.
+
+    `form` may be given beside a preset too: it says how what the recipe finds is stored, and counted.
 
     Raises InputError for names that do not exist, and for parts beside a preset, which sets them all.
     """
     parts = {"scheme": scheme, "allocator": allocator, "settings": settings, "options": options, "refine": refine}
     given = {part: value for part, value in parts.items() if value is not None}
+    if form is not None:
+        check_form(form)
     if name is not None:
         if given:
             other = next(iter(given))
             raise InputError(f"preset = {name!r} sets {', '.join(parts)}; {other}= is given too: leave one out.")
-        return preset(name)
-    found = Preset(**given)
-    scheme_of(found.scheme)
-    allocator_of(found.allocator)
-    return found
+        found = preset(name)
+    else:
+        found = Preset(**given)
+        scheme_of(found.scheme)
+        allocator_of(found.allocator)
+    return found if form is None else replace(found, form=form)

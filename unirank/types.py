@@ -20,6 +20,19 @@ Sublayer = Literal["attention", "mlp"]
 SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")
 DENSE: Final = "dense"
 Rank = int | Literal["dense"]
+Form = Literal["factors", "pivoted"]  # how a low-rank matrix is stored, and so what a rank costs
+FORMS: tuple[Form, ...] = ("factors", "pivoted")
+
+
+def rank_cost(m: int, n: int, rank: Rank, form: Form = "factors") -> int:
+    """Parameters that `rank` keeps of an `[M, N]` matrix.
+
+    Two factors cost `min(R (M + N), M N)`, the pivoted form `R (M + N - R)`, which is `M N` at `R = K` (method 9).
+    """
+    if rank == DENSE:
+        return m * n
+    r = int(rank)
+    return min(r * (m + n) - (r * r if form == "pivoted" else 0), m * n)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class LinearSpec:
 
     @property
     def max_rank(self) -> int:
-        """`ceil(r*)`, `r* = M N / (M + N)`: from this rank on dense is cheaper, so no factor goes beyond it."""
+        """`ceil(r*)`, `r* = M N / (M + N)`: from this rank on the dense matrix is cheaper than two factors."""
         return -(-self.params // self.cost)
 
     @classmethod
@@ -64,9 +77,13 @@ class LinearSpec:
             raise Damaged("a linear has no name")
         return spec
 
-    def rank_cost(self, rank: Rank) -> int:
-        """Parameters that `rank` keeps of this matrix: `min(R (M + N), M N)`."""
-        return self.params if rank == DENSE else min(int(rank) * self.cost, self.params)
+    def rank_cost(self, rank: Rank, form: Form = "factors") -> int:
+        """Parameters that `rank` keeps of this matrix: see `rank_cost`."""
+        return rank_cost(self.m, self.n, rank, form)
+
+    def dense_rank(self, form: Form) -> int:
+        """The least rank that costs as much as the dense matrix: `ceil(r*)`, in the pivoted form K."""
+        return self.k if form == "pivoted" else self.max_rank
 
 
 class Paging(Protocol):
@@ -197,7 +214,9 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Factors:
-    """`W ≈ left @ right`: `left [M, R]`, `right [R, N]`, R = ceil(r*); `energy [K]`, float64, descending, is whole.
+    """`W ≈ left @ right`: `left [M, R]`, `right [R, N]`, `energy [K]`, float64, descending; R = K.
+
+    In stores up to format 4 R is ceil(r*).
 
     Attributes:
         damping: relative to the mean diagonal of what was damped; 0 when nothing was.

@@ -214,7 +214,7 @@ def test_a_store_has_the_new_kind(stream: bool, model_dir: Path, calibration, tm
     loaded = unirank.load(model_dir, device="cpu", stream=stream)
     store = unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
     manifest = json.loads((store.path / MANIFEST).read_text())
-    assert manifest["format"] == 4
+    assert manifest["format"] == 5
     assert manifest["identity"]["model"]["weights_sha256"] == weights_hash(unirank.load(model_dir, device="cpu"))
     assert open_store(store.path).identity == store.identity
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -20,15 +21,17 @@ from unirank.planning.allocator import ara, swift
 from unirank.planning.allocator.base import Workbench
 from unirank.planning.allocator.masks import Staircase
 from unirank.planning.allocator.measure import replaced, truncated
-from unirank.types import DENSE, LinearSpec, LoadedModel
+from unirank.planning.allocator.targets import real_rank
+from unirank.types import DENSE, FORMS, LinearSpec, LoadedModel
 
 
 def test_a_staircase_starts_at_its_rank_and_falls() -> None:
     spec = LinearSpec("l", 0, "mlp", "x", 100, 60)
-    for keep in (0.2, 0.5, 0.9):
-        mask = Staircase.start(spec, 16, keep, torch.device("cpu")).mask().detach()
-        assert mask.shape == (spec.max_rank,)
-        assert float(mask.sum()) == pytest.approx(keep * spec.params / spec.cost)
+    for keep, form in itertools.product((0.2, 0.5, 0.9), FORMS):
+        wanted = real_rank(spec, keep * spec.params, form)
+        mask = Staircase.start(spec, 16, wanted, form, torch.device("cpu")).mask().detach()
+        assert mask.shape == (spec.dense_rank(form),)
+        assert float(mask.sum()) == pytest.approx(wanted)
         assert float(mask[0]) == pytest.approx(1)
         assert bool((mask.diff() <= 0).all())
         assert float(mask.min()) >= 0
@@ -38,7 +41,9 @@ def test_full_masks_give_the_dense_model_and_one_hot_ones_the_truncated(bench) -
     store, workbench = bench("llama-bias", "afm")
     model = workbench.loaded.model
     ids = workbench.windows[:1]
-    modules = {spec.name: ara.masked_factors(store, spec, model.get_submodule(spec.name)) for spec in store.linears}
+    modules = {
+        spec.name: ara.masked_factors(store, spec, "factors", model.get_submodule(spec.name)) for spec in store.linears
+    }
     with torch.no_grad():
         dense = model(ids).logits
         with replaced(model, modules):
@@ -59,8 +64,13 @@ def test_windows_through_leaves_give_the_gradient_of_the_whole_loss(bench) -> No
     store, workbench = bench()
     model, windows = workbench.loaded.model, workbench.windows[:2, :12]
     request = request_of(store, workbench, ara.ALLOCATOR, 0.25, lambda1=3.0, lambda2=0.5, near=0.7, lr=1e-3)
-    staircases = {spec.name: Staircase.start(spec, 8, 0.8, model.device) for spec in store.linears}
-    modules = {spec.name: ara.masked_factors(store, spec, model.get_submodule(spec.name)) for spec in store.linears}
+    staircases = {
+        spec.name: Staircase.start(spec, 8, 0.8 * spec.params / spec.cost, "factors", model.device)
+        for spec in store.linears
+    }
+    modules = {
+        spec.name: ara.masked_factors(store, spec, "factors", model.get_submodule(spec.name)) for spec in store.linears
+    }
     with lent(model), replaced(model, modules):
         loss, total = torch.zeros((), dtype=torch.float64), sum(spec.params for spec in store.linears)
         kept = torch.zeros((), dtype=torch.float64)
@@ -97,7 +107,9 @@ def in_dtype(loaded: LoadedModel, dtype: torch.dtype, folder: Path, text: Path) 
 
 def leaves_of(store: AnalysisStore, model: torch.nn.Module, mask: float, gate: float):
     """Masked factors with one value in every mask and gate, and the leaves that gather their gradients."""
-    modules = {spec.name: ara.masked_factors(store, spec, model.get_submodule(spec.name)) for spec in store.linears}
+    modules = {
+        spec.name: ara.masked_factors(store, spec, "factors", model.get_submodule(spec.name)) for spec in store.linears
+    }
     values = (torch.full((spec.max_rank,), mask, dtype=torch.float64) for spec in store.linears)
     pairs = [
         modules[spec.name].set(value, torch.tensor(gate)) for spec, value in zip(store.linears, values, strict=True)

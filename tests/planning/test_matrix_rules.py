@@ -180,7 +180,7 @@ def test_curvature_per_parameter_prefers_the_cheaper_component() -> None:
     cheap, dear = LinearSpec("a", 0, "mlp", "a", 8, 8), LinearSpec("b", 0, "mlp", "b", 8, 24)
     slopes = {"a": torch.tensor([2.0, 1.0, 1.0, 1.0]), "b": torch.tensor([3.0, 1.5, 0.1, 0.1, 0.1, 0.1])}
     request = make_request([cheap, dear], flat([cheap, dear]), block(0), 0.75)  # 64 = 16 + 32 and one more of a
-    request = replace(request, store=Gradients(Path("none"), {}, (cheap, dear), slopes))
+    request = replace(request, store=Gradients(Path("none"), {}, (cheap, dear), values=slopes))
     assert allocate("curvature", request, cost_power=1.0) == [2, 1]
     assert allocate("curvature", replace(request, budget=80), cost_power=0.0) == [1, 2]
     assert allocate("curvature", replace(request, budget=80), cost_power=1.0) == [3, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
 from dataclasses import replace
@@ -21,7 +23,7 @@ from unirank.planning.allocator import allocator
 from unirank.planning.allocator.base import Request
 from unirank.planning.score import ScoreSettings, assemble, importance_of, score
 from unirank.rank_plan import RankPlan, budget_of
-from unirank.types import DENSE, CosineStat, LinearSpec
+from unirank.types import DENSE, FORMS, CosineStat, Form, LinearSpec
 
 RULES = [name for name in unirank.allocators() if not allocator(name).measures]
 # A larger budget lowers no rank; the other rules round shares that depend on the budget.
@@ -43,6 +45,7 @@ requests = st.builds(
     gamma=st.sampled_from([0.0, 0.5, 1.0]),
     local=st.sampled_from(["energy", "sigma", "absolute", "global-only"]),
     per_parameter=st.booleans(),
+    form=st.sampled_from(FORMS),
 )
 
 
@@ -57,7 +60,7 @@ def test_the_budget_is_never_exceeded_and_rounding_is_honoured(request: Request,
     assert cost(request, ranks) <= request.budget
     assert allocate(name, request) == ranks
     for spec, rank in zip(request.linears, ranks, strict=True):
-        dense = rank * spec.cost >= spec.params
+        dense = spec.rank_cost(rank, request.form) == spec.params
         assert dense or (rank >= request.min_rank and rank % request.multiple_of == 0)
 
 
@@ -68,23 +71,26 @@ def test_less_than_one_step_of_the_budget_is_left(request: Request, name: str) -
     ranks = allocate(name, request)
     step = max(spec.cost for spec in request.linears) * request.multiple_of
     assert request.budget - cost(request, ranks) < step or all(
-        rank * spec.cost >= spec.params for spec, rank in zip(request.linears, ranks, strict=True)
+        spec.rank_cost(rank, request.form) == spec.params for spec, rank in zip(request.linears, ranks, strict=True)
     )
 
 
 @pytest.mark.parametrize("remove", [0.1, 0.4, 0.7])
 @pytest.mark.parametrize("name", RULES)
-def test_at_least_99_percent_of_the_budget_is_used(name: str, remove: float) -> None:
-    request = request_of(1, 4, remove, scale=24)
+@pytest.mark.parametrize("form", FORMS)
+def test_at_least_99_percent_of_the_budget_is_used(form: Form, name: str, remove: float) -> None:
+    request = request_of(1, 4, remove, scale=24, form=form)
     assert cost(request, allocate(name, request)) >= 0.99 * request.budget
 
 
-@given(st.integers(0, 1000), st.floats(0.0, 0.85), st.floats(0.0, 0.85), st.sampled_from(MONOTONE))
+@given(
+    st.integers(0, 1000), st.floats(0.0, 0.85), st.floats(0.0, 0.85), st.sampled_from(MONOTONE), st.sampled_from(FORMS)
+)
 @settings(deadline=None)
-def test_a_larger_budget_never_lowers_a_rank(seed: int, one: float, other: float, name: str) -> None:
+def test_a_larger_budget_never_lowers_a_rank(seed: int, one: float, other: float, name: str, form: Form) -> None:
     more, less = sorted((one, other))
-    large = allocate(name, request_of(seed, 3, more))
-    small = allocate(name, request_of(seed, 3, less))
+    large = allocate(name, request_of(seed, 3, more, form=form))
+    small = allocate(name, request_of(seed, 3, less, form=form))
     assert all(a >= b for a, b in zip(large, small, strict=True))
 
 
@@ -105,7 +111,7 @@ def test_the_order_of_the_linears_does_not_matter_without_ties(request: Request,
     plain = replace(request, energies=energies, settings=ScoreSettings(), min_rank=1, multiple_of=1)
     first, second = (replace(plain, linears=tuple(linears)) for linears in (request.linears, shuffled))
     ranks = [
-        {spec.name: min(rank, spec.max_rank) for spec, rank in zip(r.linears, allocate(name, r), strict=True)}
+        {spec.name: min(rank, spec.dense_rank(r.form)) for spec, rank in zip(r.linears, allocate(name, r), strict=True)}
         for r in (first, second)
     ]
     if name in TIED:
@@ -131,8 +137,8 @@ def test_ties_go_to_the_earlier_linear_and_threads_do_not_matter() -> None:
 
 
 def test_nothing_removed_keeps_everything_dense() -> None:
-    for multiple_of in (1, 3):
-        request = request_of(0, 3, 0.0, multiple_of=multiple_of)
+    for multiple_of, form in itertools.product((1, 3), FORMS):
+        request = request_of(0, 3, 0.0, multiple_of=multiple_of, form=form)
         for name in RULES:
             assert allocate(name, request) == [spec.k for spec in request.linears], name
 
@@ -142,6 +148,20 @@ def test_uniform_is_the_floor_of_the_formula() -> None:
     ranks, threshold = allocator("uniform").allocate(request)
     assert ranks == [int(0.6 * m * n / (m + n)) for _ in range(2) for m, n in SHAPES.values()]
     assert threshold is None
+
+
+def test_uniform_in_the_pivoted_form_is_the_largest_rank_that_fits() -> None:
+    for remove in (0.05, 0.4, 0.9):
+        request = request_of(0, 1, remove, form="pivoted")
+        for spec, rank in zip(request.linears, allocator("uniform").allocate(request)[0], strict=True):
+            budget = budget_of(remove, spec.params)
+            assert rank * (spec.m + spec.n - rank) <= budget < (rank + 1) * (spec.m + spec.n - rank - 1)
+
+
+def test_the_pivoted_form_keeps_more_ranks_for_the_same_budget() -> None:
+    for name in RULES:
+        factors, pivoted = (sum(allocate(name, request_of(3, 4, 0.4, scale=4, form=form))) for form in FORMS)
+        assert pivoted > factors, name
 
 
 def test_an_unreachable_min_rank_says_both_numbers() -> None:
@@ -211,9 +231,13 @@ def test_a_plan_survives_json_and_a_forged_one_is_refused() -> None:
         ('"a": 3', '"a": 0'),
         ('"a": 3', '"a": "3"'),
         ('"format": 1', '"format": 2'),
+        ('"form": "factors"', '"form": "pivots"'),
+        ('"form": "factors"', '"form": "pivoted"'),  # 3 of 8 x 8 costs 39 there, not 48
     ):
         with pytest.raises(InputError):
             RankPlan.from_json(plan.to_json().replace(old, new))
+    old = {key: value for key, value in json.loads(plan.to_json()).items() if key != "form"}
+    assert RankPlan.from_json(json.dumps(old)) == plan  # as versions without forms wrote it
     for text in ("", "[]", "{}", "null", plan.to_json()[:-20]):
         with pytest.raises(InputError, match="rank plan"):
             RankPlan.from_json(text)
@@ -231,8 +255,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_file: Path) 
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_plans_on_a_store_with_gradients(name: str, store: AnalysisStore) -> None:
-    plan = unirank.plan(store, 0.3, allocator=name)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_rule_plans_on_a_store_with_gradients(form: Form, name: str, store: AnalysisStore) -> None:
+    plan = unirank.plan(store, 0.3, allocator=name, form=form)
+    assert plan.form == form
     assert 0.9 * plan.budget <= plan.used <= plan.budget
     assert plan.allocator == name
     assert allocator(name).options.items() <= plan.settings.items()

@@ -146,7 +146,7 @@ def test_a_new_store_takes_the_gradients_of_an_old_one(
     store: AnalysisStore, loaded: LoadedModel, same_versions: None, tmp_path: Path
 ) -> None:
     new = unirank.analyze(loaded, tmp_path / "new", scheme="kfac", calibration=CALIBRATION, gradients_from=store.path)
-    assert json.loads((new.path / MANIFEST).read_text())["format"] == 4
+    assert json.loads((new.path / MANIFEST).read_text())["format"] == 5
     assert new.identity.model.weights_sha256 == weights_hash(loaded)
     for layer in range(store.layer_count):
         name = f"gradient-{layer:04d}.safetensors"

@@ -13,7 +13,7 @@ from unirank.planning.allocator import allocator
 from unirank.planning.allocator.base import Request
 from unirank.planning.score import ScoreSettings
 from unirank.rank_plan import budget_of
-from unirank.types import CosineStat, LinearSpec
+from unirank.types import CosineStat, Form, LinearSpec
 
 SHAPES = {
     "q_proj": (32, 32),
@@ -48,11 +48,13 @@ def make_request(
     min_rank: int = 1,
     multiple_of: int = 1,
     slopes: Mapping[str, torch.Tensor] | None = None,
+    form: Form = "factors",
 ) -> Request:
     budget = budget_of(remove, sum(spec.params for spec in linears))
-    store = Gradients(Path("none"), {}, tuple(linears), slopes or {})
+    store = Gradients(Path("none"), {}, tuple(linears), values=slopes or {})
     settings = settings or ScoreSettings()
-    return Request(tuple(linears), energies, cosines, settings, remove, budget, min_rank, multiple_of, store, {})
+    request = Request(tuple(linears), energies, cosines, settings, remove, budget, min_rank, multiple_of, store, {})
+    return replace(request, form=form)
 
 
 def allocate(name: str, request: Request, **options: float) -> list[int]:
@@ -62,7 +64,14 @@ def allocate(name: str, request: Request, **options: float) -> list[int]:
 
 
 def request_of(
-    seed: int, layers: int, remove: float, min_rank: int = 1, multiple_of: int = 1, scale: int = 1, **kwargs
+    seed: int,
+    layers: int,
+    remove: float,
+    min_rank: int = 1,
+    multiple_of: int = 1,
+    scale: int = 1,
+    form: Form = "factors",
+    **kwargs,
 ) -> Request:
     """A synthetic model of `layers` layers with 6 linears each; some spectra have ties, some have dead tails."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +86,7 @@ def request_of(
                 spectrum = (spectrum * 8).round() / 8
             linears.append(spec)
             energies[spec.name] = spectrum
-            slopes[spec.name] = torch.randn(spec.max_rank, generator=generator, dtype=torch.float64)
+            slopes[spec.name] = torch.randn(spec.k, generator=generator, dtype=torch.float64)
         cosines.append(
             {
                 key: CosineStat(10 * (1 - float(torch.rand((), generator=generator))), 10.0, 10)
@@ -86,7 +95,7 @@ def request_of(
         )
     settings = ScoreSettings(**kwargs)
     rounding = {"min_rank": min_rank, "multiple_of": multiple_of}
-    return make_request(linears, energies, cosines, remove, settings=settings, slopes=slopes, **rounding)
+    return make_request(linears, energies, cosines, remove, settings=settings, slopes=slopes, form=form, **rounding)
 
 
 def reachable(request: Request) -> bool:
@@ -95,4 +104,4 @@ def reachable(request: Request) -> bool:
 
 
 def cost(request: Request, ranks: list[int]) -> int:
-    return sum(spec.rank_cost(rank) for spec, rank in zip(request.linears, ranks, strict=True))
+    return sum(spec.rank_cost(rank, request.form) for spec, rank in zip(request.linears, ranks, strict=True))

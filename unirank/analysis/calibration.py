@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from unirank.errors import InputError
-from unirank.text.windows import BUILTIN, Text, bos_of, calibration_windows, check_window, tokenize
+from unirank.text.mixture import SEPARATOR, interleaved, shared_out, sources_of
+from unirank.text.windows import BUILTIN, Text, bos_of, calibration_windows, check_window, read_text, tokenize
 from unirank.types import LoadedModel
 
 if TYPE_CHECKING:
@@ -29,8 +31,10 @@ class Calibration:
 
     Attributes:
         text: "builtin" (Python's documentation), a path to UTF-8 text, or records (see `unirank.text.records`):
-            "wikitext2", "c4", "ptb", JSON lines, parquet, a dataset's directory or hub name.
-        windows: number of windows, at random positions.
+            "wikitext2", "c4", "ptb", JSON lines, parquet, a dataset's directory or hub name. Or several of these, with
+            commas between them or as a sequence, which is kept joined by commas. A path that exists is one text,
+            whatever commas its name has.
+        windows: number of windows, at random positions; of all texts together.
         window: tokens a window.
         seed: of the positions.
         batch: windows that run together; more need more memory and round differently.
@@ -38,7 +42,9 @@ class Calibration:
         clip: tokens of a linear's input that are longer than this many times the median count with that length in its
             moments (see `unirank.layerwise.clipping`); 0 is off, else at least 1. None is that of the store that is
             gone on with, or whose gradients are taken, and else the default, CLIP.
-        split, revision: of a dataset; None is "train", and the newest.
+        shares: of several texts, how many of the windows each gives, as positive numbers in any unit; None is equal
+            shares. See `unirank.text.mixture` for rounding and order.
+        split, revision: of a dataset (of every text, where there are several); None is "train", and the newest.
     """
 
     text: str = BUILTIN
@@ -50,13 +56,36 @@ class Calibration:
     split: str | None = None
     revision: str | None = None
     clip: float | None = None
+    shares: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str | os.PathLike):
-            raise InputError(f"Calibration.text = {self.text!r} is not legal; it is a path or a name.")
-        object.__setattr__(self, "text", os.fspath(self.text))
+        object.__setattr__(self, "text", _joined(self.text))
+        if self.shares is not None:
+            object.__setattr__(self, "shares", _checked_shares(self.shares))
         if self.clip is not None:
             object.__setattr__(self, "clip", _checked_clip(self.clip))
+
+
+def _joined(given: object) -> str:
+    """Names of texts as one string."""
+    if isinstance(given, str | os.PathLike):
+        return os.fspath(given)
+    if not isinstance(given, Sequence) or not given or not all(isinstance(one, str | os.PathLike) for one in given):
+        raise InputError(f"Calibration.text = {given!r} is not legal; it is a path or a name, or several of them.")
+    names = [os.fspath(one) for one in given]
+    for name in names:
+        if len(names) > 1 and SEPARATOR in name:
+            raise InputError(f"Calibration.text has {name!r}; among several texts none has a comma in its name.")
+    return SEPARATOR.join(names)
+
+
+def _checked_shares(given: object) -> tuple[float, ...]:
+    numbers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        raise InputError(f"Calibration.shares = {given!r} is not legal; it is a number for each text.")
+    if not all(0 < number < math.inf for number in numbers):
+        raise InputError(f"Calibration.shares = {given!r} is not legal; every share is a number above 0.")
+    return numbers
 
 
 def _checked_clip(clip: float) -> float:
@@ -103,11 +132,46 @@ def gradient_windows(calibration: Calibration, scheme: Scheme) -> int:
     return count
 
 
-def windows_of(loaded: LoadedModel, text: Text, calibration: Calibration) -> torch.Tensor:
-    """The calibration windows, int64 `[W, T]`. Raises InputError like `calibration_windows` and `check_window`."""
+def texts_of(loaded: LoadedModel, calibration: Calibration) -> tuple[Text, ...]:
+    """The texts of `calibration`, read.
+
+    Raises InputError like `read_text`; for shares that are not one a text; and for two texts of one content, whose
+    windows would be the same ones.
+    """
+    sources = sources_of(calibration.text)
+    shares = calibration.shares
+    if shares is not None and len(shares) != len(sources):
+        raise InputError(
+            f"Calibration.shares = {tuple(shares)} is not legal; there must be one for each text, and "
+            f"{calibration.text!r} is {len(sources)}."
+        )
+    options = {"split": calibration.split, "revision": calibration.revision}
+    texts = tuple(read_text(source, loaded.tokenizer, **options) for source in sources)
+    first: dict[str, str] = {}
+    for source, text in zip(sources, texts, strict=True):
+        if (other := first.setdefault(text.sha256, source)) != source:
+            raise InputError(f"The texts {other} and {source} have the same content; give it once.")
+    return texts
+
+
+def windows_each(texts: Sequence[Text], calibration: Calibration) -> list[int]:
+    """How many of the windows are of each text. Raises InputError like `shared_out`."""
+    shares = calibration.shares or [1] * len(texts)
+    if len(texts) == 1:
+        return [calibration.windows]  # a number of windows that is not legal is `calibration_windows`' matter
+    return shared_out(calibration.windows, shares, [text.name for text in texts])
+
+
+def windows_of(loaded: LoadedModel, texts: Sequence[Text], calibration: Calibration) -> torch.Tensor:
+    """The calibration windows, int64 `[W, T]`, each text's drawn as if it were alone and then interleaved.
+
+    Raises InputError like `calibration_windows`, `check_window` and `shared_out`.
+    """
     check_window(loaded.model, calibration.window, "Calibration.window")
-    tokens = tokenize(loaded.tokenizer, text, loaded.model)
     bos = bos_of(loaded.tokenizer)
-    return calibration_windows(
-        tokens, windows=calibration.windows, window=calibration.window, seed=calibration.seed, bos=bos, name=text.name
-    )
+    parts = []
+    for text, count in zip(texts, windows_each(texts, calibration), strict=True):
+        tokens = tokenize(loaded.tokenizer, text, loaded.model)
+        options = {"window": calibration.window, "seed": calibration.seed, "bos": bos, "name": text.name}
+        parts.append(calibration_windows(tokens, windows=count, **options))
+    return interleaved(parts)

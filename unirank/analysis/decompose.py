@@ -18,10 +18,16 @@ _ROOM = 1 << 30
 
 @torch.no_grad()
 def decompose_layer(
-    loaded: LoadedModel, stats: LayerStats, scheme: Scheme, gradients: Mapping[str, Gradient] | None = None
+    loaded: LoadedModel,
+    stats: LayerStats,
+    scheme: Scheme,
+    gradients: Mapping[str, Gradient] | None = None,
+    *,
+    full: bool = True,
 ) -> dict[str, Factors]:
     """Factors of every linear of layer `stats.layer`, rounded to the dtype of the model's weights.
 
+    Up to K, or without `full` up to ceil(r*), as a store of an older format that is gone on with has them.
     With `gradients` (by linear), each component also gets its curvature and its slope, whatever the scheme. Of several
     processes each decomposes some of the linears; process 0 returns all of them, the others their own.
 
@@ -37,7 +43,7 @@ def decompose_layer(
             weight = weight_of(loaded.model.get_submodule(spec.name))
             moment = stats.moments[stats.input_of[spec.name]] if stats.moments else None
             gradient = gradients[spec.name] if gradients else None
-            problems.append(Problem(spec.name, weight, moment, spec.max_rank, gradient))
+            problems.append(Problem(spec.name, weight, moment, spec.k if full else spec.max_rank, gradient))
     results = {}
     for part in _parts(problems):
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of, with_clip
+from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, texts_of, windows_of, with_clip
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.gradient_pass import gradient_pass
 from unirank.analysis.identity import make_identity, weights_hash
@@ -23,7 +23,6 @@ from unirank.errors import InputError
 from unirank.layerwise.recording import Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.progress import OnProgress, silent
-from unirank.text.windows import read_text
 from unirank.types import LoadedModel
 
 
@@ -66,10 +65,10 @@ def fill_store(
     begun = open_store(place) if not overwrite and (place / MANIFEST).is_file() else None
     calibration = with_clip(calibration, begun, source)
     backward = gradient_windows(calibration, chosen)
-    text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
-    windows = windows_of(loaded, text, calibration)
+    texts = texts_of(loaded, calibration)
+    windows = windows_of(loaded, texts, calibration)
     weights = weights_hash(loaded)
-    identity = make_identity(loaded, text, windows, calibration, backward, scheme, weights_sha256=weights)
+    identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256=weights)
 
     def weights_like(recorded: str) -> str:
         return weights_hash(loaded, like=recorded)
@@ -145,7 +144,8 @@ def _fill(
                 stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
                 if layer < first:
                     continue
-                factors = decompose_layer(loaded, stats, chosen, store.gradients(layer, device) if backward else None)
+                gradients = store.gradients(layer, device) if backward else None
+                factors = decompose_layer(loaded, stats, chosen, gradients, full=store.full)
             if writing is not None:
                 writing.result()
                 progress(stage, layer, count)

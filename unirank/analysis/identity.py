@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from unirank.analysis.calibration import Calibration, windows_each
 from unirank.disk.hashing import fingerprint, sha256_tensors, sha256_text, sha256_tree
 from unirank.disk.strictjson import Damaged, entry
 from unirank.provenance import device_name, versions
+from unirank.text.mixture import SEPARATOR
 from unirank.types import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from unirank.analysis.calibration import Calibration
     from unirank.text.windows import Text
 
 TREE = "tree:"  # before a hash of hashes; without it, a hash is of the serial kind of stores up to format 3
@@ -73,10 +74,21 @@ class ModelIdentity(_Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextIdentity(_Fields):
+    """One of several texts: its name, SHA-256 of its content, and how many windows are of it."""
+
+    name: str
+    sha256: str
+    windows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationIdentity(_Fields):
     """The windows that calibrated it: `Calibration`, with hashes, and the text by its name alone.
 
     Attributes:
+        text, text_sha256: of one text; of several, all names with commas between them, and None.
+        texts: of several texts, each; None is one.
         clip: `Calibration.clip`; None is 0, as in all stores from before there was one.
     """
 
@@ -91,6 +103,12 @@ class CalibrationIdentity(_Fields):
     split: str | None = None
     revision: str | None = None
     clip: float | None = None
+    texts: tuple[TextIdentity, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record for JSON, exactly as it was read."""
+        found = super().as_dict()
+        return found if self.texts is None else found | {"texts": [text.as_dict() for text in self.texts]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +133,7 @@ class Identity(_Fields):
         if not isinstance(record, dict):
             raise Damaged("its identity is no object")
         model = ModelIdentity._parse(entry(record, "model", dict), "model.")
-        calibration = CalibrationIdentity._parse(entry(record, "calibration", dict), "calibration.")
+        calibration = _parsed_calibration(entry(record, "calibration", dict))
         used = entry(record, "versions", dict)
         if not all(isinstance(version, str) for version in (used.get("unirank"), *used.values())):
             raise Damaged("its identity is not legal: versions.unirank is missing, or a version is no text")
@@ -135,9 +153,22 @@ class Identity(_Fields):
         return super().as_dict() | parts | {"versions": dict(self.versions)}
 
 
+def _parsed_calibration(record: Any) -> CalibrationIdentity:
+    place, known = "calibration.", {}
+    if record.get("texts") is not None:
+        texts = entry(record, "texts", list)
+        if len(texts) < 2 or not all(isinstance(text, dict) for text in texts):
+            raise Damaged(f"its identity is not legal: {place}texts are not two or more objects")
+        named = [(f"{place}texts.{index}.", text) for index, text in enumerate(texts)]
+        known["texts"] = tuple(TextIdentity._parse(text, where) for where, text in named)
+        if (few := min(text.windows for text in known["texts"])) < 1:
+            raise Damaged(f"its identity is not legal: {place}texts has a text of {few} windows")
+    return CalibrationIdentity._parse(record, place, **known)
+
+
 def make_identity(
     loaded: LoadedModel,
-    text: Text,
+    texts: Sequence[Text],
     windows: torch.Tensor,
     calibration: Calibration,
     backward: int,
@@ -148,11 +179,16 @@ def make_identity(
     """The identity of an analysis that is about to be made.
 
     Args:
+        texts: as `texts_of` gives them.
         windows: calibration tokens, int64 `[W, T]`, of which the first `backward` run backward.
         calibration: as `with_clip` gives it.
         weights_sha256: what `weights_hash` says of the model.
     """
     parameter = next(loaded.model.parameters())
+    several = None
+    if len(texts) > 1:
+        counted = zip(texts, windows_each(texts, calibration), strict=True)
+        several = tuple(TextIdentity(name=text.name, sha256=text.sha256, windows=count) for text, count in counted)
     return Identity(
         model=ModelIdentity(
             type=loaded.model.config.model_type,
@@ -163,17 +199,18 @@ def make_identity(
         ),
         tokenizer_sha256=tokenizer_hash(loaded.tokenizer),
         calibration=CalibrationIdentity(
-            text=text.name,
-            text_sha256=text.sha256,
+            text=SEPARATOR.join(text.name for text in texts),
+            text_sha256=None if several else texts[0].sha256,
             windows_sha256=sha256_tensors([("windows", windows)]),
             windows=calibration.windows,
             window=calibration.window,
             seed=calibration.seed,
             batch=calibration.batch,
             gradient_windows=backward,
-            split=text.split,
-            revision=text.revision,
+            split=texts[0].split,
+            revision=texts[0].revision,
             clip=calibration.clip or None,
+            texts=several,
         ),
         scheme=scheme,
         device=device_name(loaded.device),

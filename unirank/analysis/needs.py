@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, windows_of, with_clip
+from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, texts_of, windows_of, with_clip
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.identity import Identity, make_identity
 from unirank.analysis.scheme import scheme as scheme_of
@@ -26,7 +26,6 @@ from unirank.layerwise.recording import Recording, Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.models.shards import SHARD_BYTES
 from unirank.progress import OnProgress, Stopwatch, gib, silent
-from unirank.text.windows import read_text
 from unirank.types import LoadedModel
 
 
@@ -100,9 +99,9 @@ def dry_run(
     calibration = with_clip(calibration_of(calibration))
     chosen = scheme_of(scheme)
     backward = gradient_windows(calibration, chosen)
-    text = read_text(calibration.text, loaded.tokenizer, split=calibration.split, revision=calibration.revision)
-    windows = windows_of(loaded, text, calibration)
-    identity = make_identity(loaded, text, windows, calibration, backward, scheme, weights_sha256="estimate")
+    texts = texts_of(loaded, calibration)
+    windows = windows_of(loaded, texts, calibration)
+    identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256="estimate")
     one = _work_on_first_layer(
         loaded, windows[: calibration.batch], chosen, identity, backward > 0, _existing(place), progress
     )

@@ -27,7 +27,7 @@ from unirank.disk.strictjson import Damaged, entry, number, read_object
 from unirank.disk.tensorfile import TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.errors import StoreError
 from unirank.layerwise.recording import Streams
-from unirank.types import CosineStat, Factors, Gradient, LinearSpec
+from unirank.types import CosineStat, Factors, Form, Gradient, LinearSpec
 
 _OPTIONAL = ("mean", "curvature", "slope")
 _COSINES = ("attention", "mlp", "block")
@@ -41,11 +41,16 @@ _LEFTOVER = rf"{leftover(f'{re.escape(MANIFEST)}|{_TENSORS}|{_MEASURED}')}|\.hid
 
 @dataclass(frozen=True)
 class AnalysisStore:
-    """An open store. `identity` says what the numbers depend on; two stores with one identity hold the same bytes."""
+    """An open store. `identity` says what the numbers depend on; two stores with one identity hold the same bytes.
+
+    Attributes:
+        full: factors are kept up to K; those of formats up to 4 end at ceil(r*), which the pivoted form goes beyond.
+    """
 
     path: Path
     identity: Identity
     linears: tuple[LinearSpec, ...]
+    full: bool = True
 
     @property
     def layer_count(self) -> int:
@@ -82,6 +87,19 @@ class AnalysisStore:
             )
 
     # -- writing ------------------------------------------------------------------------------------------------------
+
+    def depth(self, spec: LinearSpec) -> int:
+        """How many components of a linear are kept."""
+        return spec.k if self.full else spec.max_rank
+
+    def require_form(self, form: Form) -> None:
+        """Raise StoreError where the factors that are kept do not reach as far as ranks of that form."""
+        if form == "pivoted" and not self.full:
+            raise StoreError(
+                f"The store {self.path} was made by an earlier version, whose factors end at break-even, and the form "
+                "pivoted goes beyond it; make the store again with: unirank analyze --overwrite, or plan with "
+                "form='factors'."
+            )
 
     def write_layer(
         self, layer: int, factors: Mapping[str, Factors], cosines: Mapping[str, CosineStat], streams: Streams | None

@@ -56,10 +56,20 @@ Preset = Annotated[
         "Default: unirank."
     ),
 ]
-Calib = Annotated[str | None, option(f"Calibration text: {TEXT_HELP}. Default: {BUILTIN}.")]
+Calib = Annotated[
+    str | None, option(f"Calibration text: {TEXT_HELP}; or several, with commas between them. Default: {BUILTIN}.")
+]
 Against = Annotated[str | None, option("The dense model: directory or hub name.")]
 
 # -- calibration ------------------------------------------------------------------------------------------------------
+CalibShares = Annotated[
+    str | None,
+    option(
+        "Of several calibration texts, how many of the windows each gives: --calib a.txt,b.txt --calib-shares 3,1. "
+        "Default: as many each.",
+        group=_CALIBRATION,
+    ),
+]
 Windows = Annotated[int | None, option("Calibration windows. Default: 64.", group=_CALIBRATION)]
 Window = Annotated[int | None, option("Tokens a calibration window. Default: 512.", group=_CALIBRATION)]
 Seed = Annotated[int | None, option("Seed of the window positions. Default: 0.", group=_CALIBRATION)]
@@ -125,6 +135,14 @@ Set = Annotated[
 ]
 MinRank = Annotated[int, option("Least rank of a matrix.", group=_RANKS)]
 MultipleOf = Annotated[int, option("Ranks are multiples of this (8, 16 or 64 suit tensor cores).", group=_RANKS)]
+Form = Annotated[
+    str | None,
+    option(
+        "How low-rank matrices are stored, and so what a rank costs: factors, R (M + N), or pivoted, R (M + N - R). "
+        "Default: the preset's, or the plan's, or factors.",
+        group=_RANKS,
+    ),
+]
 Importance = Annotated[
     str | None, option("Where importance is measured: sublayer, block, none. Default: sublayer.", group=_RANKS)
 ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unirank.analysis.calibration import Calibration
     from unirank.analysis.needs import Needs
     from unirank.recipes import Preset
+    from unirank.types import Form
 
 # What shapes a plan, so that it has no meaning beside one that is read from a file.
 _PLANNING = (
@@ -45,6 +46,7 @@ def analyze_command(
     out: Annotated[Path, options.out("Directory of the analysis store.")],
     preset: options.Preset = None,
     calib: options.Calib = None,
+    calib_shares: options.CalibShares = None,
     windows: options.Windows = None,
     window: options.Window = None,
     seed: options.Seed = None,
@@ -56,8 +58,8 @@ def analyze_command(
             "Take the gradients of this store (same model, same calibration, any scheme).", group="Calibration"
         ),
     ] = None,
-    split: options.Split = None,
     clip: options.Clip = None,
+    split: options.Split = None,
     text_revision: options.TextRevision = None,
     scheme: options.Scheme = None,
     stream: options.Stream = False,
@@ -73,7 +75,9 @@ def analyze_command(
     import unirank
 
     with run_session(as_json, parallel=True) as session:
-        calibration = _calibration(calib, windows, window, seed, batch, gradients, clip, split, text_revision)
+        calibration = _calibration(
+            calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
+        )
         asked: dict[str, Any] = {"preset": preset, "scheme": scheme, "calibration": calibration, "stream": stream}
         asked |= {"dtype": dtype, "device": device, "revision": model_revision, "trust_remote_code": trust_remote_code}
         asked["progress"] = session.progress
@@ -112,6 +116,7 @@ def plan_command(
     set_: options.Set = None,
     min_rank: options.MinRank = 1,
     multiple_of: options.MultipleOf = 1,
+    form: options.Form = None,
     importance: options.Importance = None,
     distance: options.Distance = None,
     gamma: options.Gamma = None,
@@ -138,6 +143,7 @@ def plan_command(
             options=_options(set_),
             min_rank=min_rank,
             multiple_of=multiple_of,
+            form=_form(form),
             against=against,
             calibration=calib,
             device=device,
@@ -168,15 +174,16 @@ def compress_command(
             "its text is."
         ),
     ] = None,
+    calib_shares: options.CalibShares = None,
     windows: options.Windows = None,
     window: options.Window = None,
     seed: options.Seed = None,
     batch: options.Batch = None,
     gradients: options.Gradients = None,
+    clip: options.Clip = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
     scheme: options.Scheme = None,
-    clip: options.Clip = None,
     refine: options.Refine = None,
     refine_damping: options.RefineDamping = None,
     refine_metric: options.RefineMetric = False,
@@ -187,6 +194,7 @@ def compress_command(
     set_: options.Set = None,
     min_rank: options.MinRank = 1,
     multiple_of: options.MultipleOf = 1,
+    form: options.Form = None,
     importance: options.Importance = None,
     distance: options.Distance = None,
     gamma: options.Gamma = None,
@@ -231,8 +239,11 @@ def compress_command(
             recipe=recipe,
             min_rank=min_rank,
             multiple_of=multiple_of,
-            calibration=_calibration(calib, windows, window, seed, batch, gradients, clip, split, text_revision),
+            calibration=_calibration(
+                calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
+            ),
             scheme_is_free=preset is None and scheme is None,
+            form=_form(form),
             progress=session.progress,
         )
         loading = {"dtype": dtype, "device": device, "revision": model_revision}
@@ -283,24 +294,40 @@ def _show_needs(session: Session, found: Needs) -> None:
 
 def _calibration(
     text: str | None,
+    shares: str | None,
     windows: int | None,
     window: int | None,
     seed: int | None,
     batch: int | None,
     gradients: int | None,
+    clip: float | None,
     split: str | None,
     revision: str | None,
 ) -> Calibration | str | None:
     """What was said about calibration; None where nothing was, so that a finished store is taken as it is."""
     from unirank.analysis.calibration import Calibration
-    clip: float | None,
 
     given = {"text": text, "windows": windows, "window": window, "seed": seed, "batch": batch}
+    given["shares"] = None if shares is None else _shares(shares)
     given |= {"gradient_windows": gradients, "clip": clip, "split": split, "revision": revision}
     given = {name: value for name, value in given.items() if value is not None}
     if given.keys() == {"text"}:
         return text  # a text alone goes with a finished store of it
     return Calibration(**given) if given else None  # pyright: ignore[reportArgumentType] - each has its own type
+
+
+def _form(name: str | None) -> Form | None:
+    from unirank.rank_plan import check_form
+
+    return None if name is None else check_form(name)
+
+
+def _shares(given: str) -> list[float]:
+    """`"3,1"` -> `[3.0, 1.0]`; what a share may be is the library's matter."""
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError:
+        raise InputError(f"--calib-shares {given} is not legal; it is a number for each text, such as 3,1.") from None
 
 
 def _settings(

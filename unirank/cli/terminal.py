@@ -104,10 +104,11 @@ def exit_codes() -> Iterator[None]:
     raise SystemExit(code)
 
 
-# Arguments whose option is not their name. The library writes `name=`, `name=True`, `Calibration.name` or
-# `Finetune.name`.
+# Arguments whose option is not their name. The library writes `name=`, `name=True`, `Calibration.name`,
+# `Finetune.name` or `Heal.name`.
 _FLAGS = {
     "Calibration.text": "--calib",
+    "Calibration.shares": "--calib-shares",
     "Calibration.gradient_windows": "--gradients",
     "Calibration.revision": "--text-revision",
     "calibration=": "--calib",
@@ -117,7 +118,7 @@ _FLAGS = {
     "workbench=": "--against",
     "tokenizer=": "a tokenizer",
 }
-_ARGUMENT = re.compile(r"\b(?:Calibration|Finetune)\.\w+|(?<![\w.(-])[a-z_]+=(?:True\b|(?=[\s,.;:)]|$))")
+_ARGUMENT = re.compile(r"\b(?:Calibration|Finetune|Heal)\.\w+|(?<![\w.(-])[a-z_]+=(?:True\b|(?=[\s,.;:)]|$))")
 
 
 def in_flags(sentence: str) -> str:
@@ -131,8 +132,8 @@ def in_flags(sentence: str) -> str:
 
 
 _LESS = (
-    "A smaller --batch or --window needs less, --stream keeps one layer at a time (analyze, compress), --micro-batch "
-    "and --gradient-checkpointing help finetune; what was finished is kept."
+    "A smaller --batch or --window needs less, --stream keeps one layer at a time (analyze, compress, heal), "
+    "--micro-batch and --gradient-checkpointing help finetune; what was finished is kept."
 )
 
 

@@ -79,8 +79,8 @@ def _split(name: str) -> tuple[str, str]:
 def plan_summary(plan: RankPlan) -> str:
     dense = sum(rank == DENSE for rank in plan.ranks.values())
     return (
-        f"{plan.allocator}, scheme {plan.scheme}: remove = {plan.remove:g}, budget {plan.budget:,} of {plan.total:,} "
-        f"parameters, used {plan.used:,} ({plan.budget - plan.used:,} left); "
+        f"{plan.allocator}, scheme {plan.scheme}, form {plan.form}: remove = {plan.remove:g}, "
+        f"budget {plan.budget:,} of {plan.total:,} parameters, used {plan.used:,} ({plan.budget - plan.used:,} left); "
         f"{dense} of {len(plan.ranks)} linears stay dense."
     )
 
@@ -121,6 +121,25 @@ def finetune_view(tuned: CompressedModel, out: Path) -> list[Any]:
         f"{training['trainable']:,} parameters were trained; merging changed no logit by more than "
         f"{training['merge_difference']:.1e} of the largest.",
         f"Ranks and size are what they were: {tuned.report.targets_after:,} parameters in the decoder's linears.",
+    ]
+    return [table, *lines, *load_hint([out])]
+
+
+def heal_view(healed: CompressedModel, out: Path, seconds: float) -> list[Any]:
+    """Error of the layers before and after, and how to load the result."""
+    training = healed.training or {}
+    data, layers = training["data"], training["layers"]
+    title = f"squared relative error of a layer on {data['held_out_windows']} held-out windows of {data['text']}"
+    if data["second"] is not None:
+        title += f" and as many of {data['second']['text']}"
+    table = _table(title, "layer", "before", "after", "passes", "best pass")
+    for index, layer in enumerate(layers):
+        errors = [f"{layer[key]:.5f}" for key in ("before", "after")]
+        table.add_row(str(index), *errors, str(layer["passes"]), str(layer["best"]))
+    lines = [
+        f"{sum(layer['best'] > 0 for layer in layers)} of {len(layers)} layers got better, in {seconds:,.0f} s; the "
+        "others are as they were.",
+        f"Ranks and size are what they were: {healed.report.targets_after:,} parameters in the decoder's linears.",
     ]
     return [table, *lines, *load_hint([out])]
 

@@ -37,6 +37,7 @@ def render_card(
         "removed of the whole model": f"{report.removed_of_model:.2%} "
         f"({report.model_before:,} to {report.model_after:,})",
         "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
+        "low-rank form": plan.described_form,
         "settings": plan.described_settings(),
         "calibration": f"{calibration.windows} windows of {calibration.window} tokens of "
         f"`{calibration.text}`, seed {calibration.seed}"

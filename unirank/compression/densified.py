@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from unirank.compression.checkpoint import PROVENANCE_FILE, CompressedModel
 from unirank.disk.files import check_output, staged_directory, write_json
 from unirank.errors import InputError
-from unirank.models.low_rank import LowRankLinear
+from unirank.models.low_rank import LowRankLinear, weight_product
 from unirank.models.shards import save_shards
 from unirank.progress import OnProgress, silent
 from unirank.types import Paging
@@ -40,7 +41,7 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not low_rank:
         raise InputError("The model has no low-rank layers, so there is nothing to densify.")
-    biased = {name for name, module in low_rank.items() if module.left.bias is not None}
+    biased = {name for name, module in low_rank.items() if module.output_bias is not None}
     config, skeleton = _skeleton(model, biased)
     for position, (name, module) in enumerate(low_rank.items(), start=1):
         model.set_submodule(name, _dense(name, module, isinstance(skeleton.get_submodule(name), Conv1D), pages))
@@ -82,7 +83,9 @@ def save_dense(compressed: CompressedModel, out: str | Path, *, overwrite: bool 
 
 
 def _dense(name: str, module: LowRankLinear, conv: bool, pages: Paging | None) -> nn.Module:
-    bias = module.left.bias
+    bias = module.output_bias
+    own_bias = f"{name}.{module.bias_name()}"
+    keys = ("left.weight", "right.weight", *(["place"] if module.form == "pivoted" else []))
     linear: Any
     with torch.device("meta"):
         if conv:
@@ -90,18 +93,20 @@ def _dense(name: str, module: LowRankLinear, conv: bool, pages: Paging | None) -
         else:
             linear = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
     if pages is None or not module.left.weight.is_meta:
-        linear.weight = nn.Parameter(_product(module.left.weight, module.right.weight, conv))
+        state = module.state_dict()
+        linear.weight = nn.Parameter(_product([state[key] for key in keys], conv))
     else:
         linear.weight = nn.Parameter(linear.weight.to(module.left.weight.dtype))
-        left, right = (f"{name}.{side}.weight" for side in ("left", "right"))
-        pages.put(f"{name}.weight", lambda: _product(pages.tensor(left), pages.tensor(right), conv))
-        pages.put(f"{name}.bias", lambda: pages.tensor(f"{name}.left.bias"))
+        pages.put(f"{name}.weight", lambda: _product([pages.tensor(f"{name}.{key}") for key in keys], conv))
+        if own_bias != f"{name}.bias":
+            pages.put(f"{name}.bias", lambda: pages.tensor(own_bias))
     linear.bias = bias
     return linear.train(module.training)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, conv: bool) -> torch.Tensor:
-    weight = (left.to(_WORK) @ right.to(_WORK)).to(left.dtype)
+def _product(stored: Sequence[torch.Tensor], conv: bool) -> torch.Tensor:
+    left, right, *place = stored
+    weight = weight_product(left.to(_WORK), right.to(_WORK), place[0] if place else None).to(left.dtype)
     return (weight.T if conv else weight).contiguous()
 
 

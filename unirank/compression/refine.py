@@ -22,7 +22,7 @@ from unirank.layerwise.trace import traced_layer
 from unirank.models.low_rank import count_parameters
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
-from unirank.types import DENSE, Gradient, LinearSpec, LoadedModel, Rank
+from unirank.types import DENSE, Form, Gradient, LinearSpec, LoadedModel, Rank
 
 
 def refine(
@@ -54,6 +54,7 @@ def refine(
         batch=used.batch,
         clip=used.clip or 0.0,
         gradients=gradients,
+        form=plan.form,
         progress=progress,
     )
     return settle(loaded, plan, before)
@@ -67,8 +68,9 @@ def refit(
     settings: Refine,
     *,
     batch: int = 8,
-    gradients: Callable[[int], Mapping[str, Gradient]] | None = None,
     clip: float = 0.0,
+    gradients: Callable[[int], Mapping[str, Gradient]] | None = None,
+    form: Form = "factors",
     progress: OnProgress = silent,
 ) -> None:
     """Replace every linear of `loaded` that `ranks` gives a rank, layer by layer.
@@ -77,9 +79,10 @@ def refit(
         ranks: of every target.
         windows: calibration tokens, int64 `[W, T]`.
         batch: windows that run together.
-        gradients: of a layer; then the fit is in the output metric of `kfac`.
-
         clip: of the tokens, as `Calibration.clip`; 0 clips nothing.
+        gradients: of a layer; then the fit is in the output metric of `kfac`.
+        form: in which low-rank matrices are stored.
+
     Raises NonFiniteError when a fit is NaN or infinity, also in the dtype of the model; names the linear.
     """
     recording = record(loaded, windows, batch=batch)
@@ -102,7 +105,7 @@ def refit(
             pair = _measure(layer.module, calls, own_stream, paths[owner], seen.pop(owner), clip)
             for spec in wanted[owner]:
                 g = metrics[spec.name].g if metrics else None
-                fit(loaded, spec, ranks[spec.name], pair, g, settings)
+                fit(loaded, spec, ranks[spec.name], pair, g, settings, form)
         own_stream = [call.run(layer.module, x) for call, x in zip(calls, own_stream, strict=True)]
         progress("refine", index + 1, loaded.layer_count)
 
@@ -158,10 +161,10 @@ def _measure(
     stream: Sequence[torch.Tensor],
     path: str,
     dense: Sequence[torch.Tensor],
+    clip: float,
 ) -> Pair:
     pair = Pair.zeros(dense[0].shape[1], dense[0].device, clip=clip)
     for call, x, dense_input in zip(calls, stream, dense, strict=True):
-    clip: float,
 
         def catch(own: torch.Tensor, _dense: torch.Tensor = dense_input) -> None:
             pair.add(_dense, own)

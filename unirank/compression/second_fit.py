@@ -15,7 +15,7 @@ from unirank.layerwise.clipping import clip_factors, scaled
 from unirank.layerwise.products import cross_moment
 from unirank.models.low_rank import make_low_rank
 from unirank.models.structure import weight_of
-from unirank.types import DENSE, LinearSpec, LoadedModel, Rank
+from unirank.types import DENSE, Form, LinearSpec, LoadedModel, Rank
 
 # Of a moment's mean diagonal: what is left below it when the mean is taken out is rounding, for Gram matrices multiply
 # in float32 (docs/numerics.md; measured with one token everywhere: 1e-7).
@@ -96,6 +96,7 @@ def fit(
     pair: Pair,
     g: torch.Tensor | None,
     settings: Refine,
+    form: Form = "factors",
 ) -> None:
     """Put the best map of that rank from `x'` to `W (b x + (1 - b) x')` in the linear's place; b is `settings.mix`.
 
@@ -108,6 +109,7 @@ def fit(
         pair: of the linear's input.
         g: `[M, M]`, the second moment of the gradients at its output, for the output metric of `kfac`; None for none.
             A map of full rank is the same in every metric.
+        form: in which a low-rank map is stored.
 
     Raises NonFiniteError when the fit is NaN or infinity, also in the dtype of the model; names the linear. The linear
     is then as it was.
@@ -139,7 +141,7 @@ def fit(
     if centred:
         aimed_mean = settings.mix * dense_mean + (1 - settings.mix) * own_mean
         lost = weight @ aimed_mean - _applied(maps, own_mean)
-    _put(loaded, spec, rank, module, tuple(m.to(dense.dtype) for m in maps), lost)
+    _put(loaded, spec, rank, module, tuple(m.to(dense.dtype) for m in maps), lost, form)
 
 
 def _applied(maps: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
@@ -155,6 +157,7 @@ def _put(
     module: nn.Module,
     maps: tuple[torch.Tensor, ...],
     lost: torch.Tensor | None,
+    form: Form,
 ) -> None:
     """Write the maps, of the model's dtype, and what is to be added to the bias, float64."""
     bias = None
@@ -167,10 +170,9 @@ def _put(
         weight_of(module).copy_(maps[0])
         target = module.bias
     else:
-        low = make_low_rank(loaded.model, spec.name, int(rank), add_bias=bias is not None)
-        low.left.weight.copy_(maps[0])
-        low.right.weight.copy_(maps[1])
-        target = low.left.bias
+        low = make_low_rank(loaded.model, spec.name, int(rank), add_bias=bias is not None, form=form)
+        low.set_product(*maps)
+        target = low.output_bias
     if bias is not None:
         assert isinstance(target, torch.Tensor)
         target.copy_(bias)

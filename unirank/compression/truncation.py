@@ -20,12 +20,13 @@ from unirank.models.low_rank import (
     count_target,
     lost_output,
     make_low_rank,
+    stored_tensors,
 )
 from unirank.models.quantizer import UniRankConfig
 from unirank.models.structure import weight_of
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
-from unirank.types import DENSE, LinearSpec, LoadedModel
+from unirank.types import DENSE, Form, LinearSpec, LoadedModel
 
 _MOST = 2**63  # parameters that a record can count
 
@@ -96,39 +97,61 @@ def truncate(
             for spec in specs:
                 rank = plan.ranks[spec.name]
                 if rank != DENSE:
-                    _put(loaded, store, spec, int(rank))
+                    _put(loaded, store, spec, int(rank), plan.form)
                 done += 1
                 progress("truncate", done, len(loaded.linears))
     return settle(loaded, plan, model_before)
 
 
-def _put(loaded: LoadedModel, store: AnalysisStore, spec: LinearSpec, rank: int) -> None:
+def _put(loaded: LoadedModel, store: AnalysisStore, spec: LinearSpec, rank: int, form: Form) -> None:
     """Put the first components of one linear in its place; where layers are paged, they stay in the store."""
     mean = store.input_mean(spec)
     weight = weight_of(loaded.model.get_submodule(spec.name))
-    low = make_low_rank(loaded.model, spec.name, rank, add_bias=mean is not None)
+    low = make_low_rank(loaded.model, spec.name, rank, add_bias=mean is not None, form=form)
     left, right = store.factors(spec, rank)
-    if mean is not None and low.left.bias is not None:
-        low.left.bias.add_(lost_output(weight, left, right, mean))
-        if not low.left.bias.isfinite().all():
+    bias = low.output_bias
+    if mean is not None and bias is not None:
+        bias.add_(lost_output(weight, left, right, mean))
+        if not bias.isfinite().all():
             raise NonFiniteError(f"The bias of {spec.name} is NaN or infinity in {weight.dtype}.")
     if loaded.pages is None:
-        low.left.weight.copy_(left)
-        low.right.weight.copy_(right)
+        low.set_product(left, right)
         return
-    for side, index in (("left", 0), ("right", 1)):
-        factor: nn.Linear = getattr(low, side)
-        place = {"device": weight.device, "dtype": weight.dtype}
-        factor.weight = nn.Parameter(factor.weight.to("meta"))
-        loaded.pages.put(
-            f"{spec.name}.{side}.weight", lambda index=index, place=place: store.factors(spec, rank)[index].to(**place)
-        )
+    for inner in (low.left, low.right):
+        inner.weight = nn.Parameter(inner.weight.to("meta"))
+    keys = ["left.weight", "right.weight"]
+    if form == "pivoted":
+        low.place = low.place.to("meta")
+        keys.append("place")
+    stored = _Stored(store, spec, rank, form)
+    for key in keys:
+        where: dict[str, Any] = {"device": weight.device} | ({} if key == "place" else {"dtype": weight.dtype})
+        loaded.pages.put(f"{spec.name}.{key}", lambda key=key, where=where: stored.take(key).to(**where))
+
+
+class _Stored:
+    """What one linear stores, read from the store and brought to its form when the first tensor of it is asked for."""
+
+    def __init__(self, store: AnalysisStore, spec: LinearSpec, rank: int, form: Form) -> None:
+        self._store, self._spec, self._rank = store, spec, rank
+        self._form: Form = form
+        self._waiting: dict[str, torch.Tensor] = {}  # of one reading, until each was taken
+
+    def take(self, key: str) -> torch.Tensor:
+        if key not in self._waiting:
+            left, right = self._store.factors(self._spec, self._rank)
+            self._waiting = stored_tensors(left, right, self._form)
+        return self._waiting.pop(key)
 
 
 def check_plan(loaded: LoadedModel, store: AnalysisStore, plan: RankPlan) -> None:
-    """Raise InputError where `plan` was not made from `store`, or `store` from another model than `loaded`."""
+    """Raise InputError where `plan` was not made from `store`, or `store` from another model than `loaded`.
+
+    StoreError where its factors do not reach as far as the plan's form.
+    """
     if plan.analysis != store.digest:
         raise InputError(f"The plan was not made from the store {store.path}; make one with: unirank plan.")
+    store.require_form(plan.form)
     check_model(loaded, store)
 
 
@@ -142,7 +165,7 @@ def settle(loaded: LoadedModel, plan: RankPlan, model_before: int) -> TruncateRe
     low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
     biased = [name for name in low_rank if model.get_submodule(name).added_bias]
     if low_rank:
-        model.config.quantization_config = UniRankConfig(ranks=low_rank, biased=biased)
+        model.config.quantization_config = UniRankConfig(ranks=low_rank, biased=biased, form=plan.form)
     targets_after = sum(count_target(model.get_submodule(spec.name)) for spec in loaded.linears)
     if targets_after != plan.used:
         raise UnirankError(f"The modules hold {targets_after} target parameters, the plan says {plan.used}.")

@@ -116,5 +116,8 @@ def differences(old: Any, new: Any, *, was: str = "store", path: str = "") -> li
         for key in sorted(old.keys() | new.keys()):
             lines += differences(old.get(key), new.get(key), was=was, path=f"{path}.{key}".lstrip("."))
         return [line for line in lines if "sha256" not in line] or lines
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = ({str(index): value for index, value in enumerate(both)} for both in (old, new))
+        return differences(*pairs, was=was, path=path)
     short = [value[:12] if "sha256" in path and isinstance(value, str) else value for value in (old, new)]
     return [] if old == new else [f"{path} ({was}: {short[0]!r}, now: {short[1]!r})"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,16 +11,24 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
+from unirank.models.pivoting import pivot
 from unirank.models.structure import weight_of
+from unirank.types import Form
 
 
 class LowRankLinear(nn.Module):
-    """`y = left(right(x))`: two inner linears, `right` N -> R without bias and `left` R -> M with the bias kept.
+    """A linear of rank R, as two inner linears: `right` N -> R without bias, and `left`.
+
+    In the form "factors", `left` is R -> M with the bias kept, and `y = left(right(x))`. In the form "pivoted"
+    (method 9), `right(x)` are R of the outputs, the pivots, and `left` R -> M - R makes the others from them;
+    `y = cat(right(x), left(right(x)))[..., place] + bias`, `place` int32 `[M]`, a persistent buffer.
 
     peft can target the inner linears by name ("left", "right"). The persistent buffer `weight` (int64 `[1]`, the rank)
     is a guard: it takes the name of the dense weight that is gone, in a shape that does not fit it, so that a loader
     which does not know unirank stops with a shape mismatch where it would otherwise start from random weights.
     """
+
+    place: torch.Tensor
 
     def __init__(
         self,
@@ -28,15 +37,23 @@ class LowRankLinear(nn.Module):
         rank: int,
         *,
         bias: bool = False,
+        form: Form = "factors",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.form: Form = form
         self.added_bias = False  # whether the bias is not the dense linear's
+        pivoted = form == "pivoted"
+        made = out_features - rank if pivoted else out_features
         self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, made, bias=bias and not pivoted, device=device, dtype=dtype)
         self.register_buffer("weight", torch.full((1,), rank, dtype=torch.int64, device=device))
+        if pivoted:
+            own = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+            self.register_parameter("bias", own)
+            self.register_buffer("place", torch.arange(out_features, dtype=torch.int32, device=device))
 
         self.shared: SharedInput | None = None  # set by `unirank.fuse`
         self.shared_index = 0
@@ -46,15 +63,58 @@ class LowRankLinear(nn.Module):
         if self.shared is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             product = self.shared.product(self.shared_index, self.right, x)
             if product is not None:
-                return self.left(product)
-        return self.left(self.right(x))
+                return self._outputs(product)
+        return self._outputs(self.right(x))
+
+    def _outputs(self, inner: torch.Tensor) -> torch.Tensor:
+        """`[..., R]` -> `[..., M]`."""
+        if self.form == "factors":
+            return self.left(inner)
+        y = torch.cat((inner, self.left(inner)), -1).index_select(-1, self.place)
+        bias = self.output_bias
+        return y if bias is None else y + bias
+
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        """The bias `[M]`, wherever the form keeps it."""
+        bias: Any = self.left.bias if self.form == "factors" else self.bias
+        return bias
+
+    def set_bias(self, bias: nn.Parameter | None) -> None:
+        """Make `bias`, `[M]`, the bias."""
+        (self.left if self.form == "factors" else self).register_parameter("bias", bias)
+
+    def bias_name(self) -> str:
+        """The bias's name below this module's."""
+        return "left.bias" if self.form == "factors" else "bias"
+
+    @torch.no_grad()
+    def set_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Take the weight `left [M, R] @ right [R, N]`, in the form of this module; dtypes and devices are its own."""
+        own = self.state_dict()
+        for name, tensor in stored_tensors(left, right, self.form).items():
+            own[name].copy_(tensor)
 
     def dense_weight(self) -> torch.Tensor:
-        """The product `left @ right`, `[M, N]`."""
-        return self.left.weight @ self.right.weight
+        """The product, `[M, N]`."""
+        return weight_product(self.left.weight, self.right.weight, self.place if self.form == "pivoted" else None)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, form={self.form}"
+
+
+def stored_tensors(left: torch.Tensor, right: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
+    """What a `LowRankLinear` of that form stores of `left [M, R] @ right [R, N]`, by name, in the dtype of `left`."""
+    if form == "factors":
+        return {"left.weight": left, "right.weight": right}
+    found = pivot(left, right)
+    return {"left.weight": found.a, "right.weight": found.b, "place": found.order.argsort().int()}
+
+
+def weight_product(left: torch.Tensor, right: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
+    """The weight `[M, N]` from what is stored; `place` as in `LowRankLinear`, None for two factors."""
+    product = left @ right
+    return product if place is None else torch.cat((right, product)).index_select(0, place)
 
 
 class SharedInput:
@@ -119,8 +179,10 @@ def lost_output(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, m
     return lost.to(weight.dtype)
 
 
-def make_low_rank(model: nn.Module, name: str, rank: int, *, add_bias: bool = False) -> LowRankLinear:
-    """Replace the linear `name` by an empty `LowRankLinear` of that rank, on its device and in its dtype.
+def make_low_rank(
+    model: nn.Module, name: str, rank: int, *, add_bias: bool = False, form: Form = "factors"
+) -> LowRankLinear:
+    """Replace the linear `name` by an empty `LowRankLinear` of that rank and form, on its device and in its dtype.
 
     A bias is kept; where there is none, `add_bias` makes one of zeros.
 
@@ -136,16 +198,17 @@ def make_low_rank(model: nn.Module, name: str, rank: int, *, add_bias: bool = Fa
         n, m = linear.nx, linear.nf
     else:
         raise InputError(f"{name} is a {type(linear).__name__}, not a linear, so it cannot take rank {rank}.")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(m, n):
-        raise InputError(f"The rank of {name} is {rank!r}; legal are whole numbers from 1 to {min(m, n)}.")
+    most = min(m, n) - (form == "pivoted")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+        raise InputError(f"The rank of {name} is {rank!r}; legal are whole numbers from 1 to {most}.")
     weight: torch.Tensor = linear.weight
     has_bias = linear.bias is not None
-    low = LowRankLinear(n, m, rank, bias=has_bias or add_bias, device=weight.device, dtype=weight.dtype)
+    low = LowRankLinear(n, m, rank, bias=has_bias or add_bias, form=form, device=weight.device, dtype=weight.dtype)
     low.train(linear.training)
     if has_bias:
-        low.left.bias = linear.bias
-    elif add_bias:
+        low.set_bias(linear.bias)
+    elif low.output_bias is not None:
         low.added_bias = True
-        nn.init.zeros_(low.left.bias)
+        nn.init.zeros_(low.output_bias)
     model.set_submodule(name, low)
     return low

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unirank.errors import InputError
+from unirank.types import FORMS, Form
 
 METHOD = "unirank"
 
@@ -23,13 +24,21 @@ METHOD = "unirank"
 class UniRankConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint: the rank of every linear that is no longer dense.
 
-    `biased` names those that have a bias where the dense linear has none (scheme `afm`); it is written only then.
-    Raises InputError when either is something else.
+    `biased` names those that have a bias where the dense linear has none (scheme `afm`), and `form` says how low-rank
+    matrices are stored; each is written only where it is not the default, which versions without it mean.
+    Raises InputError when one of them is something else.
     """
 
     biased: Sequence[str] = ()
+    form: Form = "factors"
 
-    def __init__(self, ranks: Mapping[str, int] | None = None, biased: Sequence[str] = (), **_: Any) -> None:
+    def __init__(
+        self,
+        ranks: Mapping[str, int] | None = None,
+        biased: Sequence[str] = (),
+        form: Form = "factors",
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         if ranks is not None and not isinstance(ranks, Mapping):
             raise InputError(f"quantization_config.ranks must map names to ranks, got {type(ranks).__name__}.")
@@ -38,6 +47,10 @@ class UniRankConfig(QuantizationConfigMixin):
             raise InputError(f"quantization_config.biased must be a list of linears that ranks names, got {biased!r}.")
         if biased:
             self.biased = list(biased)
+        if form not in FORMS:
+            raise InputError(f"quantization_config.form = {form!r} is not legal; legal values: {', '.join(FORMS)}.")
+        if form == "pivoted":
+            self.form = form
 
 
 class UniRankQuantizer(HfQuantizer):
@@ -51,7 +64,7 @@ class UniRankQuantizer(HfQuantizer):
 
         config: Any = self.quantization_config
         for name, rank in config.ranks.items():
-            make_low_rank(model, name, rank, add_bias=name in config.biased)
+            make_low_rank(model, name, rank, add_bias=name in config.biased, form=config.form)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         from unirank.models.low_rank import align_weights

@@ -10,8 +10,8 @@ from unirank.errors import InputError
 from unirank.planning.allocator import allocator as allocator_of
 from unirank.planning.allocator.base import Request, Workbench, check_floor, options_of
 from unirank.planning.score import ScoreSettings
-from unirank.rank_plan import RankPlan, budget_of, canonical
-from unirank.types import LinearSpec, Rank
+from unirank.rank_plan import RankPlan, budget_of, canonical, check_form
+from unirank.types import Form, LinearSpec, Rank
 
 
 def plan_ranks(
@@ -24,6 +24,7 @@ def plan_ranks(
     multiple_of: int = 1,
     options: Mapping[str, float] | None = None,
     workbench: Workbench | None = None,
+    form: Form = "factors",
 ) -> RankPlan:
     """Ranks for every target of `store`, at most `floor((1 - remove) Σ M N)` parameters in total.
 
@@ -36,14 +37,22 @@ def plan_ranks(
         options: the allocator's own options by name.
         workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`); see
             `unirank.make_workbench`. The model is left as it was found.
+        form: in which low-rank matrices are stored, and so what a rank costs: "factors" `R (M + N)`, or "pivoted"
+            `R (M + N - R)` (see `unirank.LowRankLinear`).
 
     Raises:
         InputError: an argument is not legal, or `min_rank` makes `remove` unreachable.
-        StoreError: the store is unfinished or damaged.
+        StoreError: the store is unfinished or damaged, or too old for the form.
     """
     settings = settings or ScoreSettings()
     budget = check_request(
-        store.linears, remove, allocator=allocator, min_rank=min_rank, multiple_of=multiple_of, options=options
+        store.linears,
+        remove,
+        allocator=allocator,
+        min_rank=min_rank,
+        multiple_of=multiple_of,
+        options=options,
+        form=form,
     )
     rule = allocator_of(allocator)
     chosen = options_of(rule, options or {})
@@ -57,6 +66,7 @@ def plan_ranks(
             "make one that has them with: unirank analyze MODEL -o STORE --gradients 32."
         )
     store.require_complete()
+    store.require_form(form)
     request = Request(
         store.linears,
         store.energies(),
@@ -69,17 +79,18 @@ def plan_ranks(
         store,
         chosen,
         workbench,
+        form,
     )
     numbers, threshold, *learned = rule.allocate(request)
     ranks: dict[str, Rank] = {
-        spec.name: canonical(spec, number) for spec, number in zip(store.linears, numbers, strict=True)
+        spec.name: canonical(spec, number, form) for spec, number in zip(store.linears, numbers, strict=True)
     }
     return RankPlan(
         ranks=ranks,
         shapes={spec.name: (spec.m, spec.n) for spec in store.linears},
         remove=remove,
         budget=budget,
-        used=sum(spec.rank_cost(ranks[spec.name]) for spec in store.linears),
+        used=sum(spec.rank_cost(ranks[spec.name], form) for spec in store.linears),
         threshold=threshold,
         allocator=allocator,
         scheme=store.identity.scheme,
@@ -88,6 +99,7 @@ def plan_ranks(
         | (asdict(settings) if rule.scored else {})
         | (dict(learned[0]) if learned else {}),
         analysis=store.digest,
+        form=form,
     )
 
 
@@ -99,11 +111,13 @@ def check_request(
     min_rank: int,
     multiple_of: int,
     options: Mapping[str, float] | None = None,
+    form: Form = "factors",
 ) -> int:
     """The budget of `linears`; raises InputError when `plan` could not honour these arguments.
 
     Cheap, so that callers ask before the analysis; with no linears it checks the arguments by themselves.
     """
+    check_form(form)
     rule = allocator_of(allocator)
     chosen = options_of(rule, options or {})
     if rule.check is not None:
@@ -112,5 +126,5 @@ def check_request(
     for name, value in (("min_rank", min_rank), ("multiple_of", multiple_of)):
         if value < 1:
             raise InputError(f"{name} = {value} is not legal; it must be at least 1.")
-    check_floor(linears, remove, budget, min_rank, multiple_of)
+    check_floor(linears, remove, budget, min_rank, multiple_of, form)
     return budget

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from unirank.errors import InputError, NonFiniteError
-from unirank.types import CosineStat, LinearSpec
+from unirank.types import CosineStat, Form, LinearSpec
 
 Importance = Literal["sublayer", "block", "none"]
 Distance = Literal["cosine", "angular"]
@@ -30,7 +30,7 @@ class ScoreSettings:
         gamma: `I ** gamma`.
         local: "energy" (`sigma_i² / Σ sigma²`), "sigma" (`sigma_i / Σ sigma`), "absolute" (`sigma_i²`), or
             "global-only" (`K / i`: ranks become proportional to `I`).
-        per_parameter: divide by `M + N`.
+        per_parameter: divide by what the component costs, `M + N` or in the pivoted form `M + N - 2 i + 1`.
     """
 
     importance: Importance = "sublayer"
@@ -80,6 +80,7 @@ def score(
     energies: Mapping[str, torch.Tensor],
     cosines: Sequence[Mapping[str, CosineStat]],
     settings: ScoreSettings | None = None,
+    form: Form = "factors",
 ) -> Components:
     """Score every component.
 
@@ -88,6 +89,7 @@ def score(
         energies: float64 `[K]` of each, descending.
         cosines: per layer, statistics by "attention", "mlp", "block".
         settings: None is UniRank.
+        form: in which low-rank matrices are stored; it matters to scores per parameter.
 
     Raises:
         NonFiniteError: an energy or a cosine is NaN or infinity; names the linear.
@@ -99,7 +101,7 @@ def score(
         weight = 1.0 if settings.importance == "none" else importance_of(cosines[spec.layer][key], settings)
         value = weight * _local(energies[spec.name], settings.local)
         if settings.per_parameter:
-            value = value / spec.cost
+            value = value / marginal_cost(spec, form)
         values.append(value)
     return assemble(linears, values)
 
@@ -124,6 +126,12 @@ def assemble(linears: Sequence[LinearSpec], values: Sequence[torch.Tensor]) -> C
         torch.tensor([spec.params for spec in linears]),
         lengths.cumsum(0),
     )
+
+
+def marginal_cost(spec: LinearSpec, form: Form) -> torch.Tensor:
+    """What each component costs beyond those before it, float64 `[K]`: `M + N`, pivoted `M + N - 2 i + 1`."""
+    cost = torch.full((spec.k,), spec.cost, dtype=torch.float64)
+    return cost - 2 * torch.arange(spec.k) - 1 if form == "pivoted" else cost
 
 
 def _local(energy: torch.Tensor, local: Local) -> torch.Tensor:

@@ -83,9 +83,9 @@ def _facts(data: ReportData) -> str:
         f"({report.removed_of_model:.2%} removed)",
         "matrices": f"{report.low_rank} low-rank, {report.dense} dense",
         "scheme, allocator": f"{plan.scheme}, {plan.allocator}",
+        "low-rank form": plan.described_form,
         "calibration": f"{calibration.windows} windows of {calibration.window} tokens of {calibration.text}, "
-        f"seed {calibration.seed}"
-        + (f", tokens clipped at {calibration.clip:g} medians" if calibration.clip else ""),
+        f"seed {calibration.seed}" + (f", tokens clipped at {calibration.clip:g} medians" if calibration.clip else ""),
         "analysis": plan.analysis,
     }
     for entry in data.record.evaluations:
@@ -233,6 +233,8 @@ def _compress(data: ReportData) -> list[str]:
     options |= {"calib": calibration.text, "split": calibration.split, "text-revision": calibration.revision}
     options |= {"windows": calibration.windows, "window": calibration.window, "seed": calibration.seed}
     options |= {"batch": calibration.batch, "gradients": calibration.gradient_windows or None}
+    if calibration.texts:
+        options["calib-shares"] = ",".join(str(text.windows) for text in calibration.texts)
     options["clip"] = calibration.clip or 0  # said, for the default may be another one
     options["dtype"] = identity.model.dtype
     refine = data.plan.settings.get("refine")

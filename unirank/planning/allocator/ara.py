@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from unirank.errors import InputError, NonFiniteError
 from unirank.layerwise.lending import lent
-from unirank.planning.allocator.base import Allocator, Request, check_floor
+from unirank.planning.allocator.base import Allocator, Request
 from unirank.planning.allocator.masks import MaskedFactors, Staircase, masked_factors
 from unirank.planning.allocator.measure import first_windows, replaced, whole, workbench_of
-from unirank.planning.allocator.targets import ranks_from_targets
+from unirank.planning.allocator.targets import equivalent, ranks_from_targets, real_rank
 
 _STAGE = "train ranks"
 _SMOOTHING = 0.9  # of the running mean of the loss that early stopping watches
@@ -31,6 +31,9 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     with CE the mean token cross-entropy (nats) of `batch` calibration windows cut to `tokens`,
     `ratio = R (M + N) / (M N)` of the expected rank R, `share = M N / Σ M N`, and `kept = Σ share min(ratio, 1)`. The
     third term is the guidance that pulls a matrix near break-even to dense.
+
+    In the pivoted form `ratio = R (M + N - R) / (M N)`, whose end is the dense matrix without a jump, so there is no
+    guidance.
 
     The paper does not publish its formulas in full. **Choices**: the form of the guidance; both lambdas, `near`, `lr`;
     where masks start; windows in shuffled rounds; the end after `patience` steps in which the running mean of the loss
@@ -54,22 +57,25 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
         whole(request, "blocks"),
     )
     _check_numbers(request.options)
-    check_floor(request.linears, request.remove, request.budget, request.min_rank, request.multiple_of)
+    request.check_floor()
     if request.budget == sum(spec.params for spec in request.linears):
         return [spec.k for spec in request.linears], None, {"history": [], "expected_kept": 1.0}
     workbench = workbench_of(request)
     model = workbench.loaded.model
     windows = first_windows(workbench, len(workbench.windows), tokens)
-    near = request.options["near"]
+    near, form = request.options["near"], request.form
     staircases = {
-        spec.name: Staircase.start(spec, blocks, 1 - request.remove, model.device) for spec in request.linears
+        spec.name: Staircase.start(
+            spec, blocks, real_rank(spec, (1 - request.remove) * spec.params, form), form, model.device
+        )
+        for spec in request.linears
     }
     trainer = _Trainer(request, staircases)
     history: list[float] = []
     running, best, best_step = 0.0, math.inf, 0
     draws = _rounds(len(windows), batch, seed)
     modules = {
-        spec.name: masked_factors(request.store, spec, model.get_submodule(spec.name)) for spec in request.linears
+        spec.name: masked_factors(request.store, spec, form, model.get_submodule(spec.name)) for spec in request.linears
     }
     with lent(model), replaced(model, modules):
         workbench.progress(_STAGE, 0, steps)
@@ -86,9 +92,10 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     targets, kept = [], 0.0
     for spec in request.linears:
         rank = float(staircases[spec.name].mask().detach().sum())
-        ratio = rank * spec.cost / spec.params
+        target = equivalent(spec, rank, form)
+        ratio = target * spec.cost / spec.params
         kept += min(ratio, 1.0) * spec.params
-        targets.append(float(spec.k) if ratio >= (near + 1) / 2 else rank)
+        targets.append(float(spec.k) if form == "factors" and ratio >= (near + 1) / 2 else target)
     total = sum(spec.params for spec in request.linears)
     ranks, _ = ranks_from_targets(request, torch.tensor(targets, dtype=torch.float64))
     return ranks, None, {"history": history, "expected_kept": kept / total}
@@ -98,7 +105,7 @@ class _Trainer:
     """The staircases' optimizer, and one step of it."""
 
     def __init__(self, request: Request, staircases: Mapping[str, Staircase]) -> None:
-        self._options = request.options
+        self._options, self._pivoted = request.options, request.form == "pivoted"
         self._keep = 1 - request.remove
         total = sum(spec.params for spec in request.linears)
         self._linears = [(spec, staircases[spec.name], spec.params / total) for spec in request.linears]
@@ -113,12 +120,17 @@ class _Trainer:
         live: list[tuple[torch.Tensor, torch.Tensor]] = []  # a tensor that depends on theta, and its leaf in the model
         for spec, staircase, share in self._linears:
             mask = staircase.mask()
-            ratio = (mask.sum() * (spec.cost / spec.params)).clamp(max=1.0).to(kept.device)
+            rank = mask.sum()
+            cost = spec.cost - rank if self._pivoted else spec.cost
+            ratio = (rank * (cost / spec.params)).clamp(max=1.0).to(kept.device)
             kept = kept + share * ratio
-            if near <= float(ratio.detach()) < 1:
-                guidance = guidance + share * (1 - ratio)
-            gate = ((ratio - near) / (1 - near)).clamp(min=0.0)
-            live += modules[spec.name].set(mask, gate)
+            if self._pivoted:
+                gate = torch.zeros_like(ratio)
+            else:
+                if near <= float(ratio.detach()) < 1:
+                    guidance = guidance + share * (1 - ratio)
+                gate = ((ratio - near) / (1 - near)).clamp(min=0.0)
+            live += [pair for pair in modules[spec.name].set(mask, gate) if pair[0].requires_grad]
         # The model's graph ends at leaves, so that one window's is gone before the next one's is made.
         loss = 0.0
         for ids in windows:

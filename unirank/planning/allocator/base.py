@@ -12,9 +12,9 @@ import torch
 from unirank import ops
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError
-from unirank.planning.score import Components, ScoreSettings
+from unirank.planning.score import Components, ScoreSettings, marginal_cost
 from unirank.progress import OnProgress, silent
-from unirank.types import CosineStat, LinearSpec, LoadedModel
+from unirank.types import CosineStat, Form, LinearSpec, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Request:
         store: for what else a rule reads (curvatures, slopes, factors).
         options: the rule's own options, complete and checked against `Allocator.options`.
         workbench: for rules that measure the model; None otherwise.
+        form: in which low-rank matrices are stored, and so what a rank costs.
     """
 
     linears: tuple[LinearSpec, ...]
@@ -47,6 +48,24 @@ class Request:
     store: AnalysisStore
     options: Mapping[str, float]
     workbench: Workbench | None = None
+    form: Form = "factors"
+
+    def check_floor(self) -> None:
+        """Raise InputError when `min_rank` alone exceeds the budget."""
+        check_floor(self.linears, self.remove, self.budget, self.min_rank, self.multiple_of, self.form)
+
+    def prices(self, spec: LinearSpec) -> torch.Tensor:
+        """Parameters that ranks 1 ... K of a matrix cost, int64 `[K]`; `M N` where it is dense."""
+        ranks = torch.arange(1, spec.k + 1)
+        return (ranks * spec.cost - (ranks * ranks if self.form == "pivoted" else 0)).clamp_max(spec.params)
+
+    def kept(self, vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One value a component, by linear, up to the rank at which the matrix is dense."""
+        return {spec.name: vectors[spec.name][: spec.dense_rank(self.form)] for spec in self.linears}
+
+    def marginal(self, spec: LinearSpec) -> torch.Tensor:
+        """What each component costs beyond those before it, float64 `[K]`: `M + N`, pivoted `M + N - 2 i + 1`."""
+        return marginal_cost(spec, self.form)
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ def take_best(components: Components, request: Request) -> tuple[list[int], floa
 
     Raises InputError when `min_rank` alone exceeds the budget.
     """
-    check_floor(request.linears, request.remove, request.budget, request.min_rank, request.multiple_of)
+    request.check_floor()
     ranks, threshold = ops.global_topk(
         components.value,
         components.cost,
@@ -89,15 +108,18 @@ def take_best(components: Components, request: Request) -> tuple[list[int], floa
         request.budget,
         request.min_rank,
         request.multiple_of,
+        request.form == "pivoted",
     )
     value = float(threshold)
     return ranks.tolist(), value if value != float("inf") else None
 
 
-def check_floor(linears: Sequence[LinearSpec], remove: float, budget: int, min_rank: int, multiple_of: int) -> None:
+def check_floor(
+    linears: Sequence[LinearSpec], remove: float, budget: int, min_rank: int, multiple_of: int, form: Form
+) -> None:
     """Raise InputError when `min_rank` alone exceeds the budget."""
     least = -(-min_rank // multiple_of) * multiple_of
-    floor = sum(spec.rank_cost(min(least, spec.k)) for spec in linears)
+    floor = sum(spec.rank_cost(min(least, spec.k), form) for spec in linears)
     if floor > budget:
         raise InputError(
             f"remove = {remove} cannot be reached: min_rank = {min_rank} with multiple_of = {multiple_of} already "

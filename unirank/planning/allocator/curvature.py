@@ -12,16 +12,16 @@ def allocate(request: Request) -> tuple[list[int], float | None]:
     """Score `sigma_i² u_iᵀ G u_i` in the basis of `whiten`, `sigma_i²` in that of `kfac` (method 4).
 
     Both are `(left_iᵀ G left_i)(right_i C right_iᵀ)`, which holds in the basis of any scheme. Divided by
-    `(M + N) ** cost_power` (**choice**: 0, the plain score).
+    what the component costs, to the power `cost_power` (**choice**: 0, the plain score).
     """
-    curvatures = request.store.curvatures()
+    curvatures = request.kept(request.store.curvatures())
     values = []
     for spec in request.linears:
-        # What lies beyond the stored ranks costs nothing once they are kept.
+        # What lies beyond these costs nothing once they are kept.
         value = torch.cat(
             [curvatures[spec.name], torch.zeros(spec.k - len(curvatures[spec.name]), dtype=torch.float64)]
         )
-        values.append(value / spec.cost ** request.options["cost_power"])
+        values.append(value / request.marginal(spec) ** request.options["cost_power"])
     return take_best(assemble(request.linears, values), request)
 
 

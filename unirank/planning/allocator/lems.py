@@ -10,7 +10,7 @@ import torch
 from unirank.disk.hashing import sha256_tensors
 from unirank.errors import InputError
 from unirank.layerwise.lending import lent
-from unirank.planning.allocator.base import Allocator, Request, Workbench, check_floor
+from unirank.planning.allocator.base import Allocator, Request, Workbench
 from unirank.planning.allocator.knapsack import knapsack
 from unirank.planning.allocator.measure import divergences, first_windows, low_rank_of, whole, workbench_of
 from unirank.types import LinearSpec
@@ -36,12 +36,12 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     fraction = request.options["fraction"]
     if not 0 < fraction < 1:
         raise InputError(f"The option fraction = {fraction} is not legal; it must lie between 0 and 1.")
-    check_floor(request.linears, request.remove, request.budget, request.min_rank, request.multiple_of)
+    request.check_floor()
     points = {spec.name: measured_rank(spec, request.energies[spec.name], fraction) for spec in request.linears}
     divergence = _measure(request, points)
     options = [_options(spec, request) for spec in request.linears]
     costs = [
-        torch.tensor([spec.rank_cost(rank) for rank in ranks])
+        torch.tensor([spec.rank_cost(rank, request.form) for rank in ranks])
         for spec, ranks in zip(request.linears, options, strict=True)
     ]
     errors = []
@@ -99,10 +99,10 @@ def _run(request: Request, workbench: Workbench, windows: torch.Tensor, points: 
 
 
 def _options(spec: LinearSpec, request: Request) -> list[int]:
-    """The legal ranks below break-even, ascending, and K for dense."""
+    """The legal ranks that cost less than the dense matrix, ascending, and K for dense."""
     step = request.multiple_of
     least = -(-request.min_rank // step) * step
-    return [rank for rank in range(least, spec.k, step) if rank * spec.cost < spec.params] + [spec.k]
+    return [*range(least, spec.dense_rank(request.form), step), spec.k]
 
 
 ALLOCATOR = Allocator(

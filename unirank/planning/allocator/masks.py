@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from unirank.analysis.store import AnalysisStore
 from unirank.models.structure import weight_of
-from unirank.types import LinearSpec
+from unirank.types import Form, LinearSpec
 
 _SPREAD = 0.1  # of the D blocks: standard deviation of `a` at the start
 _BISECTIONS = 60
@@ -20,8 +20,8 @@ _BISECTIONS = 60
 class Staircase:
     """`a = softmax(theta)`; component `i` in block `b(i)` has `mask_i = Σ_{d >= b(i)} a_d`: non-increasing, in [0, 1].
 
-    The D blocks are equal shares of the components up to ceil(r*), as many as the store has (**choice**: beyond r* the
-    dense matrix is cheaper), so `a_d` is the weight of keeping the first `d + 1` blocks, and a one-hot `a` is a rank.
+    The D blocks are equal shares of the components up to the rank at which the matrix is dense (**choice**: beyond it
+    nothing is gained), so `a_d` is the weight of keeping the first `d + 1` blocks, and a one-hot `a` is a rank.
 
     Attributes:
         theta: float64 `[D]`, trained.
@@ -37,20 +37,20 @@ class Staircase:
         return suffix.clamp(max=1.0)[self.block]  # the sum of all can round above 1
 
     @classmethod
-    def start(cls, spec: LinearSpec, blocks: int, keep: float, device: torch.device) -> Staircase:
-        """The staircase whose expected rank keeps the fraction `keep` of the matrix.
+    def start(cls, spec: LinearSpec, blocks: int, wanted: float, form: Form, device: torch.device) -> Staircase:
+        """The staircase whose expected rank is `wanted`.
 
         `a` is a discretised normal distribution (**choice**), so that every step starts with a gradient; its mean is
         bisected, its standard deviation is a tenth of the blocks. Below one block the rank is one block.
         """
-        size = min(blocks, spec.max_rank)
-        block = torch.arange(spec.max_rank) * size // spec.max_rank
+        count = spec.dense_rank(form)
+        size = min(blocks, count)
+        block = torch.arange(count) * size // count
         positions = torch.arange(size, dtype=torch.float64)
 
         def at(center: float) -> Staircase:
             return cls(-((positions - center) ** 2) / (2 * (_SPREAD * size) ** 2), block)
 
-        wanted = keep * spec.params / spec.cost
         low, high = -float(size), 2.0 * size
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
@@ -115,8 +115,8 @@ class MaskedFactors(nn.Module):
         return torch.lerp(low.to(self._work), self.dense(x).to(self._work), self.gate).to(x.dtype)
 
 
-def masked_factors(store: AnalysisStore, spec: LinearSpec, dense: nn.Module) -> MaskedFactors:
-    """The factors of `store` up to ceil(r*), for the place of `dense`; `mask` and `gate` are still to be set."""
+def masked_factors(store: AnalysisStore, spec: LinearSpec, form: Form, dense: nn.Module) -> MaskedFactors:
+    """The factors of `store` up to the dense rank, for the place of `dense`; `mask` and `gate` are still to be set."""
     weight = weight_of(dense)
-    left, right = (factor.to(weight.device) for factor in store.factors(spec, spec.max_rank))
+    left, right = (factor.to(weight.device) for factor in store.factors(spec, spec.dense_rank(form)))
     return MaskedFactors(dense, left, right, store.input_mean(spec))

@@ -96,7 +96,9 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 @contextmanager
 def truncated(request: Request, ranks: Sequence[int]) -> Iterator[None]:
-    """The lent model is truncated to `ranks` meanwhile, in the order of the linears; K, or from r* on, means dense.
+    """The lent model is truncated to `ranks` meanwhile, in the order of the linears; K, or what costs it, means dense.
+
+    As two factors, which is the same map in every form.
 
     Needs memory for the factors beside the dense weights.
     """
@@ -104,7 +106,7 @@ def truncated(request: Request, ranks: Sequence[int]) -> Iterator[None]:
     modules = {
         spec.name: low_rank_of(request.store, spec, model.get_submodule(spec.name), rank)
         for spec, rank in zip(request.linears, ranks, strict=True)
-        if rank * spec.cost < spec.params
+        if rank < spec.dense_rank(request.form)
     }
     with replaced(model, modules):
         yield

@@ -21,7 +21,7 @@ def allocate(request: Request) -> tuple[list[int], float | None]:
     weights = []
     for spec in request.linears:
         tokens = request.cosines[spec.layer]["block"].tokens
-        tail = float(request.energies[spec.name][uniform_rank(spec, request.remove) :].sum())
+        tail = float(request.energies[spec.name][uniform_rank(spec, request.remove, request.form) :].sum())
         weights.append(1 / math.log(math.e + tail * tokens))
     weight = torch.tensor(weights, dtype=torch.float64)
     size = sizes(request.linears)

@@ -10,9 +10,9 @@ import torch
 
 from unirank.evaluation.perplexity import total_nll
 from unirank.layerwise.lending import lent
-from unirank.planning.allocator.base import Allocator, Request, check_floor
+from unirank.planning.allocator.base import Allocator, Request
 from unirank.planning.allocator.measure import first_windows, truncated, whole, workbench_of
-from unirank.planning.allocator.targets import ranks_from_targets
+from unirank.planning.allocator.targets import equivalent, ranks_from_targets, real_rank
 from unirank.rank_plan import budget_of
 
 _STAGE = "measure allocations"
@@ -34,7 +34,7 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
 
     Raises NonFiniteError when a candidate's loss is NaN or infinity.
     """
-    check_floor(request.linears, request.remove, request.budget, request.min_rank, request.multiple_of)
+    request.check_floor()
     workbench = workbench_of(request)
     windows = first_windows(workbench, whole(request, "windows"))
     predicted = windows.numel() - len(windows)
@@ -54,13 +54,13 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
 
 
 def wanted_ranks(request: Request, power: float) -> torch.Tensor:
-    """The rule's real rank of every linear, float64 `[L]`, for `a = power`."""
+    """The rule's real rank of every linear as a target of `ranks_from_targets`, float64 `[L]`, for `a = power`."""
     base, weights = [], []
     for spec in request.linears:
-        half = budget_of(request.remove, spec.params) / spec.cost / 2
+        half = real_rank(spec, budget_of(request.remove, spec.params), request.form) / 2
         importance = max(0.0, 1.0 - request.cosines[spec.layer]["block"].mean)
         tail = float(request.energies[spec.name][int(half) :].sum())
-        base.append(half)
+        base.append(equivalent(spec, half, request.form))
         weights.append(importance**power * math.log(math.e + tail) ** (1 - power) * spec.params)
     room = [spec.params - half * spec.cost for spec, half in zip(request.linears, base, strict=True)]
     pool = request.budget - sum(half * spec.cost for spec, half in zip(request.linears, base, strict=True))

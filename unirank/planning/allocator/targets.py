@@ -5,6 +5,7 @@ A matrix of rank r keeps the fraction `r / r*` of its parameters, `r* = M N / (M
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from unirank.planning.allocator.base import Request, take_best
 from unirank.planning.score import assemble
 from unirank.rank_plan import budget_of
-from unirank.types import LinearSpec
+from unirank.types import Form, LinearSpec
 
 Role = Literal["q", "k", "v", "o"]
 
@@ -38,15 +39,17 @@ def ranks_from_targets(request: Request, targets: torch.Tensor) -> tuple[list[in
     `min_rank`, the rounding to `multiple_of` and its residual fill (`take_best`). Where the targets already fit the
     budget, f is a little above 1, for what the rounding frees.
 
+    In the pivoted form the same shares of parameters are kept: a target is the rank that two factors of that many
+    parameters have, and `i` becomes `i (M + N - i) / (M + N)`.
+
     Args:
         targets: float64 `[L]`, at least 0. Where one is 0, its matrix grows only when the others are dense.
 
     Raises InputError when `min_rank` alone exceeds the budget, NonFiniteError when a target is NaN or infinity.
     """
     scores = []
-    for spec, target, limit in zip(request.linears, _positive(targets), break_even(request.linears), strict=True):
-        ranks = torch.arange(1, spec.k + 1, dtype=torch.float64)
-        scores.append(target / ranks.clamp_max(float(limit)))
+    for spec, target in zip(request.linears, _positive(targets), strict=True):
+        scores.append(target / (request.prices(spec).double() / spec.cost))
     return take_best(assemble(request.linears, scores), request)[0], None
 
 
@@ -82,9 +85,29 @@ def sizes(linears: Sequence[LinearSpec]) -> torch.Tensor:
     return torch.tensor([spec.params for spec in linears], dtype=torch.float64)
 
 
-def uniform_rank(spec: LinearSpec, remove: float) -> int:
-    """`floor((1 - remove) M N / (M + N))`."""
-    return budget_of(remove, spec.params) // spec.cost
+def uniform_rank(spec: LinearSpec, remove: float, form: Form) -> int:
+    """The largest rank that costs at most `(1 - remove) M N`: `floor((1 - remove) M N / (M + N))` for two factors.
+
+    PIFA's rule (arXiv 2501.19090) in the pivoted form; 0 where not even rank 1 fits.
+    """
+    budget = budget_of(remove, spec.params)
+    if form == "factors":
+        return budget // spec.cost
+    square = spec.cost**2 - 4 * budget  # of the quadratic r² - (M + N) r + budget, whose other root is above K
+    root = math.isqrt(square)
+    return (spec.cost - root - (root * root < square)) // 2
+
+
+def real_rank(spec: LinearSpec, params: float, form: Form) -> float:
+    """The real rank that costs `params` parameters."""
+    if form == "factors":
+        return params / spec.cost
+    return (spec.cost - math.sqrt(spec.cost**2 - 4 * params)) / 2
+
+
+def equivalent(spec: LinearSpec, rank: float, form: Form) -> float:
+    """The rank of two factors with as many parameters as `rank` has: a target of `ranks_from_targets`."""
+    return rank * (spec.cost - rank) / spec.cost if form == "pivoted" else rank
 
 
 def groups(keys: Sequence[str]) -> list[list[int]]:

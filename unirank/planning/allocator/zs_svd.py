@@ -7,7 +7,7 @@ import heapq
 import torch
 
 from unirank.errors import NonFiniteError
-from unirank.planning.allocator.base import Allocator, Request, check_floor, take_best
+from unirank.planning.allocator.base import Allocator, Request, take_best
 from unirank.planning.score import assemble
 
 
@@ -22,17 +22,17 @@ def allocate(request: Request) -> tuple[list[int], float | None]:
     (`take_best`), which keeps the budget, the dense rule and `multiple_of` exact. The paper drops until the target is
     met, which is the same.
 
-    **Choices**: ΔL in the basis of the store's scheme (the paper's is `whiten`); components beyond `ceil(r*)`, which
-    only a dense matrix has and which are not stored, count as 0; ties go to the earlier linear.
+    **Choices**: ΔL in the basis of the store's scheme (the paper's is `whiten`); components that
+    only a dense matrix has (beyond `ceil(r*)` for two factors) count as 0; ties go to the earlier linear.
     """
-    check_floor(request.linears, request.remove, request.budget, request.min_rank, request.multiple_of)
+    request.check_floor()
     least = -(-request.min_rank // request.multiple_of) * request.multiple_of
-    slopes = {name: slope.tolist() for name, slope in request.store.slopes().items()}
+    slopes = request.kept(request.store.slopes())
     changes = []
     for spec in request.linears:
-        if not torch.tensor(slopes[spec.name]).isfinite().all():
+        if not slopes[spec.name].isfinite().all():
             raise NonFiniteError(f"The slopes of {spec.name} are NaN or infinity.")
-        changes.append(slopes[spec.name])
+        changes.append(slopes[spec.name].tolist())
     # What is never dropped scores above all, what only a dense matrix has below all.
     never = float(sum(len(change) for change in changes) + 1)
     scores = [torch.full((spec.k,), never, dtype=torch.float64) for spec in request.linears]

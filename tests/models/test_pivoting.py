@@ -1,0 +1,133 @@
+"""The pivoted form of one matrix: which rows it takes, what it costs, and what it loses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unirank.models.low_rank import LowRankLinear, stored_tensors, weight_product
+from unirank.models.pivoting import LIMIT, dominant_rows, pivot
+from unirank.types import rank_cost
+
+shapes = st.tuples(st.integers(2, 40), st.integers(1, 40), st.integers(1, 39), st.integers(0, 1000)).filter(
+    lambda s: s[2] < s[0]
+)
+
+
+def factors(m: int, n: int, rank: int, seed: int, spread: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(m, rank, generator=generator, dtype=torch.float64)
+    scale = 10.0 ** (-spread * torch.arange(rank, dtype=torch.float64) / max(1, rank - 1))
+    return left * scale, torch.randn(rank, n, generator=generator, dtype=torch.float64)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    stored = stored_tensors(left, right, "pivoted")
+    return weight_product(stored["left.weight"], stored["right.weight"], stored["place"])
+
+
+@given(shapes, st.sampled_from([0.0, 4.0, 8.0]))
+@settings(deadline=None, max_examples=200)
+def test_the_product_is_the_same_and_no_entry_is_above_the_limit(shape: tuple, spread: float) -> None:
+    m, n, rank, seed = shape
+    left, right = factors(m, n, rank, seed, spread)
+    found = pivot(left, right)
+    assert found.a.shape == (m - rank, rank)
+    assert found.b.shape == (rank, n)
+    assert sorted(found.order.tolist()) == list(range(m))
+    assert not found.a.numel() or float(found.a.abs().max()) <= LIMIT
+    whole = left @ right
+    assert torch.allclose(product(left, right), whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+    assert found.a.numel() + found.b.numel() == rank * (m + n - rank)
+
+
+def test_the_parameters_are_those_of_the_cost() -> None:
+    for form in ("factors", "pivoted"):
+        for rank in range(1, 12):
+            low = LowRankLinear(17, 12, rank, form=form)
+            count = low.left.weight.numel() + low.right.weight.numel()
+            assert count == rank * (29 - rank if form == "pivoted" else 29)
+            assert rank_cost(12, 17, rank, form) == min(count, 12 * 17)
+    assert rank_cost(12, 17, 12, "pivoted") == 12 * 17
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        torch.zeros(6, 3),
+        torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.0, 0.0], [3.0, 6.0]]),  # of rank 1
+        torch.eye(6)[:, :3],
+        torch.eye(6)[[5, 0, 3, 1, 2, 4]][:, :5] * torch.tensor([1e-30, 1, 1e8, 1, 1e-8]),
+    ],
+)
+def test_a_matrix_of_lower_rank_or_wild_scale_is_no_special_case(left: torch.Tensor) -> None:
+    left = left.double()
+    a, order = dominant_rows(left)
+    rank = left.shape[1]
+    assert a.isfinite().all()
+    assert torch.allclose(a @ left[order[:rank]], left[order[rank:]], rtol=1e-12, atol=0)
+
+
+def test_pivots_and_others_ascend_so_that_the_gather_runs_forward() -> None:
+    left, right = factors(30, 20, 11, 0)
+    order = pivot(left, right).order
+    assert bool((order[:11].diff() > 0).all())
+    assert bool((order[11:].diff() > 0).all())
+
+
+def test_the_pivots_do_not_depend_on_how_the_product_is_split() -> None:
+    left, right = factors(30, 20, 11, 1)
+    turn = torch.linalg.qr(torch.randn(11, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))[0]
+    one, other = pivot(left, right), pivot(left @ turn, turn.T @ right)
+    # Where the start differs the end may be another local optimum; both hold the limit and make the same matrix.
+    assert torch.allclose(product(left @ turn, turn.T @ right), product(left, right), atol=1e-12)
+    assert float(other.a.abs().max()) <= LIMIT >= float(one.a.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(576, 576, 300), (400, 150, 149), (300, 2000, 128)])
+def test_bits_do_not_depend_on_threads(shape: tuple[int, int, int]) -> None:
+    left, right = factors(*shape, seed=3)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(pivot(left, right))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(found[0].a, other.a)
+        assert torch.equal(found[0].b, other.b)
+        assert torch.equal(found[0].order, other.order)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_others_are_fitted_to_the_rounded_pivots(dtype: torch.dtype) -> None:
+    left, right = (factor.to(dtype) for factor in factors(96, 64, 40, 4, spread=2.0))
+    exact = left.double() @ right.double()
+    found = pivot(left, right)
+    assert found.a.dtype == found.b.dtype == dtype
+    a, order = dominant_rows(left.double())
+    plain = a.to(dtype)
+
+    def lost(others: torch.Tensor) -> float:
+        return float((others.double() @ found.b.double() - exact[order[40:]]).norm() / exact[order[40:]].norm())
+
+    assert lost(found.a) < lost(plain)
+    assert lost(found.a) < 8 * torch.finfo(dtype).eps
+
+
+def test_a_bias_is_added_where_it_belongs() -> None:
+    left, right = factors(12, 9, 5, 6)
+    low = LowRankLinear(9, 12, 5, bias=True, form="pivoted", dtype=torch.float64)
+    low.set_product(left, right)
+    bias = torch.arange(12, dtype=torch.float64)
+    low.set_bias(torch.nn.Parameter(bias))
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    want = x @ (left @ right).T + bias
+    assert torch.allclose(low(x), want)
+    assert torch.allclose(low.dense_weight(), left @ right)
+    assert low.output_bias is low.bias
