@@ -27,6 +27,7 @@ NAMES = {
     "store": "store",
     "text": "calib",
     "gradient_windows": "gradients",
+    "shares": "calib_shares",
     "mix": "refine",
 }
 # Objects in memory, which a command line cannot name; what a command does by itself.

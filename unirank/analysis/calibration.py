@@ -145,8 +145,8 @@ def texts_of(loaded: LoadedModel, calibration: Calibration) -> tuple[Text, ...]:
             f"Calibration.shares = {tuple(shares)} is not legal; there must be one for each text, and "
             f"{calibration.text!r} is {len(sources)}."
         )
-    options = {"split": calibration.split, "revision": calibration.revision}
-    texts = tuple(read_text(source, loaded.tokenizer, **options) for source in sources)
+    split, revision = calibration.split, calibration.revision
+    texts = tuple(read_text(source, loaded.tokenizer, split=split, revision=revision) for source in sources)
     first: dict[str, str] = {}
     for source, text in zip(sources, texts, strict=True):
         if (other := first.setdefault(text.sha256, source)) != source:
