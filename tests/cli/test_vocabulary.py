@@ -57,15 +57,16 @@ def test_every_field_of_the_settings_is_an_option() -> None:
     refine = {field.name for field in dataclasses.fields(unirank.Refine)} - {"mix"}
     assert {"refine", *(f"refine_{name}" for name in refine)} <= parameters(COMMANDS["compress"])
     assert {field.name for field in dataclasses.fields(unirank.Finetune)} <= parameters(COMMANDS["finetune"])
+    assert {field.name for field in dataclasses.fields(unirank.Heal)} <= parameters(COMMANDS["heal"])
 
 
 def test_the_dense_model_and_texts_have_one_name_each() -> None:
     for name, command in COMMANDS.items():
         own = parameters(command)
         assert not own & {"dense", "teacher", "data", "plan"}, name
-        assert ("calib" in own) == (name in ("analyze", "plan", "compress", "diagnose"))
-        assert ("against" in own) == (name in ("plan", "eval", "finetune", "report", "diagnose"))
-        assert ("text" in own) == (name in ("eval", "finetune"))
+        assert ("calib" in own) == (name in ("analyze", "plan", "compress", "heal", "diagnose"))
+        assert ("against" in own) == (name in ("plan", "eval", "heal", "finetune", "report", "diagnose"))
+        assert ("text" in own) == (name in ("eval", "heal", "finetune"))
 
 
 def test_names_that_help_shows_are_the_librarys() -> None:
@@ -115,6 +116,7 @@ def test_help_has_groups_and_the_common_options_come_first(run_unirank: Run) -> 
         ("a shorter Calibration.window", "a shorter --window"),
         ("Finetune.window = 100 is not legal", "--window = 100 is not legal"),
         ("Exactly one of remove= and ranks= is needed; both were given.", "--remove and --ranks is needed"),
+        ("a lower Heal.lr may help", "a lower --lr may help"),
         ("remove = 1.5 is not legal", "remove = 1.5 is not legal"),
         ("sha256=abc is", "sha256=abc is"),
     ],

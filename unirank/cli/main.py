@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from unirank.cli.compressed import densify_command, finetune_command, report_command
+from unirank.cli.healing import heal_command
 from unirank.cli.looking import diagnose_command, evaluate_command, info_command
 from unirank.cli.pipeline import analyze_command, compress_command, demo_command, plan_command
 from unirank.cli.terminal import exit_codes
@@ -71,6 +72,7 @@ for _name, _command in {
     "compress": compress_command,
     "eval": evaluate_command,
     "report": report_command,
+    "heal": heal_command,
     "finetune": finetune_command,
     "densify": densify_command,
     "diagnose": diagnose_command,

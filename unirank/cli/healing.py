@@ -1,0 +1,118 @@
+"""The command that refines a compressed checkpoint block by block: `unirank heal`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+from unirank.cli import options, views
+from unirank.cli.terminal import run_session
+from unirank.errors import InputError
+from unirank.finetuning.settings import Heal
+
+_D = Heal()
+_TRAINING, _HELD_OUT, _MODEL, _OUTPUT = "Training", "Held-out text", "Model", "Output"
+
+
+def heal_command(
+    model: options.Compressed,
+    out: Annotated[Path, options.out("Directory of the healed checkpoint.")],
+    against: Annotated[
+        str | None,
+        options.option("The dense model, whose layers are the aim. Default: the one the checkpoint says it came from."),
+    ] = None,
+    calib: options.Calib = None,
+    text: Annotated[
+        str | None,
+        options.option("A second text, of which nothing is trained on; with it a layer must get better on both texts."),
+    ] = None,
+    windows: options.Windows = None,
+    window: options.Window = None,
+    seed: options.Seed = None,
+    batch: Annotated[
+        int | None,
+        options.option("Windows a step; fewer need less memory and make more steps. Default: 8.", group="Calibration"),
+    ] = None,
+    split: options.Split = None,
+    text_revision: options.TextRevision = None,
+    mix: Annotated[
+        float,
+        options.option(
+            "1 aims at the dense model's stream, 0 at what dense layers make of the compressed one's.", group=_TRAINING
+        ),
+    ] = _D.mix,
+    passes: Annotated[int, options.option("Passes over the windows, for every layer.", group=_TRAINING)] = _D.passes,
+    lr: Annotated[float, options.option("Peak learning rate.", group=_TRAINING)] = _D.lr,
+    warmup: Annotated[
+        float, options.option("Fraction of a layer's steps in which the rate rises.", group=_TRAINING)
+    ] = _D.warmup,
+    weight_decay: Annotated[
+        float, options.option("Weight decay of what is trained.", group=_TRAINING)
+    ] = _D.weight_decay,
+    held_out: Annotated[
+        float, options.option("Fraction of the windows that is not trained on.", group=_HELD_OUT)
+    ] = _D.held_out,
+    patience: Annotated[
+        int, options.option("Passes without improvement that end a layer; 0: never.", group=_HELD_OUT)
+    ] = _D.patience,
+    precision: Annotated[
+        str,
+        options.option("Of the arithmetic: float32, bfloat16, or auto (bfloat16 on GPUs that have it).", group=_MODEL),
+    ] = _D.precision,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    stream: options.Stream = False,
+    work: Annotated[
+        Path | None,
+        options.option(
+            "Keep finished layers here. Default: OUT with -healing appended, deleted at the end.", group=_OUTPUT
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Refine a compressed checkpoint layer by layer, by gradient. Ranks stay; an interrupted run resumes."""
+    from unirank.analysis.calibration import Calibration
+    from unirank.compression.card import PLAN_FILE
+    from unirank.compression.checkpoint import open_compressed
+    from unirank.disk.files import beside, check_output
+    from unirank.finetuning.healing import heal
+    from unirank.progress import Stopwatch
+
+    with run_session(as_json) as session:
+        chosen: dict[str, Any] = {"precision": precision}
+        settings = Heal(
+            mix=mix,
+            passes=passes,
+            lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            held_out=held_out,
+            patience=patience,
+            **chosen,
+        )
+        given = {"text": calib, "windows": windows, "window": window, "seed": seed, "batch": batch}
+        given |= {"split": split, "revision": text_revision}
+        calibration = Calibration(**{name: value for name, value in given.items() if value is not None})  # pyright: ignore[reportArgumentType] - each has its own type
+        check_output(out, marker=PLAN_FILE, overwrite=overwrite)
+        if out.resolve() == Path(model).resolve():
+            raise InputError(f"The output {out} is the checkpoint that is healed; choose another.")
+        watch = Stopwatch()
+        compressed = open_compressed(model, dtype=dtype, device=device, stream=stream)
+        folder = work or beside(out, "-healing")
+        healed = heal(
+            compressed,
+            calibration,
+            settings,
+            work=folder,
+            against=against,
+            second_text=text,
+            progress=session.progress,
+        )
+        healed.save(out, overwrite=overwrite)
+        if work is None:
+            shutil.rmtree(folder)
+        training = dict(healed.training or {})
+        record = {"out": str(out), "report": healed.report.as_dict(), "training": training, "seconds": watch.lap()}
+        session.show(record, *views.heal_view(healed, out, record["seconds"]))
