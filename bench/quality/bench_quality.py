@@ -9,6 +9,7 @@ beside the reference figure, and compares the sublayer cosines. It exits with 1 
     python -m bench.quality.bench_quality --preset fast best --json presets.json
     python -m bench.quality.bench_quality --grid --remove 0.2 0.4 0.6 --json docs/results.json \\
         --markdown docs/results.md
+    python -m bench.quality.bench_quality --preset unirank fast --clip 2 --json clipped.json
     python -m bench.quality.bench_quality --experiments --json docs/results.json --markdown docs/results.md
 
 runs presets, or every scheme, allocator and preset, or what was tried on the way to the presets, on the same
@@ -51,6 +52,7 @@ class Row:
     allocator: str
     reference: dict[float, float]
     settings: ScoreSettings = field(default_factory=ScoreSettings)
+    clip: float = 0.0  # the method's own figures are without clipping, whatever the default is
 
 
 DENSE_REFERENCE = 29.18
@@ -93,19 +95,24 @@ DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikite
 
 def reference(data: Path, store_path: Path, console: Console) -> tuple[list[dict[str, Any]], AnalysisStore]:
     """Run the protocol; one flat row per allocation and removed fraction, dense first."""
-    calibration = Calibration(text=str(data / "wiki.valid.txt"), windows=64, window=512, seed=0)
     test = str(data / "wiki.test.raw")
     rows = []
     with bars(console, enabled=console.is_terminal) as progress:
         loaded = load(NAME, dtype="float32", device="cpu")
         start = time.perf_counter()
-        store = unirank.analyze(loaded, store_path, calibration=calibration, progress=progress)
-        console.print(f"analysis: {time.perf_counter() - start:.1f} s")
+        stores = {}
+        for clip in dict.fromkeys(row.clip for row in REFERENCE):
+            text = str(data / "wiki.valid.txt")
+            calibration = Calibration(text=text, windows=64, window=512, seed=0, clip=clip)
+            place = store_path.with_name(f"{store_path.name}-clip-{clip:g}") if clip else store_path
+            stores[clip] = unirank.analyze(loaded, place, calibration=calibration, progress=progress)
+        console.print(f"analyses: {time.perf_counter() - start:.1f} s")
         jobs = [(None, 0.0), *((row, remove) for remove in (0.2, 0.4) for row in REFERENCE)]
         for row, remove in jobs:
             start = time.perf_counter()
             used = budget = sum(spec.params for spec in loaded.linears)
             if row is not None:
+                store = stores[row.clip]
                 ranks = plan(store, remove, allocator=row.allocator, settings=row.settings)
                 used, budget = ranks.used, ranks.budget
                 loaded = load(NAME, dtype="float32", device="cpu")
@@ -121,6 +128,7 @@ def reference(data: Path, store_path: Path, console: Console) -> tuple[list[dict
                     "allocator": row.allocator if row else "dense",
                     "row": label,
                     "remove": remove,
+                    "clip": row.clip if row else 0.0,
                     "text": report.text,
                     "text_sha256": report.text_sha256,
                     "perplexity": report.perplexity,
@@ -130,7 +138,7 @@ def reference(data: Path, store_path: Path, console: Console) -> tuple[list[dict
                     "seconds": time.perf_counter() - start,
                 }
             )
-    return rows, store
+    return rows, stores[0.0]
 
 
 def show(rows: list[dict[str, Any]], store: AnalysisStore, console: Console) -> bool:
@@ -169,7 +177,9 @@ def grid(arguments: argparse.Namespace, console: Console) -> int:
     names, all_schemes, all_allocators = arguments.preset or tuple(RECIPES), (), ()
     if arguments.grid:
         names, all_schemes, all_allocators = quality_grid.everything()
-    jobs = list(quality_grid.cells(names, all_schemes, all_allocators, arguments.remove, range(arguments.seeds)))
+    jobs = list(
+        quality_grid.cells(names, all_schemes, all_allocators, arguments.remove, range(arguments.seeds), arguments.clip)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.json or Path(scratch) / "grid.json"
         rows = quality_grid.run(
@@ -197,6 +207,7 @@ def main() -> int:
     what.add_argument("--grid", action="store_true", help="run everything (hours)")
     parser.add_argument("--remove", nargs="+", type=float, default=[0.2, 0.4], help="of presets and grid")
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds 0, 1, ... of presets and grid")
+    parser.add_argument("--clip", type=float, default=0.0, help="Calibration.clip of presets and grid; 0 is off")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of presets and grid")
     parser.add_argument("--limit", type=int, default=8, help="evaluation windows of presets and grid")
     parser.add_argument("--work", type=Path, help="keep the analyses of presets and grid here")

@@ -24,22 +24,30 @@ from unirank.text.windows import BUILTIN_HELD_OUT
 def cell_of(job: dict[str, Any]) -> str:
     """The name of a cell, by which an interrupted grid knows what it has."""
     recipe = job["preset"] or f"{job['scheme']} + {job['allocator']}"
-    return f"{recipe}, {job['remove']:.0%}, seed {job['seed']}"
+    clip = f", clip {job['clip']:g}" if job["clip"] else ""
+    return f"{recipe}, {job['remove']:.0%}, seed {job['seed']}{clip}"
 
 
 def cells(
-    presets: Sequence[str], schemes: Sequence[str], allocators: Sequence[str], removes: Sequence[float], seeds: range
+    presets: Sequence[str],
+    schemes: Sequence[str],
+    allocators: Sequence[str],
+    removes: Sequence[float],
+    seeds: range,
+    clip: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
-    """Dense; every scheme with `uniform` and `unirank`; every allocator with `whiten`; every preset."""
-    yield {"preset": "", "scheme": "whiten", "allocator": "dense", "remove": 0.0, "seed": seeds[0]}
+    """Dense; every scheme with `uniform` and `unirank`; every allocator with `whiten`; every preset; with `clip`."""
+    common = {"clip": clip}
+    yield common | {"preset": "", "scheme": "whiten", "allocator": "dense", "remove": 0.0, "seed": seeds[0]}
     pairs = [(scheme, allocator) for scheme in schemes for allocator in ("uniform", "unirank")]
     pairs += [("whiten", allocator) for allocator in allocators if ("whiten", allocator) not in pairs]
     for seed in seeds:
         for remove in removes:
             for scheme, allocator in pairs:
-                yield {"preset": "", "scheme": scheme, "allocator": allocator, "remove": remove, "seed": seed}
+                pair = {"preset": "", "scheme": scheme, "allocator": allocator}
+                yield common | pair | {"remove": remove, "seed": seed}
             for name in presets:
-                yield {"preset": name, "scheme": "", "allocator": "", "remove": remove, "seed": seed}
+                yield common | {"preset": name, "scheme": "", "allocator": "", "remove": remove, "seed": seed}
 
 
 def run(
@@ -88,7 +96,8 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         "",
         f"Made by `python -m bench.quality.bench_quality --grid`, do not edit. {NAME}, float32, "
         f"{meta['calibration_windows']} calibration windows of 512 tokens of WikiText-2's validation text, perplexity "
-        f"on the first {meta['evaluation_windows']} windows of 1024 tokens. Python {meta['versions']['python']}, "
+        f"on the first {meta['evaluation_windows']} windows of 1024 tokens; tokens are not clipped (`--clip 0`) "
+        f"unless the scheme says so. Python {meta['versions']['python']}, "
         f"torch {meta['versions']['torch']}, {meta['device']}.",
         "",
     ]
@@ -100,7 +109,8 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for row in rows:
             if row["remove"] == remove:
-                groups.setdefault((row["preset"], row["scheme"], row["allocator"]), []).append(row)
+                scheme = row["scheme"] + (f", clip {row['clip']:g}" if row.get("clip") else "")
+                groups.setdefault((row["preset"], scheme, row["allocator"]), []).append(row)
 
         def figure(group: list[dict[str, Any]], text: str) -> tuple[float, str]:
             values = [row["perplexity"] for row in group if row["text"] == text]

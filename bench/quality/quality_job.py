@@ -52,6 +52,7 @@ def main() -> None:
         window=job["window"],
         seed=job["seed"],
         gradient_windows=job["windows"] if needs_gradients else 0,
+        clip=job["clip"],
     )
     loaded = unirank.load(job["model"], dtype="float32", device="cpu")
     record: dict[str, Any] = {"scheme": recipe.scheme, "allocator": "dense" if dense else recipe.allocator}
@@ -60,6 +61,7 @@ def main() -> None:
         record |= {"store": "", "gradients": "", "used": total, "budget": total}
     else:
         kind = f"{'gradients' if needs_gradients else 'plain'}-{job['seed']}"
+        kind += f"-clip-{job['clip']:g}" if job["clip"] else ""
         store = Path(job["stores"]) / f"{recipe.scheme}-{kind}"
         stores = sorted(store.parent.glob(f"*-{kind}"))
         donor = next((path for path in stores if needs_gradients and unirank.open_store(path).complete), None)

@@ -47,7 +47,13 @@ def test_every_recipe_of_the_experiments_can_be_run() -> None:
     ids=["dense", "curvature", "best", "recipe"],
 )
 def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    job = cell | {"model": str(model_dir), "calibration": str(text_file), "texts": [str(text_file)], "seed": 0}
+    job = cell | {
+        "model": str(model_dir),
+        "calibration": str(text_file),
+        "texts": [str(text_file)],
+        "seed": 0,
+        "clip": 2,
+    }
     job |= {"windows": 6, "window": 24, "limit": 1, "stores": str(tmp_path)}
     text = text_file.read_text().split()
     assert len(text) > 1024

@@ -19,6 +19,7 @@ from unirank.models.loading import load
 from unirank.progress import OnProgress, Stopwatch, silent
 from unirank.provenance import default_device, meta
 from unirank.rank_plan import RankPlan, budget_of
+from unirank.text.mixture import sources_of
 from unirank.text.windows import BUILTIN, BUILTIN_HELD_OUT, read_text
 from unirank.types import LoadedModel
 
@@ -132,7 +133,7 @@ def demo(
             rows.append(_row(name, ranks, report, compressed.report, bytes_on_disk(target), seconds, sample))
             if allocator == "unirank":
                 checkpoints.append(target)
-    texts = {source: read_text(source).sha256 for source in (calibration.text, BUILTIN_HELD_OUT)}
+    texts = {source: read_text(source).sha256 for source in (*sources_of(calibration.text), BUILTIN_HELD_OUT)}
     result = DemoResult(
         tuple(rows), clock.seconds, tuple(checkpoints), meta(device, seed=calibration.seed, text_sha256=texts)
     )
