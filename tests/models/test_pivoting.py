@@ -131,3 +131,20 @@ def test_a_bias_is_added_where_it_belongs() -> None:
     assert torch.allclose(low(x), want)
     assert torch.allclose(low.dense_weight(), left @ right)
     assert low.output_bias is low.bias
+
+
+def test_gradients_are_those_of_the_two_products_and_the_gather() -> None:
+    left, right = factors(12, 9, 5, 7)
+    low = LowRankLinear(9, 12, 5, bias=True, form="pivoted", dtype=torch.float64)
+    low.set_product(left, right)
+    x = torch.randn(3, 4, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(low, (x,))
+    wanted = [x, low.left.weight, low.right.weight, low.output_bias]
+    inner = x @ low.right.weight.T
+    plain = torch.cat((inner, inner @ low.left.weight.T), -1)[..., low.place.long()] + low.output_bias
+    weight = torch.randn(3, 4, 12, dtype=torch.float64)
+    ours = torch.autograd.grad((low(x) * weight).sum(), wanted)
+    assert all(
+        torch.allclose(a, b) for a, b in zip(ours, torch.autograd.grad((plain * weight).sum(), wanted), strict=True)
+    )
+    assert low(x[0, 0]).shape == (12,)
