@@ -55,7 +55,7 @@ def test_it_heals_says_so_and_clears_its_layers_away(command, tmp_path: Path, ru
     ("changes", "words"),
     [
         (["--mix", "2"], "mix = 2.0 is not legal; it must be at least 0 and at most 1"),
-        (["--windows", "1"], "--windows = 1 is not legal here; at least 2 are needed"),
+        (["--windows", "1"], "--windows = 1 is not legal here: the text words.txt gives 1"),
         (["--against", "nowhere"], "The dense model cannot be loaded; name it with --against:"),
         (["--calib", "nowhere.txt"], "'nowhere.txt' is not a file"),
         (["-o", "small"], "is the checkpoint that is healed; choose another"),

@@ -27,23 +27,23 @@ from unirank.report.page import page
 from unirank.types import LoadedModel
 
 FAMILIES = ("llama", "llama-bias", "gemma3", "gpt-neox", "gpt2", "opt")
-QUICK = unirank.Heal(passes=2)
+QUICK = unirank.Heal(passes=2, batch=4)
 
 
 @pytest.fixture
 def words(text_file: Path) -> unirank.Calibration:
-    """20 windows of 24 tokens, four at a time."""
-    return unirank.Calibration(text=str(text_file), windows=20, window=24, batch=4)
+    """20 windows of 24 tokens."""
+    return unirank.Calibration(text=str(text_file), windows=20, window=24)
 
 
 @pytest.fixture
 def pair(make_model, calibration):
     """`pair("llama") -> (dense, compressed)`, both in memory, 40 % removed."""
 
-    def make(name: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any):
-        dense = make_model(name, **changes)
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any):
+        dense = make_model(name)
         dense.model.to(dtype)
-        return dense, unirank.compress(dense, 0.4, calibration=calibration, copy=True)
+        return dense, unirank.compress(dense, 0.4, calibration=calibration, copy=True, **options)
 
     return make
 
@@ -91,7 +91,7 @@ def test_the_error_falls_on_held_out_windows(name: str, pair, words, tmp_path: P
     shapes = {key: tensor.shape for key, tensor in weights(small).items()}
     before, count = stream_error(dense, small, held_out), count_parameters(small.model)
     untouched = {key: tensor.clone() for key, tensor in dense.model.state_dict().items()}
-    settings = unirank.Heal(mix=1.0, lr=3e-3)
+    settings = unirank.Heal(mix=1.0, lr=3e-3, batch=4)
     healed = unirank.heal(small, words, settings, against=dense, work=tmp_path)
     assert all(one["after"] <= one["before"] for one in layers(healed))
     # With mix 1 the last layer's error is that of the whole stream, measured here without any of our streams.
@@ -103,6 +103,16 @@ def test_the_error_falls_on_held_out_windows(name: str, pair, words, tmp_path: P
     assert healed.plan == small.plan
     assert all(torch.equal(tensor, untouched[key]) for key, tensor in dense.model.state_dict().items())
     assert all(parameter.requires_grad for parameter in healed.model.parameters())
+
+
+def test_pivoted_factors_are_healed_and_their_pivots_stay(pair, words, tmp_path: Path) -> None:
+    dense, small = pair(form="pivoted")
+    before = weights(small)
+    healed = unirank.heal(small, words, QUICK, against=dense, work=tmp_path)
+    assert all(one["best"] > 0 for one in layers(healed))
+    buffers = {name for name, _ in healed.model.named_buffers()} & before.keys()
+    assert any(name.endswith(".place") for name in buffers)
+    assert all(torch.equal(weights(healed)[name], before[name]) for name in buffers)
 
 
 def test_all_of_a_layer_is_trained_and_nothing_else(pair, words, tmp_path: Path) -> None:
@@ -395,8 +405,12 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(pair, make_model
         (small, str(tmp_path / "nothing.txt"), {}, "is not a file; legal are"),
         (small, 3, {}, "calibration = 3 is not legal"),
         (small, dataclasses.replace(words, text=tmp_path / "short.txt"), {}, "it has 49 tokens, and 50 are needed"),
-        (small, dataclasses.replace(words, windows=1), {}, "Calibration.windows = 1 is not legal here; at least 2"),
-        (small, dataclasses.replace(words, batch=0), {}, "Calibration.batch = 0 is not legal"),
+        (
+            small,
+            dataclasses.replace(words, windows=1),
+            {},
+            "Calibration.windows = 1 is not legal here: the text words.txt gives 1",
+        ),
         (small, words, {"second_text": "nothing.txt"}, "is not a file; legal are"),
         (small, words, {"second_text": str(tmp_path / "short.txt"), "against": other}, "does not fit: its linears"),
         (small, words, {"against": half}, "The dense model is bfloat16 on cpu and the compressed one float32 on cpu"),
@@ -413,6 +427,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(pair, make_model
     ("changes", "words"),
     [
         ({"mix": 1.5}, "mix = 1.5 is not legal; it must be at least 0 and at most 1"),
+        ({"batch": 0}, "batch = 0 is not legal; it must be at least 1"),
         ({"passes": 0}, "passes = 0 is not legal; it must be at least 1"),
         ({"lr": math.inf}, "lr = inf is not legal"),
         ({"warmup": 1.0}, "warmup = 1.0 is not legal"),
@@ -435,6 +450,19 @@ def test_train_and_held_out_windows_share_no_token(make_model, words, tmp_path: 
     assert (drawn.train.shape, drawn.looks[0].shape) == ((18, 24), (2, 24))
     assert set(drawn.train.flatten().tolist()) == {WORDS.index("w1"), WORDS.index("w2")}
     assert set(drawn.looks[0].flatten().tolist()) == {WORDS.index("w2")}
+
+
+def test_windows_of_several_texts_are_shared_out(make_model, words, tmp_path: Path) -> None:
+    loaded = make_model()
+    for name in ("w3", "w4"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 100)
+    names = [tmp_path / "w3.txt", tmp_path / "w4.txt"]
+    drawn = draw(loaded, dataclasses.replace(words, text=names, shares=(3, 1)), None, 0.2)
+    counts = [
+        [int((windows[:, 0] == WORDS.index(w)).sum()) for w in ("w3", "w4")] for windows in (drawn.train, *drawn.looks)
+    ]
+    assert counts == [[12, 4], [3, 1]]
+    assert drawn.as_dict()["text"] == "w3.txt,w4.txt"
 
 
 def test_the_rate_rises_and_falls_to_nearly_nothing() -> None:

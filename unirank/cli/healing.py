@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from unirank.cli import options, views
+from unirank.cli.pipeline import read_shares
 from unirank.cli.terminal import run_session
 from unirank.errors import InputError
 from unirank.finetuning.settings import Heal
@@ -23,6 +24,7 @@ def heal_command(
         options.option("The dense model, whose layers are the aim. Default: the one the checkpoint says it came from."),
     ] = None,
     calib: options.Calib = None,
+    calib_shares: options.CalibShares = None,
     text: Annotated[
         str | None,
         options.option("A second text, of which nothing is trained on; with it a layer must get better on both texts."),
@@ -30,10 +32,6 @@ def heal_command(
     windows: options.Windows = None,
     window: options.Window = None,
     seed: options.Seed = None,
-    batch: Annotated[
-        int | None,
-        options.option("Windows a step; fewer need less memory and make more steps. Default: 8.", group="Calibration"),
-    ] = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
     mix: Annotated[
@@ -43,6 +41,9 @@ def heal_command(
         ),
     ] = _D.mix,
     passes: Annotated[int, options.option("Passes over the windows, for every layer.", group=_TRAINING)] = _D.passes,
+    batch: Annotated[
+        int, options.option("Windows a step; fewer need less memory, and make more steps.", group=_TRAINING)
+    ] = _D.batch,
     lr: Annotated[float, options.option("Peak learning rate.", group=_TRAINING)] = _D.lr,
     warmup: Annotated[
         float, options.option("Fraction of a layer's steps in which the rate rises.", group=_TRAINING)
@@ -85,6 +86,7 @@ def heal_command(
         settings = Heal(
             mix=mix,
             passes=passes,
+            batch=batch,
             lr=lr,
             warmup=warmup,
             weight_decay=weight_decay,
@@ -92,8 +94,9 @@ def heal_command(
             patience=patience,
             **chosen,
         )
-        given = {"text": calib, "windows": windows, "window": window, "seed": seed, "batch": batch}
+        given = {"text": calib, "windows": windows, "window": window, "seed": seed}
         given |= {"split": split, "revision": text_revision}
+        given["shares"] = None if calib_shares is None else read_shares(calib_shares)
         calibration = Calibration(**{name: value for name, value in given.items() if value is not None})  # pyright: ignore[reportArgumentType] - each has its own type
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         if out.resolve() == Path(model).resolve():

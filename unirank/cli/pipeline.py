@@ -308,7 +308,7 @@ def _calibration(
     from unirank.analysis.calibration import Calibration
 
     given = {"text": text, "windows": windows, "window": window, "seed": seed, "batch": batch}
-    given["shares"] = None if shares is None else _shares(shares)
+    given["shares"] = None if shares is None else read_shares(shares)
     given |= {"gradient_windows": gradients, "clip": clip, "split": split, "revision": revision}
     given = {name: value for name, value in given.items() if value is not None}
     if given.keys() == {"text"}:
@@ -322,7 +322,7 @@ def _form(name: str | None) -> Form | None:
     return None if name is None else check_form(name)
 
 
-def _shares(given: str) -> list[float]:
+def read_shares(given: str) -> list[float]:
     """`"3,1"` -> `[3.0, 1.0]`; what a share may be is the library's matter."""
     try:
         return [float(part) for part in given.split(",")]

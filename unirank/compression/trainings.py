@@ -47,7 +47,7 @@ def check_training(training: Any) -> None:
 def _check_healing(training: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     if training["kind"] != "heal":
         raise Damaged(f"the kind of its training is {str(training['kind'])[:80]!r}")
-    for key in ("window", "train_windows", "batch", "seed"):
+    for key in ("window", "train_windows", "seed"):
         entry(data, key, int)
     if (second := entry(data, "second", dict, type(None))) is not None:
         entry(second, "text", str)

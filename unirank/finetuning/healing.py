@@ -61,8 +61,8 @@ def heal(
 
     Args:
         compressed: a checkpoint of ours, or such a model in memory or opened with `stream`, which is changed in place.
-        calibration: which tokens train, or their text alone; None is the default `Calibration`. Its `batch` windows
-            make a step, and its seed is that of the order too. `gradient_windows` plays no part.
+        calibration: which tokens train, or their text alone; None is the default `Calibration`. Its seed is that of the
+            order too. `batch`, `gradient_windows` and `clip`, which are about an analysis, play no part.
         settings: None is the default `Heal`.
         work: directory of what is finished, layer by layer. A run that was interrupted resumes there when everything
             else is the same, and ends with the same weights for the same number of threads. It may be deleted when the
@@ -126,9 +126,9 @@ class _Run:
         if settings.precision == "auto":
             self._bf16 = own.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._folder = None if dense.pages is None and own.pages is None else work
-        self._batch = calibration.batch
+        self._batch = settings.batch
         self._windows = {_TRAIN: drawn.train} | {f"look{i}": windows for i, windows in enumerate(drawn.looks)}
-        self._steps = settings.passes * -(-len(drawn.train) // calibration.batch)  # of a layer
+        self._steps = settings.passes * -(-len(drawn.train) // settings.batch)  # of a layer
         self._trained = _trained(own)
 
     def heal(self) -> list[Healed]:
@@ -281,7 +281,7 @@ def _identity(
     """Everything that the result depends on."""
     return {
         "settings": asdict(settings),
-        "data": drawn.as_dict() | {"batch": calibration.batch, "seed": calibration.seed},
+        "data": drawn.as_dict() | {"seed": calibration.seed},
         "model_sha256": weights_hash(own),
         "dense_sha256": weights_hash(dense),
         "device": device_name(own.device),

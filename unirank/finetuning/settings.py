@@ -92,6 +92,7 @@ class Heal:
         mix: `m` in [0, 1]. 1 aims at what the dense layer makes of the dense model's stream (AA-SVD), 0 at what it
             makes of the stream that really enters the compressed layer.
         passes: over the training windows, for every layer.
+        batch: windows a step. Fewer make more steps of the same windows, which helps more than it costs.
         lr: peak learning rate of AdamW; a cosine down to 0 over all steps of a layer, after `warmup`.
         warmup: fraction of the steps in which the rate rises.
         weight_decay: of AdamW, on everything that is trained.
@@ -103,6 +104,7 @@ class Heal:
 
     mix: float = 0.5
     passes: int = 3
+    batch: int = 2
     lr: float = 1e-3
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -111,7 +113,7 @@ class Heal:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("passes", 1), ("patience", 0)):
+        for name, least in (("passes", 1), ("batch", 1), ("patience", 0)):
             _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         _check("mix", self.mix, 0 <= self.mix <= 1, "at least 0 and at most 1")
         _check("lr", self.lr, self.lr > 0, "above 0")
