@@ -37,6 +37,13 @@ def steps(page: str) -> list[tuple[str, str]]:
     return found
 
 
+def quick(code: str) -> str:
+    """Python of a page, with the model that is there and little to do."""
+    for shown, here in (("path/to/model", "MODEL"), ("steps=200", "steps=4"), ("windows=64", "windows=4")):
+        code = code.replace(shown, here)
+    return code
+
+
 @pytest.fixture
 def workplace(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with what the pages take for granted: MODEL, texts, ranks, and for fine-tuning OUT."""
@@ -68,7 +75,7 @@ def test_it_runs_as_written(page: str, workplace: Path, run_unirank: Run) -> Non
             for made in ("OUT", "TUNED"):
                 if f'save("{made}")' in step:
                     shutil.rmtree(workplace / made, ignore_errors=True)
-            exec(compile(step.replace("path/to/model", "MODEL").replace("steps=200", "steps=4"), page, "exec"), names)
+            exec(compile(quick(step), page, "exec"), names)
         else:
             arguments = shlex.split(step)[1:]
             if "-o" in arguments and (out := workplace / arguments[arguments.index("-o") + 1]).is_dir():
@@ -76,9 +83,9 @@ def test_it_runs_as_written(page: str, workplace: Path, run_unirank: Run) -> Non
             if "ranks.json" in arguments:
                 plan = library.plan(library.open_store("STORE"), 0.3)
                 (workplace / "ranks.json").write_text(json.dumps(dict(plan.ranks)))
-            # 200 steps are the default and teach this test nothing that 4 do not.
-            short = ["--steps", "4", "--window", "64"] if arguments[0] == "finetune" else []
-            code, _, err = run_unirank(*arguments, *short)
+            # 200 steps and 64 windows are the defaults and teach this test nothing that 4 do not.
+            short = {"finetune": ["--steps", "4", "--window", "64"], "heal": ["--windows", "4", "--window", "64"]}
+            code, _, err = run_unirank(*arguments, *short.get(arguments[0], []))
             assert (code, err) == (0, ""), step
         ran += 1
     assert ran >= 3
