@@ -1,8 +1,11 @@
-"""How fast the result is: prefill and decode of the compressed, fused and densified model, against the dense one.
+"""How fast the result is: prefill and decode of a compressed model in every form, against the dense one.
 
     python -m bench.pipeline.bench_inference --json inference.json --markdown docs/inference.md
 
-Fused is the compressed model after `unirank.fuse`: one product for the down-projections that share an input.
+Factors and pivoted (see `unirank.LowRankLinear`) have equally many parameters, so the pivoted form has the higher
+ranks. Same map is what the pivoted form computes, from two factors: equal error, more parameters, and dense where they
+would be as many. Fused is a form after `unirank.fuse`: one product for the down-projections that share an input.
+Densified is the pivoted model with its products multiplied out.
 
 Uniform ranks at every removed fraction, on SmolLM2-135M's shape and on a wide Llama (hidden 2048); weights are random,
 for speed does not depend on them. `allowed` is the ratio of the parameters that a token passes through, `lm_head`
@@ -29,8 +32,11 @@ from unirank.disk.files import write_text
 from unirank.models.fused import fuse
 from unirank.models.low_rank import make_low_rank
 from unirank.models.structure import find_linears
+from unirank.planning.allocator.targets import uniform_rank
 from unirank.provenance import device_name
+from unirank.types import Form
 
+FORMS = ("factors", "factors, fused", "pivoted", "pivoted, fused", "same map", "densified")
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "hidden_size": 576,
@@ -67,15 +73,20 @@ def dense_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def compressed_model(dense: Any, remove: float) -> tuple[Any, int]:
-    """A copy with random factors of uniform rank, and the parameters of its linears."""
+def compressed_model(dense: Any, remove: float, *, ranks_of: Form, form: Form) -> tuple[Any, int]:
+    """A copy with random factors of the uniform rank of `ranks_of`, stored in `form`, and its linears' parameters."""
     model, used = copy.deepcopy(dense), 0
+    generator = torch.Generator().manual_seed(0)
     for spec in find_linears(model)[1]:
-        rank = int((1 - remove) * spec.params / spec.cost)
-        low = make_low_rank(model, spec.name, rank)
-        low.right.weight.normal_(std=spec.n**-0.5)
-        low.left.weight.normal_(std=rank**-0.5)
-        used += rank * spec.cost
+        rank = uniform_rank(spec, remove, ranks_of)
+        left = torch.randn(spec.m, rank, generator=generator) * rank**-0.5
+        right = torch.randn(rank, spec.n, generator=generator) * spec.n**-0.5
+        used += spec.rank_cost(rank, form)
+        if rank < spec.dense_rank(form):
+            make_low_rank(model, spec.name, rank, form=form).set_product(left, right)
+        else:
+            linear = model.get_submodule(spec.name)
+            linear.weight.copy_(left @ right)
     return model, used
 
 
@@ -138,26 +149,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         linears = find_linears(dense)[1]
         total, head = sum(spec.params for spec in linears), dense.lm_head.weight.numel()
         for remove in arguments.remove:
-            compressed, used = compressed_model(dense, remove)
-            densified, fused = densify(copy.deepcopy(compressed)), copy.deepcopy(compressed)
-            fuse(fused)
+            made: dict[str, tuple[Any, int]] = {
+                "factors": compressed_model(dense, remove, ranks_of="factors", form="factors"),
+                "pivoted": compressed_model(dense, remove, ranks_of="pivoted", form="pivoted"),
+                "same map": compressed_model(dense, remove, ranks_of="pivoted", form="factors"),
+            }
+            for form in ("factors", "pivoted"):
+                fused = copy.deepcopy(made[form][0])
+                fuse(fused)
+                made[f"{form}, fused"] = fused, made[form][1]
+            made["densified"] = densify(copy.deepcopy(made["pivoted"][0])), total
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(0, dense.config.vocab_size, (max(arguments.batch), length), generator=generator)
             ids = ids.to(device)
-            check(compressed, (fused, densified), ids[:1], dtype)
+            check(made["factors"][0], [made["factors, fused"][0]], ids[:1], dtype)
+            alike = [made[form][0] for form in ("pivoted, fused", "same map", "densified")]
+            check(made["pivoted"][0], alike, ids[:1], dtype)
             for batch in arguments.batch:
                 part = ids[:batch]
                 for phase, count in (("prefill", part.numel()), ("decode", batch * steps)):
-                    models = {"dense": dense, "compressed": compressed, "fused": fused, "densified": densified}
-                    runs = {
-                        form: prefill(model, part) if phase == "prefill" else decode(model, part, steps)
-                        for form, model in models.items()
-                    }
-                    for form in ("compressed", "fused", "densified"):
-                        times = compare(runs[form], runs["dense"], arguments.repeats, device)
+
+                    def timed(model: nn.Module, *, phase: str = phase, part: torch.Tensor = part) -> Any:
+                        return prefill(model, part) if phase == "prefill" else decode(model, part, steps)
+
+                    for form in FORMS:
+                        model, used = made[form]
+                        times = compare(timed(model), timed(dense), arguments.repeats, device)
                         # lm_head sees one token a sequence in prefill, every token in decode.
                         share = head / length if phase == "prefill" else head
-                        allowed = (total + share) / ((total if form == "densified" else used) + share)
+                        allowed = (total + share) / (used + share)
                         more = {"model": name, "form": form, "remove": remove, "phase": phase, "batch": batch}
                         more |= {"allowed": allowed, "tokens": count}
                         shape = f"{name}, {remove:.0%} removed, batch {batch}"
@@ -185,20 +205,21 @@ def markdown(rows: Sequence[dict[str, Any]], dtype: str, device: torch.device) -
         f"Made by `python -m bench.pipeline.bench_inference`, do not edit. {dtype}, {device_name(device)}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads; uniform ranks, random weights. Tokens a second, and "
         "the ratio to the dense model in the same run. Allowed: the ratio of the parameters that a token passes "
-        "through, `lm_head` included.",
+        "through, `lm_head` included. Factors and pivoted have equally many parameters; same map is what the pivoted "
+        "form computes, from two factors (equal error), dense where those would be as many.",
     ]
     for model, phase in dict.fromkeys((one["model"], one["phase"]) for one in rows):
         lines += [
             "",
             f"## {model}, {phase}",
             "",
-            "| removed | batch | dense | compressed | fused | densified | allowed |",
+            f"| removed | batch | dense | {' | '.join(FORMS)} | allowed |",
         ]
-        lines.append("|---" * 7 + "|")
+        lines.append("|---" * (len(FORMS) + 4) + "|")
         chosen = [one for one in rows if (one["model"], one["phase"]) == (model, phase)]
         for remove, batch in dict.fromkeys((one["remove"], one["batch"]) for one in chosen):
             forms = {one["form"]: one for one in chosen if (one["remove"], one["batch"]) == (remove, batch)}
-            first = forms["compressed"]
+            first = forms["factors"]
             cells = [f"{remove:.0%}", str(batch), f"{first['dense_tokens_per_second']:,.0f}"]
             cells += [f"{one['tokens_per_second']:,.0f} ({one['ratio']:.2f}x)" for one in forms.values()]
             lines.append(f"| {' | '.join(cells)} | {first['allowed']:.2f}x |")

@@ -1,6 +1,6 @@
 """Numbers at the edge: for each case what must hold, by how much it does, and the table of it in docs/numerics.md.
 
-`python -m tests.test_numerics` prints the table.
+`python -m tests.promises.test_numerics` prints the table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from unirank import ops
 from unirank.analysis.scheme import scheme
 from unirank.analysis.scheme.base import Problem
 from unirank.errors import NonFiniteError
+from unirank.models.low_rank import stored_tensors, weight_product
 from unirank.types import Moment
 
 PAGE = Path(__file__).parents[2] / "docs" / "numerics.md"
@@ -95,6 +96,17 @@ def cosine_error(dtype: torch.dtype, size: float) -> float:
     return abs(float(state[0]) - float(exact.sum())) / len(x)
 
 
+def pivoting_error(dtype: torch.dtype, decades: float = 1.0) -> float:
+    """Of the product, in the Frobenius norm; singular values fall over `decades`."""
+    rank = 60
+    scale = 10.0 ** (-decades * torch.arange(rank, dtype=torch.float64) / (rank - 1))
+    left, right = (normal(M, rank) * scale).to(dtype), normal(rank, N, seed=1).to(dtype)
+    stored = stored_tensors(left, right, "pivoted")
+    found = weight_product(stored["left.weight"].double(), stored["right.weight"].double(), stored["place"])
+    whole = left.double() @ right.double()
+    return float((found - whole).norm() / whole.norm())
+
+
 def equal_energies() -> float:
     """Inputs and weight without any preference: every energy is the same, and no factor is lost."""
     weight = torch.linalg.qr(normal(N, N, seed=6)).Q.float()
@@ -146,6 +158,10 @@ CASES = (
     Case("moment, bfloat16 inputs", "error over the trace", lambda: gram_error(torch.bfloat16, 1e4), 1e-6),
     Case("cosine, float32 streams", "error of the mean", lambda: cosine_error(torch.float32, 1.0), 1e-12),
     Case("cosine, outlier channel of 1e4", "error of the mean", lambda: cosine_error(torch.float32, 1e4), 1e-12),
+    Case("pivoted form, float32", "relative error of the product", lambda: pivoting_error(torch.float32), 1e-6),
+    Case("pivoted form, bfloat16", "relative error of the product", lambda: pivoting_error(torch.bfloat16), 2e-2),
+    Case("pivoted form, float16", "relative error of the product", lambda: pivoting_error(torch.float16), 2e-3),
+    Case("pivoted form, energies over 16 decades", "relative error", lambda: pivoting_error(torch.float32, 8.0), 1e-6),
     Case("cosine, bfloat16 streams", "error of the mean", lambda: cosine_error(torch.bfloat16, 1e4), 1e-12),
 )
 
