@@ -22,6 +22,7 @@ def command(model_dir: Path, text_file: Path, calibration: unirank.Calibration, 
     return ["heal", tmp_path / "small", "--against", model_dir, *data]
 
 
+@pytest.mark.slow
 def test_it_heals_says_so_and_clears_its_layers_away(command, tmp_path: Path, run_unirank: Run) -> None:
     second = tmp_path / "second.txt"
     second.write_text(" ".join(WORDS[2 + i * i % 94] for i in range(1000)))
@@ -43,6 +44,12 @@ def test_it_heals_says_so_and_clears_its_layers_away(command, tmp_path: Path, ru
     assert record["training"]["settings"]["mix"] == 1.0
     assert record["seconds"] > 0
     assert (tmp_path / "work" / "layer-00002.safetensors").is_file()
+    assert record["training"]["distilled"] is None
+    code, out, err = run_unirank(*command, "-o", tmp_path / "more", "--passes", 1, "--distill-steps", 4)
+    assert (code, err) == (0, "")
+    assert "Distillation of the whole model: divergence from the dense model on held-out windows" in " ".join(
+        out.split()
+    )
     # Streamed, it writes what the same run writes that has the whole model in memory.
     code, _, err = run_unirank(*command, "-o", tmp_path / "whole", "--mix", 1)
     assert (code, err) == (0, "")
@@ -58,6 +65,7 @@ def test_it_heals_says_so_and_clears_its_layers_away(command, tmp_path: Path, ru
         (["--windows", "1"], "--windows = 1 is not legal here: the text words.txt gives 1"),
         (["--against", "nowhere"], "The dense model cannot be loaded; name it with --against:"),
         (["--calib", "nowhere.txt"], "'nowhere.txt' is not a file"),
+        (["--stream", "--distill-steps", "4"], "--distill-steps needs the whole model in memory"),
         (["-o", "small"], "is the checkpoint that is healed; choose another"),
     ],
 )

@@ -18,6 +18,7 @@ from tests.support.stores import contents
 from tests.support.tiny import WORDS, build
 from unirank.compression.checkpoint import PROVENANCE_FILE, CompressedModel, read_record
 from unirank.errors import InputError, NonFiniteError
+from unirank.finetuning import loop
 from unirank.finetuning.block import Block, _rate
 from unirank.finetuning.healing_streams import Group
 from unirank.finetuning.healing_text import draw
@@ -209,6 +210,111 @@ def test_a_second_text_counts_as_much_as_the_first(pair, words, tmp_path: Path, 
     assert (data["train_windows"], data["held_out_windows"]) == (18, 2)
 
 
+DISTILL = unirank.Heal(passes=1, batch=4, patience=0, distill_steps=12, distill_lr=3e-3)
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> unirank.Calibration:
+    """Words that count in steps of 7."""
+    (tmp_path / "counting.txt").write_text(" ".join(WORDS[2 + 7 * i % 94] for i in range(1000)))
+    return unirank.Calibration(text=str(tmp_path / "counting.txt"), windows=20, window=24)
+
+
+def divergence(dense: LoadedModel, model: Any, windows: torch.Tensor) -> float:
+    with torch.no_grad():
+        p, q = (one(windows).logits.double().log_softmax(-1) for one in (dense.model, model))
+    return float((p.exp() * (p - q)).sum(-1)[:, :-1].mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_distillation_trains_all_factors_towards_the_dense_model(dtype, pair, counting, tmp_path: Path) -> None:
+    dense, small = pair(dtype=dtype)
+    plain = dataclasses.replace(DISTILL, distill_steps=0)
+    healed = unirank.heal(small, counting, plain, against=dense, work=tmp_path / "plain")
+    assert healed.training is not None
+    assert healed.training["distilled"] is None
+    held_out = draw(dense, counting, None, 0.1).looks[0]
+    before, far = weights(healed), divergence(dense, healed.model, held_out)
+    dense, small = pair(dtype=dtype)
+    stages = []
+    after = unirank.heal(
+        small,
+        counting,
+        DISTILL,
+        against=dense,
+        work=tmp_path / "work",
+        progress=lambda stage, done, total: stages.append((stage, done, total)),
+    )
+    assert after.training is not None
+    distilled = after.training["distilled"]
+    assert distilled["held_out_after"] < 0.9 * distilled["held_out_before"]
+    assert [entry for entry in distilled["log"] if "eval_loss" in entry][-1]["step"] == 12
+    assert distilled["held_out_before"] == pytest.approx(far, rel=1e-2)
+    assert distilled["held_out_after"] == pytest.approx(divergence(dense, after.model, held_out), rel=1e-2)
+    assert ("distill", 12, 12) in stages
+    factors = {name for name in before if ".left." in name or ".right." in name}
+    assert {name for name, tensor in weights(after).items() if not torch.equal(tensor, before[name])} == factors
+    assert {parameter.dtype for parameter in after.model.parameters()} == {dtype}
+    assert after.model.config.use_cache
+    assert not any(module.training for module in after.model.modules())
+    assert all(parameter.requires_grad for parameter in after.model.parameters())
+    kept = {path.name for path in (tmp_path / "work").iterdir()}
+    assert kept == {"heal.json", "distilled.safetensors", *(f"layer-0000{i}.safetensors" for i in range(3))}
+    card = after.save(tmp_path / "out") / "README.md"
+    assert "; then 12 steps of distillation, divergence on held-out windows " in card.read_text()
+
+
+@pytest.mark.slow
+def test_distillation_that_does_not_help_changes_nothing(pair, counting, tmp_path: Path) -> None:
+    dense, small = pair()
+    plain = dataclasses.replace(DISTILL, distill_steps=0)
+    before = weights(unirank.heal(small, counting, plain, against=dense, work=tmp_path / "plain"))
+    dense, small = pair()
+    wild = dataclasses.replace(DISTILL, distill_lr=1.0)
+    after = unirank.heal(small, counting, wild, against=dense, work=tmp_path / "work")
+    assert after.training is not None
+    assert after.training["distilled"]["held_out_after"] == after.training["distilled"]["held_out_before"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(after).items())
+
+
+@pytest.mark.slow
+def test_a_killed_distillation_resumes_to_the_same_bytes(
+    on_disk: Path, counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(work: str) -> CompressedModel:
+        place, dense = tmp_path / work, on_disk / "dense"
+        return unirank.heal(on_disk / "small", counting, DISTILL, against=dense, work=place, device="cpu")
+
+    run("whole").save(tmp_path / "expected")
+    original = loop._Trainer.compute_loss
+
+    def killed(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 7 and model.training:
+            raise _Killed
+        return original(self, model, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "compute_loss", killed)
+        with pytest.raises(_Killed):
+            run("work")
+    assert (tmp_path / "work" / "distill" / "checkpoint-7" / "model.safetensors").is_file()
+    steps = []
+
+    def watched(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        if model.training:
+            steps.append(self.state.global_step)
+        return original(self, model, *arguments, **options)
+
+    monkeypatch.setattr(loop._Trainer, "compute_loss", watched)
+    run("work").save(tmp_path / "found")
+    assert steps == [7, 8, 9, 10, 11]
+    assert contents(tmp_path / "found") == contents(tmp_path / "expected")
+    run("work").save(tmp_path / "again")
+    assert len(steps) == 5
+    assert contents(tmp_path / "again") == contents(tmp_path / "expected")
+
+
 class _Killed(BaseException):
     pass
 
@@ -225,6 +331,7 @@ def _kill_in(index: int):
     return advance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
 def test_a_killed_run_resumes_to_the_same_bytes(
     stream: bool, on_disk: Path, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +395,15 @@ def test_streamed_is_what_it_is_in_memory_with_one_layer_there(
     assert contents(tmp_path / "whole") == contents(tmp_path / "streamed")
 
 
+def test_a_streamed_model_is_not_distilled(on_disk: Path, words, tmp_path: Path) -> None:
+    small = unirank.open_compressed(on_disk / "small", device="cpu", stream=True)
+    with pytest.raises(
+        InputError, match=r"Heal\.distill_steps needs the whole model in memory; load it without stream"
+    ):
+        unirank.heal(small, words, DISTILL, against=on_disk / "dense", work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_model_in_bfloat16_stays_in_it_and_gets_better(pair, words, tmp_path: Path) -> None:
     dense, small = pair(dtype=torch.bfloat16)
     held_out = draw(dense, words, None, QUICK.held_out).looks[0]
@@ -327,6 +443,7 @@ def test_card_and_report_show_all_trainings_in_their_order(pair, words, text_fil
         (lambda record: record.update(kind="magic"), "the kind of its training is 'magic'"),
         (lambda record: record["settings"].pop("mix"), "the settings of its training have no mix"),
         (lambda record: record["layers"][1].update(after="low"), "after is 'low'"),
+        (lambda record: record.update(distilled={}), "it has no held_out_before"),
         (lambda record: record["data"].pop("second"), "it has no second"),
         (lambda record: record.update(before_that={"settings": {}}), "it has no data"),
     ],
@@ -426,6 +543,8 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(pair, make_model
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"distill_steps": -1}, "distill_steps = -1 is not legal; it must be at least 0"),
+        ({"distill_lr": 0.0}, "distill_lr = 0.0 is not legal; it must be above 0"),
         ({"mix": 1.5}, "mix = 1.5 is not legal; it must be at least 0 and at most 1"),
         ({"batch": 0}, "batch = 0 is not legal; it must be at least 1"),
         ({"passes": 0}, "passes = 0 is not legal; it must be at least 1"),

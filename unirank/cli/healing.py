@@ -13,7 +13,7 @@ from unirank.errors import InputError
 from unirank.finetuning.settings import Heal
 
 _D = Heal()
-_TRAINING, _HELD_OUT, _MODEL, _OUTPUT = "Training", "Held-out text", "Model", "Output"
+_TRAINING, _HELD_OUT, _DISTILLATION, _MODEL, _OUTPUT = "Training", "Held-out text", "Distillation", "Model", "Output"
 
 
 def heal_command(
@@ -57,6 +57,16 @@ def heal_command(
     patience: Annotated[
         int, options.option("Passes without improvement that end a layer; 0: never.", group=_HELD_OUT)
     ] = _D.patience,
+    distill_steps: Annotated[
+        int,
+        options.option(
+            "Then so many steps of the whole model, all factors at once, on the divergence from the dense model.",
+            group=_DISTILLATION,
+        ),
+    ] = _D.distill_steps,
+    distill_lr: Annotated[
+        float, options.option("Peak learning rate of these steps.", group=_DISTILLATION)
+    ] = _D.distill_lr,
     precision: Annotated[
         str,
         options.option("Of the arithmetic: float32, bfloat16, or auto (bfloat16 on GPUs that have it).", group=_MODEL),
@@ -92,6 +102,8 @@ def heal_command(
             weight_decay=weight_decay,
             held_out=held_out,
             patience=patience,
+            distill_steps=distill_steps,
+            distill_lr=distill_lr,
             **chosen,
         )
         given = {"text": calib, "windows": windows, "window": window, "seed": seed}

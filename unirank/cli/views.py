@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,9 +139,19 @@ def heal_view(healed: CompressedModel, out: Path, seconds: float) -> list[Any]:
     lines = [
         f"{sum(layer['best'] > 0 for layer in layers)} of {len(layers)} layers got better, in {seconds:,.0f} s; the "
         "others are as they were.",
+        *_distilled(training),
         f"Ranks and size are what they were: {healed.report.targets_after:,} parameters in the decoder's linears.",
     ]
     return [table, *lines, *load_hint([out])]
+
+
+def _distilled(training: Mapping[str, Any]) -> list[str]:
+    distilled = training["distilled"]
+    if distilled is None:
+        return []
+    before, after = (distilled[f"held_out_{when}"] for when in ("before", "after"))
+    said = "divergence from the dense model on held-out windows"
+    return [f"Distillation of the whole model: {said} {before:.4f} nats a token before, {after:.4f} after."]
 
 
 def load_hint(paths: Sequence[Path]) -> list[Any]:

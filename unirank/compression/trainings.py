@@ -56,6 +56,9 @@ def _check_healing(training: Mapping[str, Any], data: Mapping[str, Any]) -> None
             number(entry(layer, key, float, int), f"{key} in the layers of its training")
         for key in ("passes", "best"):
             entry(layer, key, int)
+    if (distilled := training.get("distilled")) is not None:
+        for key in ("held_out_before", "held_out_after"):
+            number(entry(distilled, key, float, int), f"{key} in the distillation of its training")
 
 
 def _check_tuning(training: Mapping[str, Any]) -> None:
@@ -90,8 +93,14 @@ def _healing_line(training: Mapping[str, Any]) -> str:
     better = sum(layer["best"] > 0 for layer in layers)
     before, after = (sum(layer[key] for layer in layers) / max(1, len(layers)) for key in ("before", "after"))
     second = "" if data["second"] is None else f", stopped by `{data['second']['text']}` too"
+    distilled, then = training.get("distilled"), ""
+    if distilled is not None:
+        then = (
+            f"; then {settings.get('distill_steps')} steps of distillation, divergence on held-out windows "
+            f"{distilled['held_out_before']:.4f} before, {distilled['held_out_after']:.4f} after"
+        )
     return (
         f"{better} of {len(layers)} layers, at most {settings['passes']} passes over {data['train_windows']} windows "
         f"of {data['window']} tokens of `{data['text']}`{second}, mix = {settings['mix']}, lr = {settings['lr']}, "
-        f"seed {data['seed']}; mean held-out error of a layer {before:.4f} before, {after:.4f} after"
+        f"seed {data['seed']}; mean held-out error of a layer {before:.4f} before, {after:.4f} after{then}"
     )

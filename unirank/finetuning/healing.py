@@ -25,6 +25,7 @@ from unirank.disk.tensorfile import open_tensors, write_tensors
 from unirank.errors import InputError, UnirankError
 from unirank.finetuning.adapters import adapted
 from unirank.finetuning.block import Block, Healed, Look
+from unirank.finetuning.distilling import distill
 from unirank.finetuning.healing_streams import Group, read_streams, start, write_streams
 from unirank.finetuning.healing_text import Drawn, draw
 from unirank.finetuning.settings import Heal
@@ -74,7 +75,9 @@ def heal(
         device: where to load a checkpoint; None takes the GPU when there is one.
 
     Returns the model with `training`: `kind` is "heal"; settings, hashes, and `layers`, of each the mean squared
-    relative error on held-out windows before and after, the passes made, and which of them was best (0: none).
+    relative error on held-out windows before and after, the passes made, and which of them was best (0: none);
+    `distilled`, where `Heal.distill_steps` were made, has the divergence from the dense model on held-out windows before
+    and after them, nats a token.
 
     Raises:
         InputError: the model is not compressed, the dense model does not fit it, a text is unusable or too short,
@@ -92,16 +95,26 @@ def heal(
     own = dataclasses.replace(
         dense, model=compressed.model, tokenizer=compressed.tokenizer, source="", pages=compressed.pages
     )
+    if settings.distill_steps:
+        for loaded in (own, dense):
+            loaded.require_whole("Heal.distill_steps")
     drawn = draw(own, calibration, second_text, settings.held_out)
     recipe = _identity(own, dense, drawn, calibration, settings)
     check_output(work, marker=_RECIPE, overwrite=True)
     with locked(work), lent(dense.model), lent(own.model):
         claim(work, _RECIPE, recipe, "healing")
         layers = _Run(dense, own, drawn, calibration, settings, work, progress).heal()
+        distilled = None
+        if settings.distill_steps:
+            held_out, seed, bf16 = torch.cat(drawn.looks), calibration.seed, _computes_in_bf16(settings, own.device)
+            distilled = distill(
+                own.model, dense.model, drawn.train, held_out, settings, work, seed=seed, bf16=bf16, progress=progress
+            )
     targets = sum(count_target(own.model.get_submodule(name)) for name in compressed.plan.ranks)
     if targets != compressed.plan.used:
         raise UnirankError(f"The modules hold {targets} target parameters, the plan says {compressed.plan.used}.")
     training: dict[str, Any] = {"kind": "heal"} | recipe | {"layers": [asdict(layer) for layer in layers]}
+    training["distilled"] = distilled
     if compressed.training is not None:
         training["before_that"] = compressed.training
     return dataclasses.replace(compressed, training=training, evaluations=())
@@ -122,9 +135,7 @@ class _Run:
     ) -> None:
         self._dense, self._own, self._settings, self._work, self._progress = dense, own, settings, work, progress
         self._seed, self._count = calibration.seed, len(layers_of(own))
-        self._bf16 = settings.precision == "bfloat16"
-        if settings.precision == "auto":
-            self._bf16 = own.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._bf16 = _computes_in_bf16(settings, own.device)
         self._folder = None if dense.pages is None and own.pages is None else work
         self._batch = settings.batch
         self._windows = {_TRAIN: drawn.train} | {f"look{i}": windows for i, windows in enumerate(drawn.looks)}
@@ -230,6 +241,12 @@ class _Run:
         return healed
 
 
+def _computes_in_bf16(settings: Heal, device: torch.device) -> bool:
+    if settings.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.precision == "bfloat16"
+
+
 def _trained(own: LoadedModel) -> list[list[str]]:
     """Names of each layer's parameters that may change: floating, and no other part of the model has them too."""
     owners = Counter(id(parameter) for _, parameter in own.model.named_parameters(remove_duplicate=False))
@@ -269,6 +286,11 @@ def _check_fit(dense: LoadedModel, compressed: CompressedModel) -> None:
         raise InputError(
             f"The dense model {dense.source} does not fit: its linears have other names or shapes than those that were "
             "compressed; against= is the model that the checkpoint was made from."
+        )
+    sizes = [model.config.get_text_config().vocab_size for model in (dense.model, compressed.model)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"The dense model has {sizes[0]} tokens and the compressed one {sizes[1]}; they must be the same."
         )
     if dense.model.dtype != compressed.model.dtype or dense.device != compressed.model.device:
         found = [f"{str(m.dtype).removeprefix('torch.')} on {m.device}" for m in (dense.model, compressed.model)]

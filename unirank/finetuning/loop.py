@@ -1,4 +1,4 @@
-"""The loop of fine-tuning: transformers' Trainer, with distillation. It stops as soon as a number is not finite."""
+"""The loop of fine-tuning and distillation: transformers' Trainer. It stops as soon as a number is not finite."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _LOGGED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
 
 @dataclass(frozen=True)
 class Loop:
-    """One run of the Trainer: see `unirank.Finetune` for what the numbers mean."""
+    """One run of the Trainer: see `unirank.Finetune` for what the numbers mean.
+
+    `judged_by_teacher`: held-out windows are judged by the loss that is trained, and not by the cross-entropy alone.
+    """
 
     steps: int
     batch: int
@@ -48,6 +51,7 @@ class Loop:
     gradient_checkpointing: bool
     bf16: bool
     seed: int
+    judged_by_teacher: bool = False
 
 
 def run(
@@ -61,17 +65,18 @@ def run(
     stage: str,
     progress: OnProgress,
 ) -> list[dict[str, float]]:
-    """Train what takes gradients in the peft model `model`, in place; it ends with the weights of least held-out loss.
+    """Train what takes gradients in `model`, in place; it ends with the weights of least held-out loss.
 
     Args:
+        model: a peft model, of which checkpoints hold the adapters; or a model of transformers, which they hold whole.
         train, held_out: windows, int64 `[W, T]`.
         folder: of the Trainer's checkpoints; the newest whole one is resumed. They hold the Trainer's own pickled
             optimizer state, which is read back as plain tensors (`weights_only`).
 
     Returns the log: `step` with `loss` (mean since the last entry), or with `eval_loss` (held out), nats a token.
 
-    Raises NonFiniteError when a loss or gradient is NaN or infinity; names the step. The adapters as they were before
-    that step are then in `folder`/last-good. Raises WriteError when the disk refuses a checkpoint.
+    Raises NonFiniteError when a loss or gradient is NaN or infinity; names the step. The weights as before that step
+    are then in `folder`/last-good. Raises WriteError when the disk refuses a checkpoint.
     """
     device = next(model.parameters()).device
     arguments = TrainingArguments(
@@ -197,12 +202,12 @@ class _Watch(TrainerCallback):
 
 
 def _stopped(model: Any, folder: str, what: str, step: int) -> NonFiniteError:
-    """Save the adapters, which no step has changed since they were good, and say where they are."""
+    """Save the weights, which no step has changed since they were good, and say where they are."""
     kept = Path(folder) / "last-good"
     model.save_pretrained(kept)
     return NonFiniteError(
         f"{what} at step {step + 1}; a lower learning rate may help. "
-        f"The adapters as they were before that step are in {kept}."
+        f"The weights as they were before that step are in {kept}."
     )
 
 
@@ -216,14 +221,14 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean token loss in float32, nats; in evaluation the cross-entropy alone."""
+        """Mean token loss in float32, nats; in evaluation usually the cross-entropy alone."""
         del num_items_in_batch
         ids = inputs["input_ids"]
         # Every position, the last with nothing to predict: cutting it off would copy logits as wide as the vocabulary.
         logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
         labels = F.pad(ids[:, 1:], (0, 1), value=NOTHING).flatten()
         options: dict[str, Any] = {}
-        if model.training and self._teacher is not None:
+        if self._teacher is not None and (model.training or self._loop.judged_by_teacher):
             # The Trainer's autocast is around the student alone.
             with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self._loop.bf16):
                 teacher = self._teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from unirank.errors import InputError
+from unirank.errors import InputError, NonFiniteError
+from unirank.evaluation.perplexity import total_nll
 
 NOTHING = -100  # a label that is not counted
 # Entries that are worked on at once, in float32: 16 MiB, which a processor's last cache holds. (choice)
@@ -52,6 +55,28 @@ def token_loss(
             f"with distill above 0 their shape must be the logits', {list(logits.shape)}."
         )
     return _TokenLoss.apply(logits, labels, teacher, distill, temperature)  # pyright: ignore[reportReturnType]
+
+
+def mean_nll(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Mean cross-entropy over the predicted tokens of `windows`, int64 `[W, T]`; nats. Raises like `total_nll`."""
+    return total_nll(model, windows) / (windows.numel() - len(windows))
+
+
+@torch.no_grad()
+def mean_divergence(model: PreTrainedModel, teacher: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Mean KL divergence of `model` from `teacher` over the predicted tokens of `windows`, int64 `[W, T]`; nats.
+
+    Raises NonFiniteError for a window where it is NaN or infinity.
+    """
+    total = 0.0
+    for index, ids in enumerate(windows.split(1)):
+        ids = ids.to(model.device)
+        logits, wanted = (one(input_ids=ids, use_cache=False).logits[0, :-1] for one in (model, teacher))
+        found = float(token_loss(logits, ids[0, 1:], wanted, distill=1.0))
+        if not math.isfinite(found):
+            raise NonFiniteError(f"The divergence from the dense model on held-out window {index} is {found}.")
+        total += found
+    return total / len(windows)
 
 
 class _TokenLoss(torch.autograd.Function):

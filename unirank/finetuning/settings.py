@@ -100,6 +100,10 @@ class Heal:
             best. They come from the end of the text, the others from what is before it.
         patience: end a layer after so many passes without improvement; 0 never. The best state is kept in any case.
         precision: "auto" is bfloat16 on GPUs that have it, else float32; weights and sums are float32 in any case.
+        distill_steps: then so many steps of the whole model, all factors at once, on the divergence from the dense
+            model (temperature 1). A tenth of them lies between two looks at its divergence on the held-out
+            windows; after `patience` looks without improvement it ends. Needs both models in memory. 0 is none.
+        distill_lr: peak learning rate of these steps.
     """
 
     mix: float = 0.5
@@ -111,12 +115,15 @@ class Heal:
     held_out: float = 0.1
     patience: int = 2
     precision: Precision = "auto"
+    distill_steps: int = 0
+    distill_lr: float = 2e-5
 
     def __post_init__(self) -> None:
-        for name, least in (("passes", 1), ("batch", 1), ("patience", 0)):
+        for name, least in (("passes", 1), ("batch", 1), ("patience", 0), ("distill_steps", 0)):
             _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         _check("mix", self.mix, 0 <= self.mix <= 1, "at least 0 and at most 1")
-        _check("lr", self.lr, self.lr > 0, "above 0")
+        for name in ("lr", "distill_lr"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         _check("warmup", self.warmup, 0 <= self.warmup < 1, "at least 0 and less than 1")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         _check("held_out", self.held_out, 0 < self.held_out < 1, "above 0 and less than 1")

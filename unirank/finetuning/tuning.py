@@ -18,7 +18,6 @@ from unirank.disk.files import check_output, locked, write_json
 from unirank.disk.hashing import sha256_tensors
 from unirank.disk.tensorfile import read_tensors, write_tensors
 from unirank.errors import InputError, UnirankError
-from unirank.evaluation.perplexity import total_nll
 from unirank.finetuning.adapters import (
     Factor,
     adapted,
@@ -30,6 +29,7 @@ from unirank.finetuning.adapters import (
     train_only,
 )
 from unirank.finetuning.loop import Loop, run
+from unirank.finetuning.losses import mean_nll
 from unirank.finetuning.settings import Finetune
 from unirank.finetuning.work import claim
 from unirank.models.loading import load_pretrained
@@ -118,7 +118,7 @@ def finetune(
     with locked(work):
         claim(work, _RECIPE, recipe, "fine-tuning")
         set_seed(settings.seed)
-        before = _loss(model, held_out)
+        before = mean_nll(model, held_out)
         peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
         trainable = train_only(peft, names)
         log: list[dict[str, float]] = []
@@ -143,7 +143,7 @@ def finetune(
     if targets != compressed.plan.used:
         raise UnirankError(f"The modules hold {targets} target parameters, the plan says {compressed.plan.used}.")
     align_weights(merged)
-    after = _loss(merged, held_out)
+    after = mean_nll(merged, held_out)
     if compressed.training is not None:
         recipe["before_that"] = compressed.training
     training = recipe | {"trainable": trainable, "held_out_before": before, "held_out_after": after}
@@ -194,10 +194,6 @@ def _phases(names: Mapping[str, Factor], settings: Finetune) -> list[tuple[str, 
     sides = {side: [name for name, factor in names.items() if factor in (side, "dense")] for side in ("left", "right")}
     first = -(-settings.steps // 2)
     return [("left", sides["left"], first), ("right", sides["right"], settings.steps - first)]
-
-
-def _loss(model: PreTrainedModel, windows: torch.Tensor) -> float:
-    return total_nll(model, windows) / (windows.numel() - len(windows))
 
 
 def _identity(

@@ -79,6 +79,11 @@ class UniRankQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """The Trainer takes the model without adapters too: its factors are plain parameters."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
