@@ -76,8 +76,8 @@ def heal(
 
     Returns the model with `training`: `kind` is "heal"; settings, hashes, and `layers`, of each the mean squared
     relative error on held-out windows before and after, the passes made, and which of them was best (0: none);
-    `distilled`, where `Heal.distill_steps` were made, has the divergence from the dense model on held-out windows before
-    and after them, nats a token.
+    `distilled`, where `Heal.distill_steps` were made, has the divergence from the dense model on held-out windows
+    before and after them, nats a token.
 
     Raises:
         InputError: the model is not compressed, the dense model does not fit it, a text is unusable or too short,
