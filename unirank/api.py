@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unirank.analysis.needs import Needs
     from unirank.compression.checkpoint import CompressedModel
     from unirank.compression.refine import Refine
+    from unirank.finetuning.settings import Heal
     from unirank.planning.allocator.base import Workbench
     from unirank.planning.score import ScoreSettings
 
@@ -39,6 +40,7 @@ def compress(
     settings: ScoreSettings | None = None,
     options: Mapping[str, float] | None = None,
     refine: Refine | None = None,
+    heal: Heal | None = None,
     min_rank: int = 1,
     multiple_of: int = 1,
     form: Form | None = None,
@@ -59,12 +61,14 @@ def compress(
         model: a path or hub name; or a model in memory, which is changed in place unless `copy` is set.
         remove: the fraction of the decoder linears' weight parameters to remove, in [0, 1).
         ranks: instead of `remove`: a plan, a JSON file of one, or names and ranks (see `unirank.import_plan`).
-        preset: a name from `unirank.presets()`, instead of the next five.
+        preset: a name from `unirank.presets()`, instead of the next six.
         scheme: a name from `unirank.schemes()`; None is that of a finished `store`, else "whiten".
         allocator: a name from `unirank.allocators()`; None is "unirank".
         settings: of allocators that score components; None is UniRank.
         options: of the allocator.
         refine: a second pass over the calibration tokens (see `unirank.Refine`); None takes the factors as they are.
+        heal: refine the result by gradient on the calibration text (see `unirank.heal`); None does not. The dense model
+            is needed for it, so a model in memory stays as it is.
         min_rank: the least rank.
         multiple_of: what ranks are multiples of.
         form: how low-rank matrices are stored, and so what a rank costs: "factors", two of them in `R (M + N)`
@@ -84,7 +88,9 @@ def compress(
     job = Job(
         remove=remove,
         ranks=ranks,
-        recipe=recipe(preset, scheme=scheme, allocator=allocator, settings=settings, options=options, refine=refine),
+        recipe=recipe(
+            preset, scheme=scheme, allocator=allocator, settings=settings, options=options, refine=refine, heal=heal
+        ),
         min_rank=min_rank,
         multiple_of=multiple_of,
         calibration=calibration,

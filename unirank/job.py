@@ -64,6 +64,7 @@ class Job:
         overwrite: bool = False,
         copy: bool = False,
         first_alone: bool = False,
+        work: Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         stream: bool = False,
         **loading: Any,
@@ -75,24 +76,22 @@ class Job:
             overwrite: replace a store of something else there.
             first_alone: of several processes under torchrun only the first goes on behind the analysis, the others get
                 None.
+            work: where healing keeps finished layers; None is a temporary directory.
             loading: of `unirank.load`.
         """
         self.check(stream=stream)
         loaded = loaded_from(model, tokenizer, stream=stream, **loading)
         self.check_model(loaded)
-        scratch = None
-        if place is None:
-            scratch = _Scratch()
-            place = scratch.path / "store"
+        scratch = _Scratch()
         try:
-            store = self.analyze(loaded, place, overwrite=overwrite)
-            compressed = None if first_alone and rank() > 0 else self.finish(loaded, store, copy=copy)
-        except BaseException:
-            if scratch is not None:
+            store = self.analyze(loaded, place or scratch.path / "store", overwrite=overwrite)
+            if first_alone and rank() > 0:
                 scratch.remove()
+                return None
+            compressed = self.finish(loaded, store, copy=copy, work=work or scratch.path / "work")
+        except BaseException:
+            scratch.remove()
             raise
-        if scratch is None or compressed is None:
-            return compressed
         if compressed.pages is not None:  # a streamed model reads its factors when it is saved
             return dataclasses.replace(compressed, scratch=scratch)
         scratch.remove()
@@ -101,9 +100,7 @@ class Job:
     @property
     def tokens_for(self) -> str:
         """What needs calibration tokens after the analysis, in words; where ranks are given, no allocator does."""
-        if self.ranks is None:
-            return self.recipe.needs_tokens_for
-        return "" if self.recipe.refine is None else "the second pass"
+        return self.recipe.needs_tokens_for if self.ranks is None else " and ".join(self.recipe.afterwards)
 
     def check(self, *, stream: bool = False, dry_run: bool = False) -> None:
         """Raise InputError for what can be known to be wrong before a model is loaded."""
@@ -174,11 +171,12 @@ class Job:
         free = self.scheme_is_free
         return dataclasses.replace(self.recipe, scheme=store.identity.scheme) if free else self.recipe
 
-    def finish(self, loaded: LoadedModel, store: AnalysisStore, *, copy: bool = False) -> CompressedModel:
-        """Plan and apply. The model is changed in place unless `copy` is set."""
+    def finish(self, loaded: LoadedModel, store: AnalysisStore, *, copy: bool, work: Path) -> CompressedModel:
+        """Plan, apply and heal. The model is changed in place unless `copy` is set, or it is needed for healing."""
+        heals = self.recipe.heal
         workbench = None
+        text = None if self.calibration is None else calibration_of(self.calibration).text
         if self.tokens_for:
-            text = None if self.calibration is None else calibration_of(self.calibration).text
             workbench = workbench_for(loaded, store, text, self.progress)
         if self.ranks is not None:
             ranks = import_plan(store, ranks_text(self.ranks), form=self.form)
@@ -196,9 +194,17 @@ class Job:
                 form=self._form,
             )
         windows = None if workbench is None else workbench.windows
-        return apply(
+        copy = copy or heals is not None
+        compressed = apply(
             loaded, store, ranks, refine=self.recipe.refine, windows=windows, copy=copy, progress=self.progress
         )
+        if heals is None:
+            return compressed
+        from unirank.analysis.redraw import calibration_to_redraw
+        from unirank.finetuning.healing import heal
+
+        tokens = calibration_to_redraw(store, text)
+        return heal(compressed, tokens, heals, work=work, against=loaded, progress=self.progress)
 
 
 def apply(

@@ -14,6 +14,7 @@ from unirank.types import Form
 
 if TYPE_CHECKING:
     from unirank.compression.refine import Refine
+    from unirank.finetuning.settings import Heal
     from unirank.planning.score import ScoreSettings
 
 
@@ -27,6 +28,7 @@ class Preset:
         options: the allocator's own.
         refine: the second pass, or None.
         form: in which low-rank matrices are stored.
+        heal: refinement by gradient afterwards, or None.
     """
 
     scheme: str = "whiten"
@@ -35,6 +37,7 @@ class Preset:
     options: Mapping[str, float] = field(default_factory=dict)
     refine: Refine | None = None
     form: Form = "factors"
+    heal: Heal | None = None
 
     @property
     def needs_gradients(self) -> bool:
@@ -63,8 +66,12 @@ class Preset:
     @property
     def needs_tokens_for(self) -> str:
         """What needs them, in words."""
-        parts = [f"the allocator {self.allocator}"] if self.measures else []
-        return " and ".join([*parts, "the second pass"] if self.refine is not None else parts)
+        return " and ".join([f"the allocator {self.allocator}"] * self.measures + self.afterwards)
+
+    @property
+    def afterwards(self) -> list[str]:
+        """What follows the ranks, and needs tokens, in words."""
+        return ["the second pass"] * (self.refine is not None) + ["healing"] * (self.heal is not None)
 
 
 def _unirank() -> Preset:
@@ -74,21 +81,35 @@ def _unirank() -> Preset:
 def _fast() -> Preset:
     from unirank.compression.refine import Refine
 
-    return Preset("afm", "lems", refine=Refine(centred=True))
+    return Preset("afm", "lems", refine=Refine(centred=True), form="pivoted")
 
 
 def _best() -> Preset:
     from unirank.compression.refine import Refine
 
-    return Preset("kfac", "lems", refine=Refine(centred=True, metric=True))
+    return Preset("kfac", "lems", refine=Refine(centred=True, metric=True), form="pivoted")
+
+
+def _healed() -> Preset:
+    from unirank.finetuning.settings import Heal
+
+    return replace(_best(), heal=Heal())
+
+
+def _distilled() -> Preset:
+    from unirank.finetuning.settings import Heal
+
+    return replace(_best(), heal=Heal(distill_steps=200))
 
 
 # Made when they are asked for, so that names cost nothing.
-_PRESETS = {"unirank": _unirank, "fast": _fast, "best": _best}
+_PRESETS = {"unirank": _unirank, "fast": _fast, "best": _best, "healed": _healed, "distilled": _distilled}
 
 
 def presets() -> tuple[str, ...]:
-    """Names of all presets: `unirank` is the paper, `fast` the best without gradients, `best` the best."""
+    """Names of all presets, cheapest first: `unirank` is the paper, `fast` the best without gradients, `best` the best
+    without training, `healed` refines `best` layer by layer, `distilled` then trains the whole model a little.
+    """
     return tuple(_PRESETS)
 
 
@@ -107,6 +128,7 @@ def recipe(
     settings: ScoreSettings | None = None,
     options: Mapping[str, float] | None = None,
     refine: Refine | None = None,
+    heal: Heal | None = None,
     form: Form | None = None,
 ) -> Preset:
     """The preset `name`, or the parts that are given; the parts that are not are those of `unirank`, the paper.
@@ -115,7 +137,8 @@ def recipe(
 
     Raises InputError for names that do not exist, and for parts beside a preset, which sets them all.
     """
-    parts = {"scheme": scheme, "allocator": allocator, "settings": settings, "options": options, "refine": refine}
+    parts = {"scheme": scheme, "allocator": allocator, "settings": settings, "options": options}
+    parts |= {"refine": refine, "heal": heal}
     given = {part: value for part, value in parts.items() if value is not None}
     if form is not None:
         check_form(form)

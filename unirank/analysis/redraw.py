@@ -62,6 +62,14 @@ def text_to_redraw(store: AnalysisStore, text: str | None) -> str:
     return recorded.text
 
 
+def calibration_to_redraw(store: AnalysisStore, text: str | None) -> Calibration:
+    """Which tokens calibrated `store`, its text as in `text_to_redraw`, and raises like it."""
+    recorded = store.identity.calibration
+    drawn = Calibration(text_to_redraw(store, text), recorded.windows, recorded.window, recorded.seed)
+    drawn = replace(drawn, split=recorded.split, revision=recorded.revision)
+    return replace(drawn, shares=[one.windows for one in recorded.texts]) if recorded.texts else drawn
+
+
 def is_text_of(loaded: LoadedModel, store: AnalysisStore, text: str) -> bool:
     """Whether `store` was calibrated on `text`: the same content, or of several texts the same contents in any order.
 
@@ -88,11 +96,8 @@ def redrawn_windows(loaded: LoadedModel, store: AnalysisStore, *, text: str | No
     the text or the tokenizer is another one.
     """
     recorded = store.identity.calibration
-    source = text_to_redraw(store, text)
-    drawn = Calibration(source, recorded.windows, recorded.window, recorded.seed)
-    drawn = replace(drawn, split=recorded.split, revision=recorded.revision)
-    if recorded.texts:
-        drawn = replace(drawn, shares=[text.windows for text in recorded.texts])
+    drawn = calibration_to_redraw(store, text)
+    source = drawn.text
     texts = texts_of(loaded, drawn)
     same = sorted(one.sha256 for one in texts) == sorted(map(str, _hashes(recorded)))
     if same:  # in whatever order they were given

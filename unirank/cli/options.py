@@ -51,9 +51,9 @@ RanksFile = Annotated[
 Preset = Annotated[
     str | None,
     option(
-        f"A recipe that sets scheme, allocator and second pass: {', '.join(presets())}. unirank is the paper and takes "
-        "seconds after the analysis; fast is better and takes minutes; best is better still and needs gradients. "
-        "Default: unirank."
+        f"A recipe that sets scheme, allocator, form and what follows: {', '.join(presets())}. unirank is the paper, "
+        "and takes seconds after the analysis; fast is better and takes minutes; best is better still and needs "
+        "gradients; healed trains it layer by layer, distilled then the whole model a little. Default: unirank."
     ),
 ]
 Calib = Annotated[
@@ -86,7 +86,7 @@ Gradients = Annotated[
 Clip = Annotated[
     float | None,
     option(
-        "Tokens that are longer than this many times the median count with that length; 0 is off. Default: 0, or that "
+        "Tokens that are longer than this many times the median count with that length; 0 is off. Default: 2, or that "
         "of a store that is gone on with.",
         group=_CALIBRATION,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,7 +155,7 @@ def plan_command(
             write_text(out, chosen.to_json())
             written.append(f"Written to {out}.")
         if preset is not None:
-            written += views.second_pass_hint(unirank.recipe(preset))
+            written += views.afterwards_hint(unirank.recipe(preset))
         session.show(json.loads(chosen.to_json()), views.plan_table(chosen), views.plan_summary(chosen), *written)
 
 
@@ -259,10 +260,13 @@ def compress_command(
             return
         # A store that the user named is never replaced in passing.
         replace = overwrite and store is None
-        compressed = job.run(model, place, overwrite=replace, first_alone=True, **loading)
+        work = beside(out, "-healing")
+        compressed = job.run(model, place, overwrite=replace, first_alone=True, work=work, **loading)
         if compressed is None:
             return
         compressed.save(out, overwrite=overwrite)
+        if recipe.heal is not None:
+            shutil.rmtree(work)
         record: dict[str, Any] = {"out": str(out), "store": str(place), "report": compressed.report.as_dict()}
         record |= {"budget": compressed.plan.budget, "used": compressed.plan.used}
         lines = views.compress_view(compressed, out, place)

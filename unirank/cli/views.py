@@ -85,14 +85,18 @@ def plan_summary(plan: RankPlan) -> str:
     )
 
 
-def second_pass_hint(recipe: Preset) -> list[str]:
-    """How `compress` is told of a preset's second pass, which is not in the ranks; nothing where it has none."""
-    second = recipe.refine
-    if second is None:
-        return []
-    flags = [f"--refine {second.mix:g}"]
-    flags += [f"--refine-{name}" for name in ("metric", "centred", "dense") if getattr(second, name)]
-    return [f"The preset's second pass is not in the ranks: with --ranks, give compress {' '.join(flags)} too."]
+def afterwards_hint(recipe: Preset) -> list[str]:
+    """How to get what a preset does behind the ranks, which are not all of it; nothing where they are."""
+    second, lines = recipe.refine, []
+    if second is not None:
+        flags = [f"--refine {second.mix:g}"]
+        flags += [f"--refine-{name}" for name in ("metric", "centred", "dense") if getattr(second, name)]
+        more = " ".join(flags)
+        lines.append(f"The preset's second pass is not in the ranks: with --ranks, give compress {more} too.")
+    if recipe.heal is not None:
+        steps = f" --distill-steps {recipe.heal.distill_steps}" if recipe.heal.distill_steps else ""
+        lines.append(f"Nor is its healing: run unirank heal COMPRESSED -o OUT{steps} behind it.")
+    return lines
 
 
 def compress_view(compressed: CompressedModel, out: Path, store: Path) -> list[Any]:
