@@ -16,7 +16,7 @@ from tests.support.allocating import Found, request_of
 from tests.support.command_line import Run
 from unirank.errors import InputError, NonFiniteError, StoreError
 from unirank.evaluation.perplexity import total_nll
-from unirank.planning.allocator import lems, swift
+from unirank.planning.allocator import curves, lems, swift
 from unirank.planning.allocator.knapsack import knapsack, lower_hull
 from unirank.planning.allocator.measure import divergences, low_rank_of, replaced, truncated
 from unirank.rank_plan import budget_of
@@ -149,7 +149,7 @@ def test_the_divergence_of_a_linear_is_that_of_the_whole_model(bench, name: str,
     found = lems.allocate(request)[2]["kl"]
     assert list(found) == [spec.name for spec in store.linears]
     for spec in store.linears[::4]:
-        rank = lems.measured_rank(spec, request.energies[spec.name], 0.1)
+        rank = curves.measured_rank(spec, request.energies[spec.name], 0.1)
         assert rank == max(1, int(0.1 * spec.params / spec.cost))
         low = low_rank_of(store, spec, loaded.model.get_submodule(spec.name), rank)
         with torch.no_grad():
@@ -169,8 +169,8 @@ def test_lems_errors_pass_through_the_measured_point_and_a_plan_is_no_worse_than
     def error(numbers: list[int]) -> float:
         total = 0.0
         for spec, rank in zip(request.linears, numbers, strict=True):
-            tail = lems.relative_tail(request.energies[spec.name])
-            point = lems.measured_rank(spec, request.energies[spec.name], 0.3)
+            tail = curves.relative_tail(request.energies[spec.name])
+            point = curves.measured_rank(spec, request.energies[spec.name], 0.3)
             if rank * spec.cost < spec.params:
                 total += learned["kl"][spec.name] * float(tail[rank] / tail[point])
         return total
@@ -205,7 +205,7 @@ def test_lems_measures_where_a_matrix_of_low_rank_still_has_a_tail() -> None:
     energy = torch.zeros(100, dtype=torch.float64)
     for count, expected in ((0, 1), (1, 1), (3, 2), (100, 5)):
         energy[:count] = 1.0
-        assert lems.measured_rank(spec, energy, 0.1) == expected
+        assert curves.measured_rank(spec, energy, 0.1) == expected
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -109,7 +109,7 @@ def test_gradients_are_read(store: AnalysisStore) -> None:
 def test_what_was_measured_is_not_measured_again(
     store: AnalysisStore, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unirank.planning.allocator.lems.divergences", None)  # calling it fails
+    monkeypatch.setattr("unirank.planning.allocator.probing.divergences", None)  # calling it fails
     workbench = unirank.make_workbench(loaded, store, text=str(WORDS))
     before = contents(store.path)
     plan = unirank.plan(store, 0.3, allocator="lems", workbench=workbench)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -209,9 +209,13 @@ class AnalysisStore:
         self._file(kind, layer).unlink(missing_ok=True)
 
     def measured(
-        self, rule: str, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
+        self,
+        rule: str,
+        settings: Mapping[str, Any],
+        measure: Callable[[], Mapping[str, float]],
+        keys: Collection[str] | None = None,
     ) -> dict[str, float]:
-        """One number a linear that `measure()` finds by running the model, kept for the next budget.
+        """One number for each of `keys` (None: the linears) that `measure()` finds by running the model, kept.
 
         It is measured again only for other `settings`, which must name all that it depends on besides this store. A
         store that may not be written to keeps nothing. Raises StoreError when what was kept is damaged, and what
@@ -219,6 +223,7 @@ class AnalysisStore:
         """
         key = sha256_text(json.dumps([self.digest, settings], sort_keys=True))
         file = self.path / f"measured-{rule}-{key[:12]}.json"
+        names = [spec.name for spec in self.linears] if keys is None else list(keys)
         if not file.is_file():
             values = dict(measure())
             if os.access(self.path, os.W_OK):
@@ -226,9 +231,9 @@ class AnalysisStore:
             return values
         try:
             values = entry(read_object(file), "values", dict)
-            if values.keys() != {spec.name for spec in self.linears}:
+            if values.keys() != set(names):
                 raise Damaged("its linears are not the store's")
-            return {spec.name: number(values[spec.name], spec.name) for spec in self.linears}
+            return {name: number(values[name], name) for name in names}
         except Damaged as error:
             raise _damaged(file, error, "delete it and plan again") from error
 

@@ -6,24 +6,20 @@ were; `unirank.layerwise.lending` answers for their flags.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError, NonFiniteError
-from unirank.layerwise.head import head_logits
-from unirank.layerwise.recording import layers_of, record
+from unirank.layerwise.recording import layers_of
 from unirank.models.low_rank import LowRankLinear, align_weights, lost_output
 from unirank.models.structure import weight_of
 from unirank.planning.allocator.base import Request, Workbench
+from unirank.planning.allocator.divergence import ALL, Counted, Window
 from unirank.types import LinearSpec, LoadedModel
-
-_TOKENS_AT_ONCE = 64  # rows of log-probabilities, as wide as the vocabulary, that are compared together
 
 
 def workbench_of(request: Request) -> Workbench:
@@ -94,21 +90,23 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             model.set_submodule(name, module)
 
 
-@contextmanager
-def truncated(request: Request, ranks: Sequence[int]) -> Iterator[None]:
-    """The lent model is truncated to `ranks` meanwhile, in the order of the linears; K, or what costs it, means dense.
+def truncated_modules(request: Request, ranks: Sequence[int]) -> dict[str, LowRankLinear]:
+    """What truncation to `ranks` puts into the lent model, by name; K, or what costs it, means dense: nothing.
 
-    As two factors, which is the same map in every form.
-
-    Needs memory for the factors beside the dense weights.
+    As two factors, which is the same map in every form. Needs memory for the factors beside the dense weights.
     """
     model = workbench_of(request).loaded.model
-    modules = {
+    return {
         spec.name: low_rank_of(request.store, spec, model.get_submodule(spec.name), rank)
         for spec, rank in zip(request.linears, ranks, strict=True)
         if rank < spec.dense_rank(request.form)
     }
-    with replaced(model, modules):
+
+
+@contextmanager
+def truncated(request: Request, ranks: Sequence[int]) -> Iterator[None]:
+    """The lent model is truncated to `ranks` meanwhile, in the order of the linears; see `truncated_modules`."""
+    with replaced(workbench_of(request).loaded.model, truncated_modules(request, ranks)):
         yield
 
 
@@ -116,50 +114,57 @@ def truncated(request: Request, ranks: Sequence[int]) -> Iterator[None]:
 def divergences(
     loaded: LoadedModel,
     ids: torch.Tensor,
-    compressed: Callable[[LinearSpec], nn.Module],
+    compressed: Callable[[LinearSpec], nn.Module | None],
     measured: Callable[[LinearSpec], None],
-) -> dict[str, float]:
-    """`KL(dense || compressed)` of each linear compressed alone, mean over the tokens of one window, in nats.
+    *,
+    counted: Counted = ALL,
+    base: Mapping[str, nn.Module] | None = None,
+) -> dict[str, torch.Tensor]:
+    """`KL(dense || compressed)` of each linear compressed alone, by token, in nats: float64 `[T - first]`.
 
-    Only the layers from the changed one on run, from the dense hidden states that enter it. Holds the dense
-    log-probabilities and one set of logits of the window, `[T, vocabulary]` each.
+    Only the layers from the changed one on run, from the hidden states that enter it; those of one layer's linears run
+    on together, as many as `Window.at_once`. See `Window` for the memory.
 
     Args:
         ids: int64 `[T]`.
-        compressed: the module that takes a linear's place.
+        compressed: the module that takes a linear's place; None: it is not measured.
         measured: called after each linear.
+        base: modules that stand in the model meanwhile, by name. Then a linear is compressed inside of that model,
+            and what is returned is the divergence with it less the divergence without it. The first is from the dense
+            model, as always.
 
     Raises:
-        NonFiniteError: a divergence is NaN or infinity; names the linear.
+        NonFiniteError: a divergence is NaN or infinity; names the linear, unless it is that of `base`.
     """
-    recording = record(loaded, ids[None], batch=1)
-    layers, calls = layers_of(loaded), recording.calls[0]
-
-    def onward(first: int, hidden: torch.Tensor) -> torch.Tensor:
-        for layer, call in zip(layers[first:], calls[first:], strict=True):
-            hidden = call.run(layer, hidden)
-        return head_logits(loaded, recording, ids[None], hidden)[0]
-
-    entering = recording.start.batches[0]
-    dense = onward(0, entering).float().log_softmax(-1)
+    window = Window(loaded, ids, counted)
     results = {}
-    for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        for spec in loaded.linears:
-            if spec.layer == index:
-                with replaced(loaded.model, {spec.name: compressed(spec)}):
-                    results[spec.name] = _divergence(dense, onward(index, entering))
-                if not math.isfinite(results[spec.name]):
-                    raise NonFiniteError(f"With {spec.name} compressed, the model's output is NaN or infinity.")
-                measured(spec)
-        entering = call.run(layer, entering)
+    with replaced(loaded.model, base or {}):
+        without = torch.zeros(())
+        if base:
+            without = window.divergences(window.onward(window.entering, 0))[0]
+            if not bool(without.isfinite().all()):
+                raise NonFiniteError("The output of the model that is compressed by its plan is NaN or infinity.")
+        entering = window.entering
+        for index in range(len(layers_of(loaded))):
+            for specs in _batches(loaded, index, window.at_once):
+                streams = {}
+                for spec in specs:
+                    module = compressed(spec)
+                    if module is not None:
+                        with replaced(loaded.model, {spec.name: module}):
+                            streams[spec.name] = window.onward(entering, index, index + 1)
+                if streams:
+                    found = window.divergences(window.onward(torch.cat(list(streams.values())), index + 1))
+                    results |= {name: values - without for name, values in zip(streams, found, strict=True)}
+                for spec in specs:
+                    if spec.name in results and not bool(results[spec.name].isfinite().all()):
+                        raise NonFiniteError(f"With {spec.name} compressed, the model's output is NaN or infinity.")
+                    measured(spec)
+            entering = window.onward(entering, index, index + 1)
     return results
 
 
-def _divergence(dense: torch.Tensor, logits: torch.Tensor) -> float:
-    """Mean over tokens of `Σ p (log p - log q)`: `dense` log-probabilities, `logits` of q, `[T, vocabulary]`."""
-    total = 0.0
-    for log_p, part in zip(dense.split(_TOKENS_AT_ONCE), logits.split(_TOKENS_AT_ONCE), strict=True):
-        log_q = part.float().log_softmax(-1)
-        total += float(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum())
-    # Rounding can put the divergence of nearly equal outputs below zero.
-    return max(total / len(dense), 0.0) if math.isfinite(total) else total
+def _batches(loaded: LoadedModel, layer: int, size: int) -> list[list[LinearSpec]]:
+    """The linears of a layer, `size` at a time."""
+    specs = [spec for spec in loaded.linears if spec.layer == layer]
+    return [specs[start : start + size] for start in range(0, len(specs), size)]
