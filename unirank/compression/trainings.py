@@ -47,8 +47,11 @@ def check_training(training: Any) -> None:
 def _check_healing(training: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     if training["kind"] != "heal":
         raise Damaged(f"the kind of its training is {str(training['kind'])[:80]!r}")
-    for key in ("window", "train_windows", "seed"):
+    for key in ("window", "train_windows", "held_out_windows", "seed"):
         entry(data, key, int)
+    entry(data, "shares", list, type(None))
+    for key in ("split", "revision"):
+        entry(data, key, str, type(None))
     if (second := entry(data, "second", dict, type(None))) is not None:
         entry(second, "text", str)
     for layer in entry(training, "layers", list):

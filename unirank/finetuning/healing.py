@@ -297,13 +297,19 @@ def _check_fit(dense: LoadedModel, compressed: CompressedModel) -> None:
         raise InputError(f"The dense model is {found[0]} and the compressed one {found[1]}; they must be the same.")
 
 
+def _asked(calibration: Calibration) -> dict[str, Any]:
+    """What else a user would have to say to draw the windows again."""
+    shares = None if calibration.shares is None else list(calibration.shares)
+    return {"shares": shares, "split": calibration.split, "revision": calibration.revision}
+
+
 def _identity(
     own: LoadedModel, dense: LoadedModel, drawn: Drawn, calibration: Calibration, settings: Heal
 ) -> dict[str, Any]:
     """Everything that the result depends on."""
     return {
         "settings": asdict(settings),
-        "data": drawn.as_dict() | {"seed": calibration.seed},
+        "data": drawn.as_dict() | {"seed": calibration.seed} | _asked(calibration),
         "model_sha256": weights_hash(own),
         "dense_sha256": weights_hash(dense),
         "device": device_name(own.device),

@@ -10,7 +10,7 @@ from typing import Any
 
 from unirank.report import curves, svg
 from unirank.report.gather import Linear, ReportData
-from unirank.report.training_section import training_sections
+from unirank.report.training_section import healing_commands, training_sections
 from unirank.types import DENSE
 
 _STYLE = files("unirank.report").joinpath("style.css").read_text(encoding="utf-8")
@@ -216,11 +216,13 @@ def _commands(data: ReportData) -> str:
     note = (
         "rank_plan.json lies beside the weights and holds every rank. Of a text that is a file, only the name is known."
     )
-    for title, _ in training_sections(data.record.training):  # in their order
+    later = healing_commands(data.record.source, data.record.training)
+    for title, _ in training_sections(data.record.training)[len(later) :]:  # in their order
         note += f" {title} came after that."
+    commands = "".join(f"<pre>{_text(shlex.join(command))}</pre>" for command in [_compress(data), *later])
     versions = ", ".join(f"{name} {version}" for name, version in identity.versions.items())
     return (
-        f"<pre>{_text(shlex.join(_compress(data)))}</pre><p>{_text(note)}</p>"
+        f"{commands}<p>{_text(note)}</p>"
         f"<p>Settings of the plan: {_text(plan.described_settings())}.</p><p>Versions: {_text(versions)}.</p>"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -16,6 +17,25 @@ def training_sections(training: Mapping[str, Any] | None) -> list[tuple[str, str
         ("Healing", _healing(one)) if kind_of(one) == HEALED else ("Fine-tuning", _tuning(one))
         for one in trainings(training)
     ]
+
+
+def healing_commands(source: str, training: Mapping[str, Any] | None) -> list[list[str]]:
+    """Commands that heal OUT, what was compressed, as it was healed, up to the first fine-tuning."""
+    commands, name = [], "OUT"
+    for one in itertools.takewhile(lambda one: kind_of(one) == HEALED, trainings(training)):
+        data = one["data"]
+        options = {"against": source, "calib": data["text"], "split": data["split"], "text-revision": data["revision"]}
+        if data["shares"] is not None:
+            options["calib-shares"] = ",".join(str(share) for share in data["shares"])
+        if data["second"] is not None:
+            options["text"] = data["second"]["text"]
+        options |= {"windows": data["train_windows"] + data["held_out_windows"], "window": data["window"]}
+        options |= {"seed": data["seed"]}
+        options |= {key.replace("_", "-"): value for key, value in one["settings"].items()}
+        said = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+        commands.append(["unirank", "heal", name, "-o", f"HEALED{len(commands) + 1}", *said])
+        name = f"HEALED{len(commands)}"
+    return commands
 
 
 def _tuning(training: Mapping[str, Any]) -> str:
