@@ -59,6 +59,8 @@ DENSE_REFERENCE = 29.18
 REFERENCE = (
     Row("uniform", "uniform", {0.2: 129.9, 0.4: 534.6}),
     Row("unirank, sublayer", "unirank", {0.2: 68.9, 0.4: 325.4}),
+    Row("uniform, clip 2", "uniform", {0.2: 128.99, 0.4: 537.2}, clip=2.0),
+    Row("unirank, sublayer, clip 2", "unirank", {0.2: 60.14, 0.4: 240.1}, clip=2.0),
     Row("unirank, block", "unirank", {0.2: 78.6, 0.4: 407.7}, ScoreSettings(importance="block")),
     Row("unirank, per parameter", "unirank", {0.2: 78.5, 0.4: 316.6}, ScoreSettings(per_parameter=True)),
     Row("unirank, I^0.5", "unirank", {0.2: 82.4, 0.4: 373.8}, ScoreSettings(gamma=0.5)),

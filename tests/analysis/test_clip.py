@@ -6,10 +6,11 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from typer.models import OptionInfo
 
 import unirank
 from tests.support.stores import contents
@@ -19,10 +20,12 @@ from unirank.analysis.manifest import MANIFEST
 from unirank.analysis.needs import dry_run
 from unirank.analysis.redraw import redrawn_windows
 from unirank.analysis.store import open_store
+from unirank.cli import options
 from unirank.compression.second_fit import Pair
 from unirank.types import LoadedModel
 
 LAYERS = 3
+DEFAULT = module.CLIP  # before a fixture puts another one in its place
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,11 @@ def test_off_is_not_recorded_so_that_a_store_stays_what_it_was(undisturbed: Path
     assert "clip" not in recorded(undisturbed)
 
 
+def test_help_says_the_default() -> None:
+    (option,) = [one for one in get_args(options.Clip) if isinstance(one, OptionInfo)]
+    assert f"0 is off. Default: {DEFAULT:g}," in str(option.help)
+
+
 def test_the_default_is_recorded(loaded: LoadedModel, settings, default: float, tmp_path: Path) -> None:
     store = analyzed(loaded, tmp_path / "store", unsaid(settings))
     assert recorded(store.path)["clip"] == default
@@ -103,8 +111,15 @@ def test_who_says_another_clip_is_refused(clip: float, loaded: LoadedModel, sett
     assert contents(store) == before
 
 
-def test_overwrite_takes_the_default(loaded: LoadedModel, settings, undisturbed, default: float, tmp_path) -> None:
+def test_overwrite_keeps_the_same_analysis_and_takes_the_default_for_another(
+    loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, default: float, tmp_path: Path
+) -> None:
     store = unfinished(undisturbed, tmp_path / "store")
+    analyzed(loaded, store, unsaid(settings), overwrite=True)
+    assert contents(store) == contents(undisturbed)
+    other = dataclasses.replace(unsaid(settings), seed=1)
+    assert analyzed(loaded, store, other, overwrite=True).identity.calibration.clip == default
+    (store / MANIFEST).write_text("{")
     assert analyzed(loaded, store, unsaid(settings), overwrite=True).identity.calibration.clip == default
 
 

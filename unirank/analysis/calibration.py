@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from unirank.analysis.scheme.base import Scheme
     from unirank.analysis.store import AnalysisStore
 
-CLIP = 0.0  # where nothing is said about clipping, and no store is gone on with
+CLIP = 2.0  # where nothing is said about clipping, and no store is gone on with (**choice**, docs/experiments.md)
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
 

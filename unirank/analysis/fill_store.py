@@ -14,12 +14,13 @@ from unirank.analysis.calibration import Calibration, calibration_of, gradient_w
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.gradient_pass import gradient_pass
 from unirank.analysis.identity import make_identity, weights_hash
+from unirank.analysis.manifest import identity_differences
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import MANIFEST, AnalysisStore, create_or_resume, open_store
 from unirank.disk.files import check_output, locked
 from unirank.distributed import barrier, from_zero, process_group, rank, share, size
-from unirank.errors import InputError
+from unirank.errors import InputError, StoreError
 from unirank.layerwise.recording import Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.progress import OnProgress, silent
@@ -61,9 +62,9 @@ def fill_store(
             count = source.identity.calibration.gradient_windows
             calibration = dataclasses.replace(calibration, gradient_windows=count)
     place = Path(store_path)
+    asked, begun = calibration, _begun(place, overwrite)
     # A store that is gone on with keeps its clip, also one from before there was any.
-    begun = open_store(place) if not overwrite and (place / MANIFEST).is_file() else None
-    calibration = with_clip(calibration, begun, source)
+    calibration = with_clip(asked, begun, source)
     backward = gradient_windows(calibration, chosen)
     texts = texts_of(loaded, calibration)
     windows = windows_of(loaded, texts, calibration)
@@ -73,6 +74,11 @@ def fill_store(
     def weights_like(recorded: str) -> str:
         return weights_hash(loaded, like=recorded)
 
+    if overwrite and begun is not None:
+        alike = dataclasses.replace(identity, processes=begun.identity.processes)
+        if identity_differences(begun.identity, alike, weights_like):  # it is replaced, and its clip with it
+            calibration = with_clip(asked, source)
+            identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256=weights)
     if source is not None:
         source.check_shared(identity, weights_like)
     if not place.is_dir():  # else create_or_resume looks into it
@@ -92,6 +98,18 @@ def fill_store(
             _fill(store, loaded, windows, chosen, calibration, backward, scratch, progress)
             barrier()
     return store
+
+
+def _begun(place: Path, overwrite: bool) -> AnalysisStore | None:
+    """The store that is there, if any; with `overwrite` a damaged one is none, as in `create_or_resume`."""
+    if not (place / MANIFEST).is_file():
+        return None
+    try:
+        return open_store(place)
+    except StoreError:
+        if not overwrite:
+            raise
+        return None
 
 
 def _check_processes(windows: torch.Tensor, batch: int) -> None:
