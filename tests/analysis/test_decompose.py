@@ -74,15 +74,18 @@ def test_without_gradients_there_is_neither_curvature_nor_slope(make_model) -> N
         assert factors.slope is None
 
 
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("name", schemes())
-def test_layer_gives_factors_of_each_of_its_linears_up_to_break_even(name: str, make_model) -> None:
+def test_layer_gives_factors_of_each_of_its_linears(name: str, full: bool, make_model) -> None:
+    """Up to K, or up to break-even where a store of an older format is gone on with."""
     loaded = make_model("gpt2")
-    results = decompose_layer(loaded, layer_stats(loaded, 1), scheme(name), layer_gradients(loaded, 1))
+    results = decompose_layer(loaded, layer_stats(loaded, 1), scheme(name), layer_gradients(loaded, 1), full=full)
     specs = [spec for spec in loaded.linears if spec.layer == 1]
     assert list(results) == [spec.name for spec in specs]
     for spec in specs:
-        assert results[spec.name].left.shape == (spec.m, spec.max_rank)
-        assert results[spec.name].right.shape == (spec.max_rank, spec.n)
+        rank = spec.k if full else spec.max_rank
+        assert results[spec.name].left.shape == (spec.m, rank)
+        assert results[spec.name].right.shape == (rank, spec.n)
         assert results[spec.name].left.dtype == torch.float32
         assert results[spec.name].energy.shape == (spec.k,)
 

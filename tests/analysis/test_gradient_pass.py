@@ -97,7 +97,7 @@ def test_an_analysis_runs_the_first_windows_backward(make_model, calibration, tm
         name = f"gradient-{layer:04d}.safetensors"
         assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     for vectors in (store.curvatures(), store.slopes()):
-        assert {name: len(vector) for name, vector in vectors.items()} == {s.name: s.max_rank for s in store.linears}
+        assert {name: len(vector) for name, vector in vectors.items()} == {s.name: s.k for s in store.linears}
         assert all(bool(vector.isfinite().all()) for vector in vectors.values())
 
 

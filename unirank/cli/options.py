@@ -124,6 +124,14 @@ RefineCentred = Annotated[
 RefineDense = Annotated[
     bool, option("With --refine: also fit the linears that stay dense.", "--refine-dense", group=_RECIPE)
 ]
+Heal = Annotated[
+    bool,
+    option(
+        "Then train every layer a little on the calibration text, as `unirank heal` does by itself with more options.",
+        "--heal",
+        group=_RECIPE,
+    ),
+]
 
 # -- ranks: how the budget is shared out ------------------------------------------------------------------------------
 Allocator = Annotated[

@@ -191,6 +191,7 @@ def compress_command(
     refine_metric_damping: options.RefineMetricDamping = None,
     refine_centred: options.RefineCentred = False,
     refine_dense: options.RefineDense = False,
+    heal: options.Heal = False,
     allocator: options.Allocator = None,
     set_: options.Set = None,
     min_rank: options.MinRank = 1,
@@ -218,6 +219,7 @@ def compress_command(
     from unirank.api import dry_run as needs_of
     from unirank.compression.card import PLAN_FILE
     from unirank.disk.files import beside, check_output
+    from unirank.finetuning.settings import Heal
     from unirank.job import Job
     from unirank.recipes import recipe as recipe_of
     from unirank.report.write import check_page, write_report
@@ -233,6 +235,7 @@ def compress_command(
             settings=_settings(importance, distance, gamma, local, per_parameter),
             options=_options(set_),
             refine=second,
+            heal=Heal() if heal else None,
         )
         job = Job(
             remove=remove,
@@ -395,7 +398,7 @@ def _check_preset(ctx: typer.Context, preset: str | None, others: tuple[str, ...
     """Beside --preset nothing that it sets."""
     if preset is not None:
         free = ("preset", "min_rank", "multiple_of")
-        _check_alone(ctx, "--preset", ("scheme", "refine", *(name for name in others if name not in free)))
+        _check_alone(ctx, "--preset", ("scheme", "refine", "heal", *(name for name in others if name not in free)))
 
 
 def _check_alone(ctx: typer.Context, flag: str, others: tuple[str, ...]) -> None:
