@@ -20,7 +20,16 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # In the order in which a user would: each finds what those before it made.
-ORDER = ("compress", "plan_ratios", "add_allocator", "evaluate", "finetune", "densify", "serve_with_transformers")
+ORDER = (
+    "compress",
+    "plan_ratios",
+    "add_allocator",
+    "evaluate",
+    "heal",
+    "finetune",
+    "densify",
+    "serve_with_transformers",
+)
 PUBLIC = {"unirank", "torch", "transformers"}  # an example has to do with these
 
 
@@ -70,7 +79,7 @@ def test_all_run_as_written(
         if "-o" in arguments and (made := workplace / arguments[arguments.index("-o") + 1]).is_dir():
             shutil.rmtree(made)  # two examples make OUT
         # 200 steps teach this test nothing that 4 do not.
-        arguments += ["--steps", "4", "--window", "64"] if name == "finetune" else []
+        arguments += {"finetune": ["--steps", "4", "--window", "64"], "heal": ["--window", "64"]}.get(name, [])
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(str(ROOT / script), run_name="__main__")
         said[name] = capsys.readouterr().out
@@ -78,6 +87,7 @@ def test_all_run_as_written(
     assert said["plan_ratios"].count("%") == 2 * 2 * 2  # two ratios, two allocators, two columns
     assert "parameters kept: 30" in said["add_allocator"]
     assert {"my-text.txt", "other-text.txt"} <= set(said["evaluate"].split())
+    assert "squared relative error" in said["heal"]
     assert "nats a token" in said["finetune"]
     assert type(AutoModelForCausalLM.from_pretrained("DENSE").model.layers[0].mlp.up_proj).__name__ == "Linear"
     assert said["serve_with_transformers"].strip()
