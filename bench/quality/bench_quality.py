@@ -11,6 +11,7 @@ beside the reference figure, and compares the sublayer cosines. It exits with 1 
         --markdown docs/results.md
     python -m bench.quality.bench_quality --preset unirank fast --clip 2 --json clipped.json
     python -m bench.quality.bench_quality --experiments --json docs/results.json --markdown docs/results.md
+    python -m bench.quality.bench_quality --parts --clip 2 --json docs/results.json --markdown docs/results.md
 
 runs presets, or every scheme, allocator and preset, or what was tried on the way to the presets, on the same
 calibration; a second text is Python's documentation. What the JSON file has already is not run again.
@@ -32,7 +33,7 @@ from rich.table import Table
 
 import unirank
 from bench.quality import quality_grid
-from bench.quality.recipes import RECIPES
+from bench.quality.recipes import PARTS, RECIPES
 from bench.support.record import write_result
 from unirank import Calibration, ScoreSettings, apply, load, plan
 from unirank.analysis.store import AnalysisStore
@@ -42,6 +43,7 @@ from unirank.disk.hashing import sha256_text
 from unirank.evaluation.perplexity import evaluate
 from unirank.models.embedded import NAME
 from unirank.recipes import presets
+from unirank.types import FORMS
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,13 @@ def show(rows: list[dict[str, Any]], store: AnalysisStore, console: Console) -> 
 
 def grid(arguments: argparse.Namespace, console: Console) -> int:
     """Run presets, experiments or everything; resumes from the JSON file."""
-    names, all_schemes, all_allocators = arguments.preset or tuple(RECIPES), (), ()
+    tried = PARTS if arguments.parts else RECIPES.keys() - PARTS.keys()
+    names, all_schemes, all_allocators = arguments.preset or sorted(tried), (), ()
     if arguments.grid:
         names, all_schemes, all_allocators = quality_grid.everything()
-    jobs = list(
-        quality_grid.cells(names, all_schemes, all_allocators, arguments.remove, range(arguments.seeds), arguments.clip)
-    )
+    seeds = range(arguments.seeds)
+    options = {"clip": arguments.clip, "form": arguments.form}
+    jobs = list(quality_grid.cells(names, all_schemes, all_allocators, arguments.remove, seeds, **options))
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.json or Path(scratch) / "grid.json"
         rows = quality_grid.run(
@@ -206,10 +209,12 @@ def main() -> int:
     what.add_argument("--protocol", choices=["reference"])
     what.add_argument("--preset", nargs="+", choices=presets(), help="run these recipes")
     what.add_argument("--experiments", action="store_true", help="run the recipes of docs/experiments.md (hours)")
+    what.add_argument("--parts", action="store_true", help="run the parts of the presets, alone and together (hours)")
     what.add_argument("--grid", action="store_true", help="run everything (hours)")
     parser.add_argument("--remove", nargs="+", type=float, default=[0.2, 0.4], help="of presets and grid")
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds 0, 1, ... of presets and grid")
     parser.add_argument("--clip", type=float, default=0.0, help="Calibration.clip of presets and grid; 0 is off")
+    parser.add_argument("--form", choices=FORMS, help="of presets and grid; default: a preset's own, and factors")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of presets and grid")
     parser.add_argument("--limit", type=int, default=8, help="evaluation windows of presets and grid")
     parser.add_argument("--work", type=Path, help="keep the analyses of presets and grid here")

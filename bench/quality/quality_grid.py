@@ -16,16 +16,19 @@ from typing import Any
 from rich.console import Console
 
 import unirank
+from bench.quality.recipes import RECIPES
 from bench.support.record import write_result
 from unirank.models.embedded import NAME
 from unirank.text.windows import BUILTIN_HELD_OUT
+from unirank.types import Form
 
 
 def cell_of(job: dict[str, Any]) -> str:
     """The name of a cell, by which an interrupted grid knows what it has."""
     recipe = job["preset"] or f"{job['scheme']} + {job['allocator']}"
     clip = f", clip {job['clip']:g}" if job["clip"] else ""
-    return f"{recipe}, {job['remove']:.0%}, seed {job['seed']}{clip}"
+    form = ", pivoted" if job["form"] == "pivoted" else ""
+    return f"{recipe}, {job['remove']:.0%}, seed {job['seed']}{clip}{form}"
 
 
 def cells(
@@ -35,9 +38,13 @@ def cells(
     removes: Sequence[float],
     seeds: range,
     clip: float = 0.0,
+    form: Form | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Dense; every scheme with `uniform` and `unirank`; every allocator with `whiten`; every preset; with `clip`."""
-    common = {"clip": clip}
+    """Dense; every scheme with `uniform` and `unirank`; every allocator with `whiten`; every preset; with `clip`.
+
+    In `form`; None is a preset's own, and "factors" where there is no preset.
+    """
+    common = {"clip": clip, "form": form or "factors"}
     yield common | {"preset": "", "scheme": "whiten", "allocator": "dense", "remove": 0.0, "seed": seeds[0]}
     pairs = [(scheme, allocator) for scheme in schemes for allocator in ("uniform", "unirank")]
     pairs += [("whiten", allocator) for allocator in allocators if ("whiten", allocator) not in pairs]
@@ -47,7 +54,9 @@ def cells(
                 pair = {"preset": "", "scheme": scheme, "allocator": allocator}
                 yield common | pair | {"remove": remove, "seed": seed}
             for name in presets:
-                yield common | {"preset": name, "scheme": "", "allocator": "", "remove": remove, "seed": seed}
+                own = RECIPES[name].form if name in RECIPES else unirank.recipe(name).form
+                named = {"preset": name, "scheme": "", "allocator": "", "form": form or own}
+                yield common | named | {"remove": remove, "seed": seed}
 
 
 def run(
@@ -103,14 +112,15 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
     ]
     for remove in sorted({row["remove"] for row in rows}):
         lines += [f"## {remove:.0%} removed" if remove else "## Dense", ""]
-        columns = ["preset", "scheme", "allocator", *texts, "used / budget"]
-        columns += ["gradients s", "analysis s", "plan s", "apply s", "peak MiB"]
+        columns = ["preset", "scheme", "allocator", "form", *texts, "used / budget"]
+        columns += ["gradients s", "analysis s", "plan s", "apply s", "heal s", "peak MiB"]
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
         for row in rows:
             if row["remove"] == remove:
                 scheme = row["scheme"] + (f", clip {row['clip']:g}" if row.get("clip") else "")
-                groups.setdefault((row["preset"], scheme, row["allocator"]), []).append(row)
+                form = "" if row["allocator"] == "dense" else row.get("form", "factors")
+                groups.setdefault((row["preset"], scheme, row["allocator"], form), []).append(row)
 
         def figure(group: list[dict[str, Any]], text: str) -> tuple[float, str]:
             values = [row["perplexity"] for row in group if row["text"] == text]
@@ -128,18 +138,19 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
     lines.append(
         "Seconds: the backward pass and the analysis, each where it was made (one serves every cell of its scheme and "
         "seed); the plan (what `lems` measured is kept for the next budget: 0 where another row of the same scheme and "
-        "seed paid); truncation or the second pass. Perplexity: mean over seeds, with the range; else the largest."
+        "seed paid); truncation or the second pass; healing. Form: a rank costs R (M + N) parameters as factors, and "
+        "R (M + N - R) pivoted. Perplexity: mean over seeds, with the range; else the largest."
     )
     return "\n".join(lines) + "\n"
 
 
-def _seconds(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float, float]:
-    """Seconds of the backward pass, analysis, plan and application that a row stands on."""
+def _seconds(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float, float, float]:
+    """Seconds of the backward pass, analysis, plan, application and healing that a row stands on."""
     if row["allocator"] == "dense":
-        return 0.0, 0.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0, 0.0, 0.0
     backward = [other["gradients_seconds"] for other in rows if row["gradients"] == other["gradients"]]
     analysis = [other["analyze_seconds"] for other in rows if row["store"] == other["store"]]
-    return max(backward), max(analysis), row["plan_seconds"], row["apply_seconds"]
+    return max(backward), max(analysis), row["plan_seconds"], row["apply_seconds"], row.get("heal_seconds", 0.0)
 
 
 def everything() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,7 @@ def main() -> None:
         clip=job["clip"],
     )
     loaded = unirank.load(job["model"], dtype="float32", device="cpu")
+    measured: Any = loaded.model
     record: dict[str, Any] = {"scheme": recipe.scheme, "allocator": "dense" if dense else recipe.allocator}
     if dense:
         total = sum(spec.params for spec in loaded.linears)
@@ -91,16 +93,29 @@ def main() -> None:
                 settings=recipe.settings,
                 options=recipe.options,
                 workbench=workbench if rule.measures else None,
+                form=job["form"],
             ),
         )
-        timed("apply", lambda: unirank.apply(loaded, analysis, ranks, refine=recipe.refine, windows=workbench.windows))
+        heals, windows = recipe.heal, workbench.windows
+        compressed = timed(
+            "apply",
+            lambda: unirank.apply(
+                loaded, analysis, ranks, refine=recipe.refine, windows=windows, copy=heals is not None
+            ),
+        )
+        if heals is not None:
+            with tempfile.TemporaryDirectory() as work:
+                compressed = timed(
+                    "heal", lambda: unirank.heal(compressed, calibration, heals, work=work, against=loaded)
+                )
+        measured = compressed.model
         record |= {"store": store.name, "gradients": kind if needs_gradients else ""}
         record |= {"used": ranks.used, "budget": ranks.budget}
     # Peak memory of the method itself, before the evaluation adds its own.
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     texts = []
     for text in job["texts"]:
-        report = unirank.evaluate(loaded.model, loaded.tokenizer, text=text, limit=job["limit"])
+        report = unirank.evaluate(measured, loaded.tokenizer, text=text, limit=job["limit"])
         texts.append({"text": report.text, "text_sha256": report.text_sha256, "perplexity": report.perplexity})
     write_json(out, record | {"seconds": seconds, "texts": texts})
 

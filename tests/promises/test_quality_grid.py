@@ -43,17 +43,22 @@ def test_every_recipe_of_the_experiments_can_be_run() -> None:
         {"preset": "", "scheme": "whiten", "allocator": "curvature", "remove": 0.4},
         {"preset": "best", "scheme": "", "allocator": "", "remove": 0.4},
         {"preset": "kfac + curvature, cost_power 0.5", "scheme": "", "allocator": "", "remove": 0.4},
+        {"preset": "uniform, pivoted + heal, mix 1", "scheme": "", "allocator": "", "remove": 0.4, "form": "pivoted"},
     ],
-    ids=["dense", "curvature", "best", "recipe"],
+    ids=["dense", "curvature", "best", "recipe", "healed"],
 )
 def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    job = cell | {
-        "model": str(model_dir),
-        "calibration": str(text_file),
-        "texts": [str(text_file)],
-        "seed": 0,
-        "clip": 2,
-    }
+    job = (
+        {"form": "factors"}
+        | cell
+        | {
+            "model": str(model_dir),
+            "calibration": str(text_file),
+            "texts": [str(text_file)],
+            "seed": 0,
+            "clip": 2,
+        }
+    )
     job |= {"windows": 6, "window": 24, "limit": 1, "stores": str(tmp_path)}
     text = text_file.read_text().split()
     assert len(text) > 1024
@@ -79,7 +84,8 @@ def test_the_table_sorts_by_the_first_text_and_shows_the_spread_of_seeds() -> No
     meta = {"calibration_windows": 64, "evaluation_windows": 8, "device": "cpu"}
     meta["versions"] = {"python": "3", "torch": "2"}
     lines = [line for line in quality_grid.markdown(rows, meta).splitlines() if line.startswith("|  | whiten")]
+    end = "90.0000% | 0 | 30 | 1 | 2 | 0 | 100 |"
     assert lines == [
-        "|  | whiten | unirank | 40.50 (40.0 to 41.0) | 40.50 (40.0 to 41.0) | 90.0000% | 0 | 30 | 1 | 2 | 100 |",
-        "|  | whiten | uniform | 50.50 (50.0 to 51.0) | 50.50 (50.0 to 51.0) | 90.0000% | 0 | 30 | 1 | 2 | 100 |",
+        f"|  | whiten | unirank | factors | 40.50 (40.0 to 41.0) | 40.50 (40.0 to 41.0) | {end}",
+        f"|  | whiten | uniform | factors | 50.50 (50.0 to 51.0) | 50.50 (50.0 to 51.0) | {end}",
     ]
