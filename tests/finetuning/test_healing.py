@@ -510,6 +510,18 @@ def test_another_run_does_not_take_the_directory(pair, words, tmp_path: Path, ca
         unirank.heal(fresh, words, dataclasses.replace(QUICK, lr=0.1), against=dense, work=tmp_path / "work")
 
 
+def test_a_run_that_was_killed_in_its_first_file_resumes(pair, words, tmp_path: Path) -> None:
+    dense, small = pair()
+    left = tmp_path / "work" / ".heal.json.unirank-abc.tmp"
+    left.mkdir(parents=True)
+    unirank.heal(small, words, QUICK, against=dense, work=tmp_path / "work")
+    assert not left.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"was not made by unirank \(it has no heal\.json\)"):
+        unirank.heal(small, words, QUICK, against=dense, work=tmp_path / "mine")
+
+
 def test_what_cannot_be_used_is_refused_before_anything_is_made(pair, make_model, words, tmp_path: Path) -> None:
     dense, small = pair()
     (tmp_path / "short.txt").write_text("w1 " * 49)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.identity import weights_hash
 from unirank.compression.checkpoint import CompressedModel, open_compressed
-from unirank.disk.files import check_output, locked
+from unirank.disk.files import locked
 from unirank.disk.strictjson import Damaged
 from unirank.disk.tensorfile import open_tensors, write_tensors
 from unirank.errors import InputError, UnirankError
@@ -29,7 +29,7 @@ from unirank.finetuning.distilling import distill
 from unirank.finetuning.healing_streams import Group, read_streams, start, write_streams
 from unirank.finetuning.healing_text import Drawn, draw
 from unirank.finetuning.settings import Heal
-from unirank.finetuning.work import claim
+from unirank.finetuning.work import check_work, claim
 from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import layers_of
 from unirank.models.loading import describe, load
@@ -100,7 +100,7 @@ def heal(
             loaded.require_whole("Heal.distill_steps")
     drawn = draw(own, calibration, second_text, settings.held_out)
     recipe = _identity(own, dense, drawn, calibration, settings)
-    check_output(work, marker=_RECIPE, overwrite=True)
+    check_work(work, _RECIPE)
     with locked(work), lent(dense.model), lent(own.model):
         claim(work, _RECIPE, recipe, "healing")
         layers = _Run(dense, own, drawn, calibration, settings, work, progress).heal()

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from unirank.compression.checkpoint import CompressedModel, open_compressed
-from unirank.disk.files import check_output, locked, write_json
+from unirank.disk.files import locked, write_json
 from unirank.disk.hashing import sha256_tensors
 from unirank.disk.tensorfile import read_tensors, write_tensors
 from unirank.errors import InputError, UnirankError
@@ -31,7 +31,7 @@ from unirank.finetuning.adapters import (
 from unirank.finetuning.loop import Loop, run
 from unirank.finetuning.losses import mean_nll
 from unirank.finetuning.settings import Finetune
-from unirank.finetuning.work import claim
+from unirank.finetuning.work import check_work, claim
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
 from unirank.progress import OnProgress, silent
@@ -114,7 +114,7 @@ def finetune(
         against = teacher
     guide = _teacher(compressed, against, settings)
     recipe = _identity(compressed, corpus, settings, train, held_out, guide)
-    check_output(work, marker=_RECIPE, overwrite=True)
+    check_work(work, _RECIPE)
     with locked(work):
         claim(work, _RECIPE, recipe, "fine-tuning")
         set_seed(settings.seed)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unirank.disk.files import write_json
+from unirank.disk.files import check_output, leftover, write_json
 from unirank.disk.hashing import differences
 from unirank.disk.strictjson import parse_object
 from unirank.errors import InputError
+
+
+def check_work(work: Path, name: str) -> None:
+    """Refuse a directory that no run of ours made. Raises InputError like `check_output`.
+
+    Args:
+        name: of the file in it that `claim` writes. What a run left that was killed while it wrote it is ours too.
+    """
+    entries = os.listdir(work) if work.is_dir() else []
+    if not entries or not all(re.fullmatch(leftover(re.escape(name)), entry) for entry in entries):
+        check_output(work, marker=name, overwrite=True)
 
 
 def claim(work: Path, name: str, recipe: Mapping[str, Any], what: str) -> None:
