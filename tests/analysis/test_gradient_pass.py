@@ -17,6 +17,10 @@ from tests.support.tiny import WORDS, made_up_identity
 from unirank.analysis.gradient_pass import gradient_pass
 from unirank.analysis.store import AnalysisStore, create_or_resume
 from unirank.errors import StoreError
+from unirank.layerwise.backward import head_gradient
+from unirank.layerwise.head import head_logits
+from unirank.layerwise.lending import lent
+from unirank.layerwise.recording import record
 from unirank.types import Gradient, LoadedModel
 
 # 24 tokens are three of tiny-gemma3's sliding windows; with batches of 2 the last batch is a short one.
@@ -168,6 +172,30 @@ def test_an_infinite_loss_is_an_error_that_names_the_window(make_model, tmp_path
     loaded.model.lm_head.register_forward_hook(never)
     with pytest.raises(unirank.NonFiniteError, match="loss of calibration window 3 "):
         passed(loaded, tmp_path / "store", windows)
+
+
+def test_no_subnormal_number_goes_back_through_the_head(make_model) -> None:
+    """A matrix product with them is 60 times slower; where predictions are sharp, most probabilities are such."""
+    loaded = make_model("llama")
+    arrived: list[torch.Tensor] = []
+
+    def sharper(_module: object, _args: object, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * 400
+        logits.register_hook(arrived.append)
+        return logits
+
+    loaded.model.lm_head.register_forward_hook(sharper)
+    recording = record(loaded, WINDOWS, batch=1)
+    hidden = 3 * torch.randn(1, WINDOWS.shape[1], loaded.model.config.hidden_size)
+    with lent(loaded.model):
+        found = head_gradient(loaded, recording, WINDOWS[:1], hidden, 0)
+        leaf = hidden.clone().requires_grad_()
+        logits = head_logits(loaded, recording, WINDOWS[:1], leaf)
+        F.cross_entropy(logits[0, :-1], WINDOWS[0, 1:], reduction="sum").backward()
+    ours, plain = (gradient.abs() for gradient in arrived)
+    assert ((plain > 0) & (plain < 1e-38)).any()
+    assert not ((ours > 0) & (ours < 1e-31)).any()
+    torch.testing.assert_close(found, leaf.grad)
 
 
 def test_a_gradient_that_overflows_is_an_error_that_names_the_linear(make_model, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unirank.layerwise.products import ROWS, cross_moment
+from unirank.layerwise.products import ROWS, add_cross_moment_, cross_moment
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -24,3 +24,18 @@ def test_cross_moments_round_no_more_than_float32_and_do_not_overflow(dtype: tor
 
 def test_no_tokens_give_zeros() -> None:
     assert torch.equal(cross_moment(torch.empty(0, 3), torch.empty(0, 2)), torch.zeros(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tokens", [100, ROWS + 100])
+def test_sums_go_on_and_squares_are_those_of_each_sum_of_products(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    total, squares = torch.zeros(300, 5, dtype=torch.float64), torch.zeros(300, dtype=torch.float64)
+    added, wanted = torch.zeros_like(total), torch.zeros_like(squares)
+    for _ in range(3):
+        x, y = torch.randn(tokens, 300, generator=generator), torch.randn(tokens, 5, generator=generator)
+        add_cross_moment_(total, x, y, squares)
+        product = cross_moment(x, y)
+        added += product
+        wanted += product.square().sum(1)
+    torch.testing.assert_close(total, added, rtol=1e-14, atol=0)
+    torch.testing.assert_close(squares, wanted, rtol=1e-14, atol=0)

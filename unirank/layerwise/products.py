@@ -7,6 +7,9 @@ import torch
 # Rows whose products are summed in the dtype of the multiplication; as many as the chunks of `ops.gram_accumulate_`.
 ROWS = 2048
 
+# Rows of a sum that are widened to float64 together: they stay in a core's cache from the product to the sum.
+_WIDENED = 128
+
 
 def cross_moment(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`Σ_t x_t y_tᵀ`, float64 `[M, N]`, of `x [T, M]` and `y [T, N]`, floating, of one dtype.
@@ -14,8 +17,24 @@ def cross_moment(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Half precision is multiplied in float32 (float64 in float64), a block of rows at a time, so that neither an outlier
     overflows nor a copy of all tokens is made; blocks are added in float64.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
     total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
-    for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True):
-        total += a.to(dtype).T @ b.to(dtype)
+    add_cross_moment_(total, x, y)
     return total
+
+
+def add_cross_moment_(
+    total: torch.Tensor, x: torch.Tensor, y: torch.Tensor, squares: torch.Tensor | None = None
+) -> None:
+    """Add `cross_moment(x, y)` to `total [M, N]`, and the sums of its squared rows to `squares [M]`; both float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    products = (a.to(dtype).T @ b.to(dtype) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True))
+    if squares is not None and len(x) > ROWS:  # squares are of the sum over all rows
+        products = iter([cross_moment(x, y)])
+    wide = torch.empty((min(_WIDENED, len(total)), total.shape[1]), dtype=torch.float64, device=total.device)
+    for product in products:
+        for first in range(0, len(total), _WIDENED):
+            rows = slice(first, first + _WIDENED)
+            block = wide[: len(product[rows])].copy_(product[rows])
+            total[rows] += block
+            if squares is not None:
+                squares[rows] += block.square_().sum(1)
