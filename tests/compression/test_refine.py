@@ -113,6 +113,19 @@ def test_nothing_to_compress_changes_no_bit(make_model, calibration) -> None:
         assert torch.equal(a, b)
 
 
+def test_number_of_threads_does_not_change_a_bit(make_model, calibration) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            own = make_model("llama")
+            refit(own, half_ranks(own), windows_of(own, calibration), Refine())
+            found.append(own.model.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
 @pytest.mark.parametrize("centred", [False, True])
 def test_one_and_the_same_token_everywhere_still_has_a_fit(centred: bool, make_model) -> None:
     own, dense = make_model("llama"), make_model("llama")

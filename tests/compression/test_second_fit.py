@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import unirank
-from unirank.analysis.scheme.two_sided import Target, solve
+from unirank.analysis.scheme.two_sided import Target, damped, solve
 from unirank.compression.second_fit import Pair, Refine, fit
 from unirank.models.low_rank import LowRankLinear
 from unirank.models.structure import weight_of
@@ -116,6 +116,26 @@ def test_a_linear_of_low_rank_is_no_worse_than_its_first_truncation(linear, sett
     assert after[1] <= errors(truncated, own, wanted)[1]
     if settings.centred:
         assert after[0] <= unchanged[0]
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("linear", LINEARS, indirect=True, ids=lambda pair: pair[0])
+def test_a_fit_is_the_one_of_its_definition_in_every_shape(linear, metric: bool) -> None:
+    """`A⁻¹ U_r U_rᵀ A B` by the solver of the schemes, from the best map `B` that a plain solve gives."""
+    loaded, spec = linear
+    module, settings = loaded.model.get_submodule(spec.name), Refine(mix=0.7)
+    weight, rank = weight_of(module).detach().double(), spec.max_rank // 2
+    dense, own = streams(spec.n, shift=0.5)
+    roots = torch.randn(spec.m, spec.m, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    g = roots @ roots.T if metric else None
+    fit(loaded, spec, rank, pair_of(dense, own), g, settings)
+    moment = damped(own.T @ own / TOKENS, settings.damping)
+    ridge = moment - own.T @ own / TOKENS
+    aim = (settings.mix * dense.T @ own + (1 - settings.mix) * own.T @ own) / TOKENS + ridge
+    best = torch.linalg.solve(moment, (weight @ aim).T).T
+    (wanted,) = solve([Target(best, moment, None if g is None else damped(g, settings.metric_damping), rank)])
+    found = loaded.model.get_submodule(spec.name).dense_weight().detach().double()
+    torch.testing.assert_close(found, wanted.left @ wanted.right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [DENSE, 4])

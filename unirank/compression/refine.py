@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from unirank.analysis.store import AnalysisStore
+from unirank.compression.replay import Replay
 from unirank.compression.second_fit import Pair, Refine, fit
 from unirank.compression.truncation import TruncateReport, check_plan, settle
 from unirank.layerwise.recording import LayerCall, record
@@ -89,6 +89,7 @@ def refit(
     dense_stream, own_stream = list(recording.start.batches), list(recording.start.batches)
     probe = recording.start.probe
     for index in range(loaded.layer_count):
+        entered = recording.probe_calls[index], probe
         layer, probe = traced_layer(loaded, index, recording, probe)
         calls = [call[index] for call in recording.calls]
         original = copy.deepcopy(layer.module)
@@ -101,12 +102,14 @@ def refit(
         owners = [owner for owner in groups if wanted[owner]]
         paths = {owner: layer.path_of(owner) for owner in owners}
         seen, dense_stream = _inputs(original, calls, dense_stream, paths)
+        del original
+        replay = Replay(layer.module, calls, own_stream, [layer.path_of(spec.name) for spec in layer.specs], entered)
         for owner in owners:
-            pair = _measure(layer.module, calls, own_stream, paths[owner], seen.pop(owner), clip)
+            pair = _measure(replay.inputs(paths[owner]), seen.pop(owner), clip)
             for spec in wanted[owner]:
                 g = metrics[spec.name].g if metrics else None
                 fit(loaded, spec, ranks[spec.name], pair, g, settings, form)
-        own_stream = [call.run(layer.module, x) for call, x in zip(calls, own_stream, strict=True)]
+        own_stream = replay.outputs()
         progress("refine", index + 1, loaded.layer_count)
 
 
@@ -117,22 +120,6 @@ def _groups(specs: Sequence[LinearSpec], input_of: Mapping[str, str]) -> dict[st
     for name, owner in input_of.items():  # the trace lists them as they ran
         groups.setdefault(owner, []).append(by_name[name])
     return groups
-
-
-class _Reached(BaseException):
-    """A layer got as far as the input that was asked for. No Exception: who explains a layer's errors lets it pass."""
-
-
-@contextmanager
-def _caught(module: nn.Module, catch: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        catch(args[0].reshape(-1, args[0].shape[-1]))
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _inputs(
@@ -155,21 +142,10 @@ def _inputs(
     return seen, left
 
 
-def _measure(
-    layer: nn.Module,
-    calls: Sequence[LayerCall],
-    stream: Sequence[torch.Tensor],
-    path: str,
-    dense: Sequence[torch.Tensor],
-    clip: float,
-) -> Pair:
+def _measure(own: Iterator[torch.Tensor], dense: list[torch.Tensor], clip: float) -> Pair:
+    """The moments of what enters a linear in both streams, `[T, N]` a batch; `dense` is used up."""
     pair = Pair.zeros(dense[0].shape[1], dense[0].device, clip=clip)
-    for call, x, dense_input in zip(calls, stream, dense, strict=True):
-
-        def catch(own: torch.Tensor, _dense: torch.Tensor = dense_input) -> None:
-            pair.add(_dense, own)
-            raise _Reached
-
-        with _caught(layer.get_submodule(path), catch), suppress(_Reached):
-            call.run(layer, x)
+    dense.reverse()
+    for x in own:
+        pair.add(dense.pop(), x)
     return pair

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from unirank import ops
-from unirank.analysis.scheme.base import WORK_DTYPE
-from unirank.analysis.scheme.two_sided import Target, damped, solve
+from unirank.analysis.scheme.base import WORK_DTYPE, eigh_descending
+from unirank.analysis.scheme.two_sided import damped, gram
 from unirank.errors import InputError, NonFiniteError
 from unirank.layerwise.clipping import clip_factors, scaled
-from unirank.layerwise.products import cross_moment
+from unirank.layerwise.products import add_cross_moment_
 from unirank.models.low_rank import make_low_rank
 from unirank.models.structure import weight_of
 from unirank.types import DENSE, Form, LinearSpec, LoadedModel, Rank
@@ -70,6 +70,7 @@ class Pair:
     dense_sum: torch.Tensor
     tokens: int = 0
     clip: float = 0.0
+    _equations: dict[bool, Equations] = field(default_factory=dict, repr=False)
 
     @classmethod
     def zeros(cls, n: int, device: torch.device, *, clip: float = 0.0) -> Pair:
@@ -83,9 +84,50 @@ class Pair:
         factors = clip_factors(own, self.clip)
         dense, own = scaled(dense, factors), scaled(own, factors)
         ops.gram_accumulate_(self.own, self.own_sum, own)
-        self.cross += cross_moment(dense, own)
+        add_cross_moment_(self.cross, dense, own)
         self.dense_sum += dense.sum(0, dtype=WORK_DTYPE)
         self.tokens += len(own)
+        self._equations.clear()
+
+    def equations(self, settings: Refine, *, centred: bool) -> Equations:
+        """What the linears that read this input share; made once, so always ask with the same `settings`."""
+        if centred not in self._equations:
+            self._equations[centred] = self._normal(settings, centred)
+        return self._equations[centred]
+
+    def _normal(self, settings: Refine, centred: bool) -> Equations:
+        own, cross = self.own / self.tokens, self.cross / self.tokens
+        own_mean, dense_mean = self.own_sum / self.tokens, self.dense_sum / self.tokens
+        if centred:
+            scale = own.diagonal().mean()
+            own, cross = own - torch.outer(own_mean, own_mean), cross - torch.outer(dense_mean, own_mean)
+            if (
+                own.diagonal().mean() <= _ROUNDING * scale
+            ):  # one and the same input in every token: the rest is rounding
+                own, cross = torch.zeros_like(own), torch.zeros_like(cross)
+        moment = damped(own, settings.damping)
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        aim = moment + settings.mix * (cross - own)
+        return Equations(
+            aim, None if bool(failed) else factor, own_mean, settings.mix * dense_mean + (1 - settings.mix) * own_mean
+        )
+
+
+@dataclass(frozen=True)
+class Equations:
+    """`B S' = W aim`, what the best map `B` of a weight `W` solves; `S'` is damped.
+
+    Attributes:
+        aim: `b X + (1 - b) S'` and the damping, `[N, N]`.
+        factor: lower triangular `[N, N]`, `factor factorᵀ = S'`; None where S' is not positive definite.
+        own_mean: `[N]`, of `x'`.
+        aimed_mean: `[N]`, of `b x + (1 - b) x'`.
+    """
+
+    aim: torch.Tensor
+    factor: torch.Tensor | None
+    own_mean: torch.Tensor
+    aimed_mean: torch.Tensor
 
 
 @torch.no_grad()
@@ -118,30 +160,48 @@ def fit(
     dense = weight_of(module)
     weight = dense.to(WORK_DTYPE)
     centred = settings.centred and (rank != DENSE or module.bias is not None)
-    own, cross = pair.own / pair.tokens, pair.cross / pair.tokens
-    own_mean, dense_mean = pair.own_sum / pair.tokens, pair.dense_sum / pair.tokens
-    if centred:
-        scale = own.diagonal().mean()
-        own, cross = own - torch.outer(own_mean, own_mean), cross - torch.outer(dense_mean, own_mean)
-        if own.diagonal().mean() <= _ROUNDING * scale:  # one and the same input in every token: the rest is rounding
-            own, cross = torch.zeros_like(own), torch.zeros_like(cross)
-    ridge = damped(own, settings.damping) - own
-    factor, failed = torch.linalg.cholesky_ex(own + ridge)
-    if bool(failed):
+    equations = pair.equations(settings, centred=centred)
+    factor = equations.factor
+    if factor is None:
         raise NonFiniteError(f"The moment of the inputs of {spec.name} is not positive definite, so it has no fit.")
-    aim = settings.mix * cross + (1 - settings.mix) * own + ridge
-    best = torch.cholesky_solve((weight @ aim).T, factor).T
+    wanted = weight @ equations.aim
     if rank == DENSE:
-        maps = (best,)
+        maps = (torch.cholesky_solve(wanted.T, factor).T,)
     else:
-        metric = None if g is None else damped(g, settings.metric_damping)
-        (factors,) = solve([Target(best, own + ridge, metric, int(rank))])
-        maps = (factors.left, factors.right)
+        metric = None if g is None else torch.linalg.cholesky(damped(g, settings.metric_damping), upper=True)
+        maps = _of_rank(int(rank), wanted, factor, metric)
     lost = None
     if centred:
-        aimed_mean = settings.mix * dense_mean + (1 - settings.mix) * own_mean
-        lost = weight @ aimed_mean - _applied(maps, own_mean)
+        lost = weight @ equations.aimed_mean - _applied(maps, equations.own_mean)
     _put(loaded, spec, rank, module, tuple(m.to(dense.dtype) for m in maps), lost, form)
+
+
+def _of_rank(
+    rank: int, wanted: torch.Tensor, factor: torch.Tensor, a: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """left `[M, R]` and right `[R, N]` of `A⁻¹ U_r U_rᵀ A B`, `B` the solution of `B S' = wanted [M, N]`.
+
+    With `S' = L Lᵀ` and `Zᵀ = A B L`, `U` are the left singular vectors of Zᵀ: the eigenvectors of `Zᵀ Z [M, M]`, or
+    for a tall map `Zᵀ V / sigma`, `V` the eigenvectors of `Z Zᵀ [N, N]`. The latter are not used as such: `U_r U_rᵀ Zᵀ`
+    is `Zᵀ V_r V_rᵀ`, which loses nothing where sigma is small.
+
+    Args:
+        factor: L.
+        a: A, upper triangular `[M, M]`; None for the identity.
+    """
+    z = torch.linalg.solve_triangular(factor, (wanted if a is None else a @ wanted).T, upper=False)
+    tall = wanted.shape[0] > wanted.shape[1]
+    ((_, vectors),) = eigh_descending([gram(z.T.contiguous() if tall else z)])
+    vectors = vectors[:, :rank]
+    if tall:
+        left = z.T @ vectors
+        norms = left.norm(dim=0)
+        norms = norms.where(norms > 0, 1.0)
+        left, inner = left / norms, vectors * norms
+    else:
+        left, inner = vectors, z @ vectors
+    right = torch.linalg.solve_triangular(factor.T, inner, upper=True).T
+    return left if a is None else torch.linalg.solve_triangular(a, left, upper=True), right
 
 
 def _applied(maps: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:

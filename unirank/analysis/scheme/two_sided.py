@@ -85,7 +85,7 @@ def _square(target: Target) -> _Square:
     if weight.shape[0] <= weight.shape[1]:
         a = None if g is None else torch.linalg.cholesky(g, upper=True)
         return _Square(target, weight if a is None else a @ weight, a)
-    inner = _gram(weight) if g is None else weight.T @ (g @ weight)
+    inner = gram(weight) if g is None else weight.T @ (g @ weight)
     r, failed = torch.linalg.cholesky_ex(inner, upper=True)
     return _householder(target) if bool(failed) else _Square(target, r, cheap=True)
 
@@ -97,15 +97,16 @@ def _householder(target: Target) -> _Square:
 
 
 def _orthonormal(left: torch.Tensor, g: torch.Tensor | None) -> bool:
-    gram = _gram(left) if g is None else left.T @ (g @ left)
-    error = gram.sub_(torch.eye(left.shape[1], dtype=left.dtype, device=left.device))
+    found = gram(left) if g is None else left.T @ (g @ left)
+    error = found.sub_(torch.eye(left.shape[1], dtype=left.dtype, device=left.device))
     return bool(error.abs().max() <= ORTHOGONALITY)  # False for NaN
 
 
-def _gram(a: torch.Tensor) -> torch.Tensor:
-    gram, total = a.new_zeros((a.shape[1], a.shape[1])), a.new_zeros(a.shape[1])
-    ops.gram_accumulate_(gram, total, a)
-    return gram
+def gram(a: torch.Tensor) -> torch.Tensor:
+    """`aᵀ a [N, N]` of `a [M, N]`, exactly symmetric; half the work of the product."""
+    result, total = a.new_zeros((a.shape[1], a.shape[1])), a.new_zeros(a.shape[1])
+    ops.gram_accumulate_(result, total, a)
+    return result
 
 
 def damped(matrix: torch.Tensor, eps: float) -> torch.Tensor:
