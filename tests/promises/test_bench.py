@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 KEYS = {"op", "shape", "dtype", "baseline", "ratio", "seconds", "baseline_seconds", "gbs"}
 OPS = ("ops.bench_cosine", "ops.bench_gram", "ops.bench_eigh", "ops.bench_topk")
-PIPELINE = ("compress", "scaling", "inference", "large", "processes", "heal")
+PIPELINE = ("compress", "scaling", "inference", "large", "processes", "stages", "heal")
 NAMES = (*OPS, *(f"pipeline.bench_{name}" for name in PIPELINE), "support.roofline")
 
 

@@ -105,7 +105,7 @@ def _all_windows(
     for number, ids in enumerate(probe.windows):
         done = number * len(request.linears)
         one = Probe(ids[None], probe.counted)
-        found = _one_window(request, one, stage, waiting, base, done, steps, alone=len(probe.windows) == 1)
+        found = _one_window(request, one, stage, waiting, base, done, steps)
         for name in list(waiting):
             total[name] += found[name]
             squares[name] += found[name + _SQUARED]
@@ -126,8 +126,6 @@ def _one_window(
     base: Sequence[int] | None,
     done: int,
     steps: int,
-    *,
-    alone: bool,
 ) -> dict[str, float]:
     """Mean and mean square over tokens of every linear; from the store where that window was measured before."""
     workbench = workbench_of(request)
@@ -156,10 +154,8 @@ def _one_window(
 
     if not points:
         return {}
-    if alone:
-        return measure()
     settings = probe.settings() | {"ranks": dict(points)}
     if base is not None:
         settings |= {"base": list(base)}
     keys = [*points, *(name + _SQUARED for name in points)]
-    return request.store.measured("lems-window", settings, measure, keys)
+    return request.store.measured("window", settings, measure, keys)
