@@ -85,7 +85,8 @@ def test_it_runs_as_written(page: str, workplace: Path, run_unirank: Run) -> Non
                 (workplace / "ranks.json").write_text(json.dumps(dict(plan.ranks)))
             # 200 steps and 64 windows are the defaults and teach this test nothing that 4 do not.
             short = {"finetune": ["--steps", "4", "--window", "64"], "heal": ["--windows", "4", "--window", "64"]}
-            code, _, err = run_unirank(*arguments, *short.get(arguments[0], []))
+            more = short.get(arguments[0], short["heal"] if {"healed", "distilled"} & set(arguments) else [])
+            code, _, err = run_unirank(*arguments, *more)
             assert (code, err) == (0, ""), step
         ran += 1
     assert ran >= 3
