@@ -121,6 +121,6 @@ class _Sums:
     def finish(self, name: str) -> Gradient:
         if self._tokens == 0:
             raise InputError(f"No gradient reaches the output of {name}, so a scheme that needs one cannot be used.")
-        if not (self._g.diagonal().isfinite().all() and self._weight.isfinite().all()):
+        if not all(bool(bound.isfinite()) for bound in (*self._g.diagonal().aminmax(), *self._weight.aminmax())):
             raise NonFiniteError(f"The gradient at {name} is NaN or infinity on the calibration text.")
-        return Gradient(self._g / self._tokens, self._rows / self._windows, self._weight / self._tokens)
+        return Gradient(self._g.div_(self._tokens), self._rows / self._windows, self._weight.div_(self._tokens))
