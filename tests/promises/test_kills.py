@@ -28,6 +28,7 @@ CHILD = Path(__file__).parents[1] / "support" / "harm_commands.py"
 # Commands with what they write, in the directory of the try; BASE has what they read.
 DATA = ["--calib", "BASE/words.txt", "--windows", "6", "--window", "24", "--batch", "2", "--device", "cpu"]
 TRAINING = ["--steps", "4", "--batch", "2", "--window", "24", "--rank", "2", "--evaluate-every", "2"]
+HEALING = ["--windows", "6", "--window", "24", "--passes", "1"]
 STAGES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "analyze": (["analyze", "BASE/dense", "-o", "store", *DATA], ("store",)),
     "analyze, gradients": (
@@ -47,6 +48,10 @@ STAGES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "finetune": (
         ["finetune", "BASE/small", "--data", "BASE/words.txt", "-o", "tuned", "--device", "cpu", *TRAINING],
         ("tuned",),
+    ),
+    "heal": (
+        ["heal", "BASE/small", "--calib", "BASE/words.txt", "-o", "healed", "--device", "cpu", *HEALING],
+        ("healed",),
     ),
     "densify": (["densify", "BASE/small", "-o", "plain", "--device", "cpu"], ("plain",)),
     "report": (["report", "BASE/small", "-o", "page.html", "--store", "BASE/store"], ("page.html",)),
