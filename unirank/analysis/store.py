@@ -8,9 +8,7 @@ from the hidden states that entered it; equal inputs give equal bytes.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +18,11 @@ from typing import Any, Literal
 import torch
 
 from unirank.analysis.identity import Identity
+from unirank.analysis.kept_numbers import kept_numbers
 from unirank.analysis.manifest import MANIFEST, Weights, identity_differences, read_manifest, write_manifest
-from unirank.disk.files import check_output, leftover, link_or_copy, make_directory, write_json
+from unirank.disk.files import check_output, delete, delete_matching, leftover, link_or_copy, make_directory
 from unirank.disk.hashing import sha256_text
-from unirank.disk.strictjson import Damaged, entry, number, read_object
+from unirank.disk.strictjson import Damaged, entry, number
 from unirank.disk.tensorfile import TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.errors import StoreError
 from unirank.layerwise.recording import Streams
@@ -88,10 +87,6 @@ class AnalysisStore:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def depth(self, spec: LinearSpec) -> int:
-        """How many components of a linear are kept."""
-        return spec.k if self.full else spec.max_rank
-
     def require_form(self, form: Form) -> None:
         """Raise StoreError where the factors that are kept do not reach as far as ranks of that form."""
         if form == "pivoted" and not self.full:
@@ -140,7 +135,7 @@ class AnalysisStore:
             needed |= {self._file("forward", i) for i in range(self.layer_count + 1)}
         for file in list(self.path.iterdir()):
             if re.fullmatch(_LEFTOVER, file.name) or (re.fullmatch(_PASSING, file.name) and file not in needed):
-                _delete(file)
+                delete(file)
 
     def read_streams(self, layer: int, device: torch.device, scratch: Path | None = None) -> Streams:
         """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing.
@@ -224,16 +219,8 @@ class AnalysisStore:
         key = sha256_text(json.dumps([self.digest, settings], sort_keys=True))
         file = self.path / f"measured-{rule}-{key[:12]}.json"
         names = [spec.name for spec in self.linears] if keys is None else list(keys)
-        if not file.is_file():
-            values = dict(measure())
-            if os.access(self.path, os.W_OK):
-                write_json(file, {"settings": settings, "values": values})
-            return values
         try:
-            values = entry(read_object(file), "values", dict)
-            if values.keys() != set(names):
-                raise Damaged("its linears are not the store's")
-            return {name: number(values[name], name) for name in names}
+            return kept_numbers(file, settings, names, measure)
         except Damaged as error:
             raise _damaged(file, error, "delete it and plan again") from error
 
@@ -353,7 +340,7 @@ def create_or_resume(
         StoreError: it is a store of something else; says what differs.
     """
     if path.is_dir() and all(re.fullmatch(_LEFTOVER, file.name) for file in path.iterdir()):
-        _remove(path, _LEFTOVER)  # of a run that was killed while it wrote the manifest
+        delete_matching(path, _LEFTOVER)  # of a run that was killed while it wrote the manifest
     check_output(path, marker=MANIFEST, overwrite=True)
     store = AnalysisStore(path, identity, linears)
     if (path / MANIFEST).is_file():
@@ -374,7 +361,7 @@ def create_or_resume(
                     "Choose another directory, or pass --overwrite to replace it."
                 )
         # The old manifest goes last, when the new one takes its place: without one this would be no store of ours.
-        _remove(path, rf"{_LEFTOVER}|{_TENSORS}|{_MEASURED}")
+        delete_matching(path, rf"{_LEFTOVER}|{_TENSORS}|{_MEASURED}")
     make_directory(path)
     write_manifest(path, identity, linears)
     return store
@@ -392,19 +379,6 @@ def open_store(path: str | Path) -> AnalysisStore:
         return AnalysisStore(path, *read_manifest(path))
     except Damaged as error:
         raise _damaged(file, error, "replace the store with: unirank analyze --overwrite") from error
-
-
-def _remove(folder: Path, pattern: str) -> None:
-    for file in list(folder.iterdir()):
-        if re.fullmatch(pattern, file.name):
-            _delete(file)
-
-
-def _delete(file: Path) -> None:
-    if file.is_dir() and not file.is_symlink():
-        shutil.rmtree(file)
-    else:
-        file.unlink()
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

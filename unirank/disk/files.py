@@ -268,3 +268,18 @@ def _umask() -> int:
 def bytes_on_disk(directory: Path, pattern: str = "*.safetensors") -> int:
     """Bytes of the files in `directory` that match `pattern`."""
     return sum(file.stat().st_size for file in directory.glob(pattern))
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def delete_matching(folder: Path, pattern: str) -> None:
+    """Delete what is in `folder` and has a name that the regular expression `pattern` matches as a whole."""
+    for file in list(folder.iterdir()):
+        if re.fullmatch(pattern, file.name):
+            delete(file)
