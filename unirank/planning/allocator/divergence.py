@@ -45,8 +45,9 @@ def token_divergences(log_p: torch.Tensor, logits: torch.Tensor, temperature: fl
         d -= (torch.linalg.vecdot(p, d) / total)[:, None]
         left = torch.linalg.vecdot(p, d) / total  # what the shift missed
         value = (torch.linalg.vecdot(p, d.expm1()) / total).log1p() - left
-        # exp overflows where q is far from p; the logarithm of the sum does not.
-        value = value.where(value.isfinite(), (known + d).logsumexp(-1))
+        if not bool(value.isfinite().all()):
+            # exp overflows where q is far from p; the logarithm of the sum does not.
+            value = value.where(value.isfinite(), (known + d).logsumexp(-1))
         # Rounding can put the divergence of nearly equal outputs below zero.
         found.append(value.double().clamp_min(0.0))
     return torch.cat(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from unirank.errors import InputError
@@ -27,7 +28,8 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     Then, where the options ask for it (method 11):
 
     * `depth`: errors times a factor of their block, the best of so many (`depth_factors`, `with_depth`);
-    * `rounds`: so many times, each linear is measured again inside of the plan (`measured_inside`);
+    * `rounds`: so many times, each linear is measured again inside of the plan, on the first `round_windows` of the
+      windows (`measured_inside`);
     * `swaps`: so many swaps of parameters between matrices (`swapped`), by `seed`.
 
     `depth` and `swaps` compare divergences of the whole compressed model on `held_out` further windows.
@@ -55,8 +57,9 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
             curves, found = with_depth(request, curves, held, depth)
             learned |= found
         ranks = solved(request, curves)
+        inside = dataclasses.replace(probe, windows=probe.windows[: whole(request, "round_windows")])
         for number in range(1, rounds + 1):
-            curves, sides = measured_inside(request, probe, curves, ranks, f"measure in plan {number}")
+            curves, sides = measured_inside(request, inside, curves, ranks, f"measure in plan {number}")
             learned[f"inside_{number}"] = sides
             ranks = solved(request, curves)
         if held is not None and swaps:
@@ -77,6 +80,7 @@ ALLOCATOR = Allocator(
         "first": 0,
         "precision": 0.0,
         "rounds": 0,
+        "round_windows": 1,
         "depth": 0,
         "swaps": 0,
         "held_out": 4,
