@@ -13,7 +13,8 @@ from unirank.planning.allocator.knapsack import knapsack
 from unirank.types import LinearSpec
 
 _ROUNDING = 1e-12  # relative tails below this are rounding, to which nothing can be normalised
-_LEAST_SLOPE = 0.1  # of the median
+_LEAST_SLOPE = 0.1  # of that of all linears together
+_TURNS = 20
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,9 @@ def solved(request: Request, curves: Sequence[Curve]) -> list[int]:
     return [int(curve.ranks[index]) for curve, index in zip(curves, taken, strict=True)]
 
 
-def by_layer(curves: Sequence[Curve], linears: Sequence[LinearSpec], factors: Sequence[float]) -> list[Curve]:
-    """Errors times the factor of their layer."""
-    return [
-        replace(curve, errors=curve.errors * factors[spec.layer]) for curve, spec in zip(curves, linears, strict=True)
-    ]
+def scaled(curves: Sequence[Curve], factors: Sequence[float]) -> list[Curve]:
+    """Errors times a factor of each matrix."""
+    return [replace(curve, errors=curve.errors * factor) for curve, factor in zip(curves, factors, strict=True)]
 
 
 def neighbours(curve: Curve, own: int, dense: int) -> tuple[int | None, int | None]:
@@ -92,49 +91,61 @@ def neighbours(curve: Curve, own: int, dense: int) -> tuple[int | None, int | No
     return found[0], found[1]
 
 
-def refitted(
+def measured_scales(
+    linears: Sequence[LinearSpec],
     curves: Sequence[Curve],
     own: Sequence[int],
     asked: Sequence[tuple[int | None, int | None]],
     rises: Sequence[float],
     drops: Sequence[float],
-) -> list[Curve]:
-    """Curves whose drops below and above `own` are scaled to two secants that were measured there.
+) -> torch.Tensor:
+    """What scales each curve to two secants that were measured at its rank, float64 `[L]`.
 
-    A secant's slope is what was measured over what the curve expects; noise can make it 0 or negative, so the least
-    is a tenth of the median (**choice**). Where one secant is missing the other serves for both, where both are, the
-    median.
+    Measured over expected is mostly noise for one linear, and clear for linears of one kind, and of neighbouring
+    layers (docs/experiments.md). So the scale is `s * kind * layer`, fitted to sums over each kind, and over each layer
+    with its neighbours up to two layers off (weights 3, 2, 1), in turns. A linear's own ratio moves its scale by the
+    weight `2 c / (1 + c)`, `c` the correlation over linears between what the fit leaves of the two secants, at least 0.
+    No scale is below a tenth of `s`. All of this is a **choice**.
 
     Args:
         own: rank of each matrix in the plan.
         asked: see `neighbours`.
         rises: measured increase at the rank below, in nats.
         drops: measured decrease at the rank above.
+
+    Where nothing was measured, or no rise at all, they are 1.
     """
-    slopes: list[list[float | None]] = []
-    for curve, rank, (below, above), rise, drop in zip(curves, own, asked, rises, drops, strict=True):
-        here = float(curve.errors[curve.place(rank)])
-        pair: list[float | None] = [None, None]
-        if below is not None:
-            pair[0] = rise / (float(curve.errors[curve.place(below)]) - here)
-        if above is not None:
-            pair[1] = drop / (here - float(curve.errors[curve.place(above)]))
-        slopes.append(pair)
-    known = [slope for pair in slopes for slope in pair if slope is not None]
-    if not known:
-        return list(curves)
-    median = max(0.0, float(torch.tensor(known, dtype=torch.float64).median()))
-    found = []
-    for curve, rank, (low, high) in zip(curves, own, slopes, strict=True):
-        low = high if low is None else low
-        high = low if high is None else high
-        under, over = (max(median if slope is None else slope, _LEAST_SLOPE * median) for slope in (low, high))
-        here = curve.place(rank)
-        level = curve.errors[here]
-        scaled = over * curve.errors
-        scaled[:here] = over * level + under * (curve.errors[:here] - level)
-        found.append(replace(curve, errors=scaled))
-    return found
+    expected = torch.zeros(len(curves), 2, dtype=torch.float64)
+    for row, (curve, rank, ranks) in enumerate(zip(curves, own, asked, strict=True)):
+        for side, other in enumerate(ranks):
+            if other is not None:
+                expected[row, side] = (curve.errors[curve.place(other)] - curve.errors[curve.place(rank)]).abs()
+    measured = torch.tensor([rises, drops], dtype=torch.float64).T.where(expected > 0, 0.0)
+    x, y = expected.sum(1), measured.sum(1)
+    if float(y.sum()) <= 0:
+        return torch.ones_like(x)
+    least = _LEAST_SLOPE * y.sum() / x.sum()
+    kinds = list(dict.fromkeys(spec.kind for spec in linears))
+    of_kind = torch.tensor([[float(spec.kind == kind) for spec in linears] for kind in kinds], dtype=torch.float64)
+    layer = torch.tensor([spec.layer for spec in linears], dtype=torch.float64)
+    near = (3 - (layer[:, None] - layer).abs()).clamp_min(0.0)
+    by_kind = by_depth = torch.ones_like(x)
+    for _ in range(_TURNS):
+        by_kind = of_kind.T @ _ratio(of_kind @ y, of_kind @ (x * by_depth), least)
+        by_depth = _ratio(near @ y, near @ (x * by_kind), least / by_kind.max())
+    scale = (by_kind * by_depth).clamp_min(least)
+    left = measured - scale[:, None] * expected
+    both = (expected > 0).all(1)
+    weight = 0.0
+    if int(both.sum()) > 2:
+        c = max(0.0, float(torch.corrcoef(left[both].T)[0, 1].nan_to_num()))
+        weight = 2 * c / (1 + c)
+    return (scale + weight * (_ratio(y, x, least) - scale).where(x > 0, 0.0)).clamp_min(least)
+
+
+def _ratio(measured: torch.Tensor, expected: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """`measured / expected`, at least `least`; that too where nothing is expected."""
+    return (measured / expected.clamp_min(1e-300)).clamp_min(least).where(expected > 0, least)
 
 
 def digest_of(curves: Sequence[Curve]) -> str:

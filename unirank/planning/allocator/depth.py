@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unirank.planning.allocator.base import Request
-from unirank.planning.allocator.curves import Curve, by_layer, solved
+from unirank.planning.allocator.curves import Curve, scaled, solved
 from unirank.planning.allocator.held_out import HeldOut
 from unirank.planning.allocator.measure import workbench_of
 
@@ -37,22 +37,28 @@ def with_depth(
 
     Returns also alpha, gamma and the divergence of every candidate.
     """
-    layers = request.linears[-1].layer + 1
     progress = workbench_of(request).progress
     known: dict[tuple[int, ...], float] = {}
     found: list[tuple[float, float, float]] = []  # divergence, alpha, gamma
 
     for alpha, gamma in _candidates(found, tried):
         progress(_STAGE, len(found), tried)
-        factors = depth_factors(layers, alpha, gamma)
-        ranks = tuple(solved(request, by_layer(curves, request.linears, factors)))
+        ranks = tuple(solved(request, _with_factors(request, curves, alpha, gamma)))
         if ranks not in known:
             known[ranks] = held.divergence(ranks)
         found.append((known[ranks], alpha, gamma))
     progress(_STAGE, tried, tried)
     _, alpha, gamma = min(found, key=lambda entry: entry[0])
-    chosen = by_layer(curves, request.linears, depth_factors(layers, alpha, gamma))
-    return chosen, {"alpha": alpha, "gamma": gamma, "depth_tried": [list(entry) for entry in found]}
+    return _with_factors(request, curves, alpha, gamma), {
+        "alpha": alpha,
+        "gamma": gamma,
+        "depth_tried": [list(entry) for entry in found],
+    }
+
+
+def _with_factors(request: Request, curves: Sequence[Curve], alpha: float, gamma: float) -> list[Curve]:
+    factors = depth_factors(request.linears[-1].layer + 1, alpha, gamma)
+    return scaled(curves, [factors[spec.layer] for spec in request.linears])
 
 
 def _candidates(found: Sequence[tuple[float, float, float]], tried: int) -> Iterator[tuple[float, float]]:

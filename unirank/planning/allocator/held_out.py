@@ -31,8 +31,8 @@ def held_out_of(request: Request, probe: Probe) -> Probe:
     windows = first_windows(workbench_of(request), used + count, probe.windows.shape[1])
     if len(windows) < used + count:
         raise InputError(
-            f"depth and swaps need {count} calibration windows (the option held_out) beside the {used} that are "
-            f"measured on, and there are {len(windows)} in all; take fewer, or calibrate on more."
+            f"depth, rounds and swaps need {count} calibration windows (the option held_out) beside the {used} that "
+            f"are measured on, and there are {len(windows)} in all; take fewer, or calibrate on more."
         )
     return Probe(windows[used:], probe.counted)
 

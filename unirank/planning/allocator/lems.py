@@ -32,7 +32,7 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
       windows (`measured_inside`);
     * `swaps`: so many swaps of parameters between matrices (`swapped`), by `seed`.
 
-    `depth` and `swaps` compare divergences of the whole compressed model on `held_out` further windows.
+    They compare divergences of the whole compressed model on `held_out` further windows.
 
     **Choices**: the normalisation, which puts the curve through the measured point. `r0` is lowered to the last rank
     whose tail exceeds 1e-12: a matrix of lower rank than `r0` would have nothing to measure; where even rank 1 leaves
@@ -47,23 +47,26 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     rounds, depth, swaps, seed = (whole(request, name, least=0) for name in ("rounds", "depth", "swaps", "seed"))
     request.check_floor()
     probe = probe_of(request)
-    held = HeldOut(request, held_out_of(request, probe)) if depth or swaps else None
+    inside = dataclasses.replace(probe, windows=probe.windows[: whole(request, "round_windows")])
+    further = held_out_of(request, probe) if depth or rounds or swaps else None
     points = {spec.name: measured_rank(spec, request.energies[spec.name], fraction) for spec in request.linears}
     divergence = probed(request, probe, "measure each linear", points)
     learned: dict[str, Any] = {"kl": divergence}
     curves = curves_through(request, points, divergence)
+    if further is None:
+        return solved(request, curves), None, learned
+    held = HeldOut(request, further)
     with lent(workbench_of(request).loaded.model):
-        if held is not None and depth:
+        if depth:
             curves, found = with_depth(request, curves, held, depth)
             learned |= found
         ranks = solved(request, curves)
-        inside = dataclasses.replace(probe, windows=probe.windows[: whole(request, "round_windows")])
         for number in range(1, rounds + 1):
-            curves, sides = measured_inside(request, inside, curves, ranks, f"measure in plan {number}")
-            learned[f"inside_{number}"] = sides
+            stage = f"measure in plan {number}"
+            curves, learned[f"inside_{number}"] = measured_inside(request, inside, held, curves, ranks, stage)
             ranks = solved(request, curves)
-        if held is not None and swaps:
-            ranks, found = swapped(request, curves, ranks, held, swaps, seed=seed, calibrated=rounds > 0)
+        if swaps:
+            ranks, found = swapped(request, curves, ranks, held, swaps, seed=seed)
             learned |= found
     return ranks, None, learned
 

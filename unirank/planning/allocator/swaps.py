@@ -70,19 +70,15 @@ def swapped(
     tried: int,
     *,
     seed: int,
-    calibrated: bool,
 ) -> tuple[list[int], dict[str, Any]]:
     """`ranks` after `tried` swaps: some matrices give a step of parameters, others take it, within the budget.
 
     A swap is kept when the divergence of the whole model from the dense one falls on held-out windows (`Walk`).
-    Which matrices: the curves predict what a step costs or gains; each has a factor that is not known, normal around 1
-    with variance 0.25. The factors are drawn; by this draw, those matrices give that lose least, and those take that
-    gain most (Thompson sampling). What was measured then corrects the factors (one Kalman step with the diagonal of the
-    covariance). **Choices**: all of it; EvoPress draws uniformly. While few swaps are kept,
-    pairs, then the step, halve.
-
-    Args:
-        calibrated: the curves' drops were measured at these ranks; else they are scaled to the whole divergence.
+    Which matrices: the curves, all scaled so that they add up to the plan's divergence, predict what a step costs or
+    gains; each has a factor that is not known, normal around 1 with variance 0.25. The factors are drawn; by this draw,
+    those matrices give that lose least, and those take that gain most (Thompson sampling). What was measured then
+    corrects the factors (one Kalman step with the diagonal of the covariance). **Choices**: all of it; EvoPress draws
+    uniformly. While few swaps are kept, pairs, then the step, halve.
 
     Every 20 trials the state is kept in the store, so that a run that was killed goes on there.
 
@@ -99,7 +95,7 @@ def swapped(
     )
     keys = list(state.to_values(names))
     common = held.settings() | {"curves": digest_of(curves), "budget": request.budget, "form": request.form}
-    before = common | {"ranks": list(ranks), "seed": seed, "calibrated": calibrated}
+    before = common | {"ranks": list(ranks), "seed": seed}
     walker = _Walker(request, curves)
     progress = workbench_of(request).progress
     for start in range(0, tried, _ROUND):
@@ -109,7 +105,7 @@ def swapped(
             generator = torch.Generator().manual_seed(seed + start)
             with replaced(walker.model, walker.dense):
                 walk = Walk(request, held, walker.ranks(state))
-                scale = walker.scale(state, walk.divergence) if start == 0 and not calibrated else 1.0
+                scale = walker.scale(state, walk.divergence) if start == 0 else 1.0
                 state.factor *= scale
                 state.variance *= scale * scale
                 kept, seen = 0, {tuple(state.places)}
