@@ -17,7 +17,7 @@ _STEPS = (0.7548776662466927, 0.5698402909980532)
 
 
 def depth_factors(layers: int, alpha: float, gamma: float) -> list[float]:
-    """`d_b = 1 + gamma norm_b(Σ_{k >= b} (k + 1)^-alpha)` of every block, counted from 0 (method 11).
+    """`d_b = 1 + gamma norm_b(Σ_{k >= b} (k + 1)^-alpha)` of every block, counted from 0 (method 4.1).
 
     `norm_b` divides by the largest, that of block 0 (**choice**).
     """

@@ -17,7 +17,7 @@ _POWERS = (0.0, 0.25, 0.5, 1.0)
 def measured_inside(
     request: Request, probe: Probe, held: HeldOut, curves: Sequence[Curve], ranks: Sequence[int], stage: str
 ) -> tuple[list[Curve], dict[str, Any]]:
-    """The curves scaled by two secants of the whole model's divergence at `ranks` (method 11).
+    """The curves scaled by two secants of the whole model's divergence at `ranks` (method 4.1).
 
     The model is compressed by `ranks`; then one linear at a time takes the legal rank a quarter below, and above, its
     own. The curves are multiplied by a power of `measured_scales`, the one of 0, 0.25, 0.5 and 1 whose plan has the

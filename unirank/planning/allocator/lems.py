@@ -25,7 +25,7 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     not depend on the budget, so the store keeps it and the next plan is immediate. Least total error within the budget,
     over the ranks that `min_rank` and `multiple_of` allow and the dense matrix.
 
-    Then, where the options ask for it (method 11):
+    Then, where the options ask for it (method 4.1):
 
     * `depth`: errors times a factor of their block, the best of so many (`depth_factors`, `with_depth`);
     * `rounds`: so many times, each linear is measured again inside of the plan, on the first `round_windows` of the
