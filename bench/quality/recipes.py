@@ -31,7 +31,7 @@ def _pivoted(scheme: str = "whiten", allocator: str = "lems", *, lems: Mapping[s
     return Preset(scheme, allocator, options=lems or {}, form="pivoted", **more)
 
 
-# What the code of LEMS measures (method 11), where the default is milder.
+# What the code of LEMS measures (method 4.1), where the default is milder.
 _TEMPERATURE = {"temperature": 0.6, "tokens": 256, "first": 256}
 PARTS = {
     "uniform, pivoted": _pivoted(allocator="uniform"),  # PIFA's rank rule

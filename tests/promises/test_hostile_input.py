@@ -318,7 +318,7 @@ SLIPS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "cosines": ("unirank.types.CosineStat.from_dict", lambda place: open_store(place / "STORE").cosines()),
     "damping": ("unirank.analysis.store.number", lambda place: open_store(place / "STORE").damping()),
     "all tensors of a file": ("unirank.disk.tensorfile._sum", lambda place: open_store(place / "STORE").gradients(0)),
-    "measured": ("unirank.analysis.store.number", measured_of),
+    "measured": ("unirank.analysis.kept_numbers.number", measured_of),
     "provenance": ("unirank.compression.truncation.TruncateReport.from_dict", lambda place: read_record(place / "OUT")),
     "provenance's identity": ("unirank.analysis.identity.Identity._parse", lambda place: read_record(place / "OUT")),
     "evaluations": ("unirank.evaluation.perplexity.EvalReport.from_dict", lambda place: read_record(place / "OUT")),
