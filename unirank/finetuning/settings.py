@@ -98,7 +98,8 @@ class Heal:
         weight_decay: of AdamW, on everything that is trained.
         held_out: fraction of the windows, at least one, that is not trained on but tells which state of a layer was
             best. They come from the end of the text, the others from what is before it.
-        patience: end a layer after so many passes without improvement; 0 never. The best state is kept in any case.
+        patience: end a layer after so many passes without improvement; 0 never, for the last pass, when the rate is
+            small, gains most. The best state is kept in any case.
         precision: "auto" is bfloat16 on GPUs that have it, else float32; weights and sums are float32 in any case.
         distill_steps: then so many steps of the whole model, all factors at once, on the divergence from the dense
             model (temperature 1). A tenth of them lies between two looks at its divergence on the held-out
@@ -113,7 +114,7 @@ class Heal:
     warmup: float = 0.1
     weight_decay: float = 0.0
     held_out: float = 0.1
-    patience: int = 2
+    patience: int = 0
     precision: Precision = "auto"
     distill_steps: int = 0
     distill_lr: float = 2e-5
