@@ -47,10 +47,10 @@ def analysis(
     stage: Any = fill_store
     decompose, spent = stage.decompose_layer, 0.0
 
-    def timed(*args: Any) -> Any:
+    def timed(*args: Any, **more: Any) -> Any:
         nonlocal spent
         start = time.perf_counter()
-        result = decompose(*args)
+        result = decompose(*args, **more)
         spent += time.perf_counter() - start
         return result
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(scratch)
         if arguments.quick:
             text = str(synthetic.text(folder))
-            calibration = unirank.Calibration(text=text, windows=8, window=64, batch=4)
+            calibration = unirank.Calibration(text=text, windows=8, window=64, batch=4, clip=0.0)
             rows = measure(
                 lambda: synthetic.llama(hidden=64, layers=2),
                 calibration,
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder,
             )
         else:
-            calibration = unirank.Calibration(windows=arguments.windows, window=512)
+            calibration = unirank.Calibration(windows=arguments.windows, window=512, clip=0.0)  # as the baseline
             rows = measure(
                 lambda: unirank.load("smollm2-135m", dtype="float32", device="cpu"),
                 calibration,

@@ -182,6 +182,7 @@ def test_fine_tuning_keeps_form_and_rank(made, tmp_path: Path, text_file: Path) 
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")), logits(tuned.model))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_peft_adapts_the_inner_linears(made) -> None:
     model = AutoModelForCausalLM.from_pretrained(made[0] / "llama")
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=["left", "right"]))
