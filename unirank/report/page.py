@@ -25,7 +25,7 @@ def page(data: ReportData) -> str:
         f'<p class="soft">Made by unirank {_text(data.record.identity.versions["unirank"])} '
         f"from <code>{_text(data.record.source)}</code>.</p>",
         _facts(data),
-        _section("Rank allocation", _heat(data), _ALLOCATION),
+        _section("Rank allocation", _heat(data), _ALLOCATION[data.plan.form]),
         _section("Kept fraction of each sublayer", _sublayers(data)),
     ]
     if data.cosines:
@@ -50,10 +50,12 @@ def page(data: ReportData) -> str:
     )
 
 
-_ALLOCATION = (
-    "Fraction of each matrix's parameters that is kept. Above break-even the dense matrix is cheaper and is kept "
-    "whole: 1.00 in the darkest cells."
-)
+_ALLOCATION = {
+    "factors": "Fraction of each matrix's parameters that is kept. Above break-even the dense matrix is cheaper and is "
+    "kept whole: 1.00 in the darkest cells.",
+    "pivoted": "Fraction of each matrix's parameters that is kept. A matrix that keeps nearly all of its rank costs "
+    "nearly as much as the dense one: 1.00 in the darkest cells.",
+}
 _COSINE = (
     "Each point is a sublayer: how little it turns the residual stream (the cosine between what enters and what leaves "
     "it; here its distance from 1, on a log scale) against the effective rank of its last linear's spectrum. UniRank "
