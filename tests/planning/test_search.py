@@ -14,16 +14,16 @@ import torch
 
 import unirank
 from tests.support.allocating import Found, request_of
+from tests.support.curves import curve_of
 from tests.support.tiny import build
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError
 from unirank.planning.allocator import allocator as allocator_of
 from unirank.planning.allocator import curves, depth, divergence, held_out, lems, probing, swaps
 from unirank.planning.allocator.base import Workbench
-from unirank.planning.allocator.curves import Curve
 from unirank.planning.allocator.divergence import Counted, Window, token_divergences
 from unirank.planning.allocator.measure import divergences, low_rank_of, replaced, truncated_modules
-from unirank.types import DENSE, FORMS, LinearSpec
+from unirank.types import DENSE, FORMS
 
 ALL_PARTS = {
     "windows": 2,
@@ -259,38 +259,6 @@ def test_windows_end_where_the_error_is_small_enough(bench, monkeypatch: pytest.
         assert found[steady.name] == (1.0 if precision else pytest.approx((1 + 1 + 2 + 3 + 4 + 5) / 6))
 
 
-def curve_of(power: float, size: float = 1.0) -> Curve:
-    ranks = torch.arange(1, 41)
-    left = torch.linspace(1, 0, 40, dtype=torch.float64)
-    return Curve(ranks, 10 * ranks, size * left**power)
-
-
-def test_scales_are_found_behind_noise_by_kind_and_depth() -> None:
-    """Planted: a factor of the kind, one that rises with depth, and noise half as large as the signal."""
-    generator = torch.Generator().manual_seed(0)
-    kinds, layers = [0.3, 1.0, 2.0, 0.7], 24
-    linears = [LinearSpec(f"{l}.{k}", l, "mlp", str(k), 40, 40) for l in range(layers) for k in range(len(kinds))]
-    table = [curve_of(1.5, 1 + spec.layer % 3) for spec in linears]
-    asked = [curves.neighbours(curve, 20, 40) for curve in table]
-    assert set(asked) == {(15, 25)}
-    true = torch.tensor([kinds[int(spec.kind)] * (0.5 + spec.layer / layers) for spec in linears], dtype=torch.float64)
-    drop = torch.tensor([[float(c.errors[i] - c.errors[i + 5]) for c in table] for i in (14, 19)], dtype=torch.float64)
-    own = [20] * len(table)
-    noisy = true * drop + 0.5 * drop.mean() * torch.randn(drop.shape, generator=generator, dtype=torch.float64)
-    found = curves.measured_scales(linears, table, own, asked, *noisy.tolist())
-    assert float((found / true).log().abs().median()) < 0.2
-    assert torch.corrcoef(torch.stack([found.log(), true.log()]))[0, 1] > 0.9
-    found = curves.measured_scales(linears, table, own, asked, *(true * drop).tolist())
-    assert float((found / true).log().abs().max()) < 0.25
-    # A rise that noise made negative leaves a scale above 0; no rise at all says nothing; one secant is enough.
-    found = curves.measured_scales(linears[:2], table[:2], own[:2], asked[:2], [-0.1, 1.0], [0.0, 1.0])
-    assert bool((found > 0).all())
-    found = curves.measured_scales(linears[:2], table[:2], own[:2], [(None, None)] * 2, [0.0, 0.0], [0.0, 0.0])
-    assert found.tolist() == [1, 1]
-    once = curves.measured_scales(linears[:1], table[:1], own[:1], [(15, None)], [3.0], [0.0])
-    assert float(once) == pytest.approx(3 / float(drop[0, 0]))
-
-
 def test_of_the_powers_of_the_scales_the_best_on_held_out_windows_is_taken(bench) -> None:
     store, workbench = bench()
     options = ALL_PARTS | {"depth": 0, "swaps": 0, "rounds": 1}
@@ -307,19 +275,6 @@ def test_of_the_powers_of_the_scales_the_best_on_held_out_windows_is_taken(bench
 
     assert divergence_of(plan) == min(found["tried"])
     assert divergence_of(before) == found["tried"][0]
-
-
-def test_neighbours_are_legal_and_another_rank() -> None:
-    curve = curve_of(1.0)
-    assert curves.neighbours(curve, 40, 40) == (30, None)
-    assert curves.neighbours(curve, 1, 40) == (None, 2)
-    assert curves.neighbours(curve, 38, 40) == (29, 40)
-    coarse = Curve(torch.tensor([8, 16, 24, 40]), torch.tensor([1, 2, 3, 4]), torch.tensor([3.0, 2.0, 1.0, 0.0]))
-    assert curves.neighbours(coarse, 16, 30) == (8, 24)
-    assert curves.neighbours(coarse, 40, 30) == (16, None)
-    assert curves.neighbours(coarse, 8, 30) == (None, 16)
-    flat = dataclasses.replace(coarse, errors=torch.zeros(4))
-    assert curves.neighbours(flat, 16, 30) == (None, None)
 
 
 def test_the_depth_factor_is_the_formula_and_the_best_candidate_is_taken(bench) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from unirank.cli import options, views
-from unirank.cli.pipeline import read_shares
+from unirank.cli.arguments import read_shares
 from unirank.cli.terminal import run_session
 from unirank.errors import InputError
 from unirank.finetuning.settings import Heal

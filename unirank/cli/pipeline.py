@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unirank.cli import options, views
+from unirank.cli.arguments import (
+    PLANNING,
+    check_preset,
+    check_source,
+    read_calibration,
+    read_form,
+    read_options,
+    read_refine,
+    read_settings,
+)
 from unirank.cli.terminal import Session, run_session
-from unirank.errors import InputError
 
 if TYPE_CHECKING:
-    from unirank.analysis.calibration import Calibration
     from unirank.analysis.needs import Needs
     from unirank.recipes import Preset
-    from unirank.types import Form
-
-# What shapes a plan, so that it has no meaning beside one that is read from a file.
-_PLANNING = (
-    *("preset", "allocator", "set_", "min_rank", "multiple_of"),
-    *("importance", "distance", "gamma", "local", "per_parameter"),
-)
 
 
 def demo_command(
@@ -76,7 +77,7 @@ def analyze_command(
     import unirank
 
     with run_session(as_json, parallel=True) as session:
-        calibration = _calibration(
+        calibration = read_calibration(
             calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
         )
         asked: dict[str, Any] = {"preset": preset, "scheme": scheme, "calibration": calibration, "stream": stream}
@@ -132,19 +133,19 @@ def plan_command(
     from unirank.disk.files import write_text
 
     with run_session(as_json, models=against is not None) as session:
-        _check_source(ctx, remove, ranks)
-        _check_preset(ctx, preset, _PLANNING)
+        check_source(ctx, remove, ranks)
+        check_preset(ctx, preset, PLANNING)
         chosen = unirank.plan(
             store,
             remove,
             ranks=ranks,
             preset=preset,
             allocator=allocator,
-            settings=_settings(importance, distance, gamma, local, per_parameter),
-            options=_options(set_),
+            settings=read_settings(importance, distance, gamma, local, per_parameter),
+            options=read_options(set_),
             min_rank=min_rank,
             multiple_of=multiple_of,
-            form=_form(form),
+            form=read_form(form),
             against=against,
             calibration=calib,
             device=device,
@@ -225,15 +226,15 @@ def compress_command(
     from unirank.report.write import check_page, write_report
 
     with run_session(as_json, parallel=True) as session:
-        _check_source(ctx, remove, ranks)
-        second = _refine(refine, refine_damping, refine_metric, refine_metric_damping, refine_centred, refine_dense)
-        _check_preset(ctx, preset, _PLANNING)
+        check_source(ctx, remove, ranks)
+        second = read_refine(refine, refine_damping, refine_metric, refine_metric_damping, refine_centred, refine_dense)
+        check_preset(ctx, preset, PLANNING)
         recipe: Preset = recipe_of(
             preset,
             scheme=scheme,
             allocator=allocator,
-            settings=_settings(importance, distance, gamma, local, per_parameter),
-            options=_options(set_),
+            settings=read_settings(importance, distance, gamma, local, per_parameter),
+            options=read_options(set_),
             refine=second,
             heal=Heal() if heal else None,
         )
@@ -243,11 +244,11 @@ def compress_command(
             recipe=recipe,
             min_rank=min_rank,
             multiple_of=multiple_of,
-            calibration=_calibration(
+            calibration=read_calibration(
                 calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
             ),
             scheme_is_free=preset is None and scheme is None,
-            form=_form(form),
+            form=read_form(form),
             progress=session.progress,
         )
         loading = {"dtype": dtype, "device": device, "revision": model_revision}
@@ -297,114 +298,3 @@ def _show_needs(session: Session, found: Needs) -> None:
     """Print it; raises InputError, after that, where the run cannot fit."""
     session.show(found.as_dict(), *views.needs_view(found))
     found.require_fit()
-
-
-def _calibration(
-    text: str | None,
-    shares: str | None,
-    windows: int | None,
-    window: int | None,
-    seed: int | None,
-    batch: int | None,
-    gradients: int | None,
-    clip: float | None,
-    split: str | None,
-    revision: str | None,
-) -> Calibration | str | None:
-    """What was said about calibration; None where nothing was, so that a finished store is taken as it is."""
-    from unirank.analysis.calibration import Calibration
-
-    given = {"text": text, "windows": windows, "window": window, "seed": seed, "batch": batch}
-    given["shares"] = None if shares is None else read_shares(shares)
-    given |= {"gradient_windows": gradients, "clip": clip, "split": split, "revision": revision}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.keys() == {"text"}:
-        return text  # a text alone goes with a finished store of it
-    return Calibration(**given) if given else None  # pyright: ignore[reportArgumentType] - each has its own type
-
-
-def _form(name: str | None) -> Form | None:
-    from unirank.rank_plan import check_form
-
-    return None if name is None else check_form(name)
-
-
-def read_shares(given: str) -> list[float]:
-    """`"3,1"` -> `[3.0, 1.0]`; what a share may be is the library's matter."""
-    try:
-        return [float(part) for part in given.split(",")]
-    except ValueError:
-        raise InputError(f"--calib-shares {given} is not legal; it is a number for each text, such as 3,1.") from None
-
-
-def _settings(
-    importance: str | None, distance: str | None, gamma: float | None, local: str | None, per_parameter: bool
-) -> Any:
-    """Score settings; None where all are UniRank's."""
-    given = {"importance": importance, "distance": distance, "gamma": gamma, "local": local}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given and not per_parameter:
-        return None
-    from unirank.planning.score import ScoreSettings
-
-    return ScoreSettings(**given, per_parameter=per_parameter)  # pyright: ignore[reportArgumentType] - it checks them
-
-
-def _refine(
-    mix: float | None,
-    damping: float | None,
-    metric: bool,
-    metric_damping: float | None,
-    centred: bool,
-    dense: bool,
-) -> Any:
-    """The second pass; None without --refine, which the others need."""
-    more = {"damping": damping, "metric": metric or None, "metric_damping": metric_damping}
-    more |= {"centred": centred or None, "dense": dense or None}
-    more = {name: value for name, value in more.items() if value is not None}
-    if mix is None:
-        if more:
-            raise InputError(f"--refine-{next(iter(more)).replace('_', '-')} needs --refine MIX.")
-        return None
-    from unirank.compression.refine import Refine
-
-    return Refine(mix=mix, **more)  # pyright: ignore[reportArgumentType] - it checks them
-
-
-def _options(given: list[str] | None) -> dict[str, float] | None:
-    """`["ratio=3"]` -> `{"ratio": 3.0}`."""
-    options = {}
-    for item in given or ():
-        name, _, value = item.partition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            raise InputError(f"--set {item} is not legal; it must be NAME=NUMBER, such as ratio=3.") from None
-        if name in options:
-            raise InputError(f"--set gives {name} twice.")
-        options[name] = number
-    return options or None
-
-
-def _check_source(ctx: typer.Context, remove: float | None, file: Path | None) -> None:
-    """Exactly one of --remove and --ranks; and beside a file nothing that it makes meaningless."""
-    if (remove is None) == (file is None):
-        raise typer.BadParameter("exactly one of them must be given.", ctx=ctx, param_hint="--remove or --ranks")
-    if file is not None:
-        _check_alone(ctx, "--ranks: the file has the ranks", _PLANNING)
-
-
-def _check_preset(ctx: typer.Context, preset: str | None, others: tuple[str, ...]) -> None:
-    """Beside --preset nothing that it sets."""
-    if preset is not None:
-        free = ("preset", "min_rank", "multiple_of")
-        _check_alone(ctx, "--preset", ("scheme", "refine", "heal", *(name for name in others if name not in free)))
-
-
-def _check_alone(ctx: typer.Context, flag: str, others: tuple[str, ...]) -> None:
-    """Refuse options of the command line that `flag` makes meaningless."""
-    for name in others:
-        source = ctx.get_parameter_source(name) if name in ctx.params else None
-        if source is not None and source.name == "COMMANDLINE":
-            hint = "--set" if name == "set_" else "--" + name.replace("_", "-")
-            raise typer.BadParameter(f"it does not go with {flag}.", ctx=ctx, param_hint=hint)

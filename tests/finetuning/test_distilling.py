@@ -1,0 +1,123 @@
+"""The whole model at once, after healing: what it trains, what it leaves, and how it resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unirank
+from tests.support.healing import DISTILL, Killed, weights
+from tests.support.stores import contents
+from unirank.compression.checkpoint import CompressedModel
+from unirank.errors import InputError
+from unirank.finetuning import loop
+from unirank.finetuning.healing_text import draw
+from unirank.types import LoadedModel
+
+
+def divergence(dense: LoadedModel, model: Any, windows: torch.Tensor) -> float:
+    with torch.no_grad():
+        p, q = (one(windows).logits.double().log_softmax(-1) for one in (dense.model, model))
+    return float((p.exp() * (p - q)).sum(-1)[:, :-1].mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_distillation_trains_all_factors_towards_the_dense_model(dtype, pair, counting, tmp_path: Path) -> None:
+    dense, small = pair(dtype=dtype)
+    plain = dataclasses.replace(DISTILL, distill_steps=0)
+    healed = unirank.heal(small, counting, plain, against=dense, work=tmp_path / "plain")
+    assert healed.training is not None
+    assert healed.training["distilled"] is None
+    held_out = draw(dense, counting, None, 0.1).looks[0]
+    before, far = weights(healed), divergence(dense, healed.model, held_out)
+    dense, small = pair(dtype=dtype)
+    stages = []
+    after = unirank.heal(
+        small,
+        counting,
+        DISTILL,
+        against=dense,
+        work=tmp_path / "work",
+        progress=lambda stage, done, total: stages.append((stage, done, total)),
+    )
+    assert after.training is not None
+    distilled = after.training["distilled"]
+    assert distilled["held_out_after"] < 0.9 * distilled["held_out_before"]
+    assert [entry for entry in distilled["log"] if "eval_loss" in entry][-1]["step"] == 12
+    assert distilled["held_out_before"] == pytest.approx(far, rel=1e-2)
+    assert distilled["held_out_after"] == pytest.approx(divergence(dense, after.model, held_out), rel=1e-2)
+    assert ("distill", 12, 12) in stages
+    factors = {name for name in before if ".left." in name or ".right." in name}
+    assert {name for name, tensor in weights(after).items() if not torch.equal(tensor, before[name])} == factors
+    assert {parameter.dtype for parameter in after.model.parameters()} == {dtype}
+    assert after.model.config.use_cache
+    assert not any(module.training for module in after.model.modules())
+    assert all(parameter.requires_grad for parameter in after.model.parameters())
+    kept = {path.name for path in (tmp_path / "work").iterdir()}
+    assert kept == {"heal.json", "distilled.safetensors", *(f"layer-0000{i}.safetensors" for i in range(3))}
+    card = after.save(tmp_path / "out") / "README.md"
+    assert "; then 12 steps of distillation, divergence on held-out windows " in card.read_text()
+
+
+@pytest.mark.slow
+def test_distillation_that_does_not_help_changes_nothing(pair, counting, tmp_path: Path) -> None:
+    dense, small = pair()
+    plain = dataclasses.replace(DISTILL, distill_steps=0)
+    before = weights(unirank.heal(small, counting, plain, against=dense, work=tmp_path / "plain"))
+    dense, small = pair()
+    wild = dataclasses.replace(DISTILL, distill_lr=1.0)
+    after = unirank.heal(small, counting, wild, against=dense, work=tmp_path / "work")
+    assert after.training is not None
+    assert after.training["distilled"]["held_out_after"] == after.training["distilled"]["held_out_before"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(after).items())
+
+
+@pytest.mark.slow
+def test_a_killed_distillation_resumes_to_the_same_bytes(
+    on_disk: Path, counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(work: str) -> CompressedModel:
+        place, dense = tmp_path / work, on_disk / "dense"
+        return unirank.heal(on_disk / "small", counting, DISTILL, against=dense, work=place, device="cpu")
+
+    run("whole").save(tmp_path / "expected")
+    original = loop._Trainer.compute_loss
+
+    def killed(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 7 and model.training:
+            raise Killed
+        return original(self, model, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "compute_loss", killed)
+        with pytest.raises(Killed):
+            run("work")
+    assert (tmp_path / "work" / "distill" / "checkpoint-7" / "model.safetensors").is_file()
+    steps = []
+
+    def watched(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        if model.training:
+            steps.append(self.state.global_step)
+        return original(self, model, *arguments, **options)
+
+    monkeypatch.setattr(loop._Trainer, "compute_loss", watched)
+    run("work").save(tmp_path / "found")
+    assert steps == [7, 8, 9, 10, 11]
+    assert contents(tmp_path / "found") == contents(tmp_path / "expected")
+    run("work").save(tmp_path / "again")
+    assert len(steps) == 5
+    assert contents(tmp_path / "again") == contents(tmp_path / "expected")
+
+
+def test_a_streamed_model_is_not_distilled(on_disk: Path, words, tmp_path: Path) -> None:
+    small = unirank.open_compressed(on_disk / "small", device="cpu", stream=True)
+    with pytest.raises(
+        InputError, match=r"Heal\.distill_steps needs the whole model in memory; load it without stream"
+    ):
+        unirank.heal(small, words, DISTILL, against=on_disk / "dense", work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
