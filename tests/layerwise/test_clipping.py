@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import unirank
+from tests.support.threads import with_threads
 from tests.support.tiny import WORDS
 from unirank.layerwise.clipping import clip_factors, clipped, scaled
 from unirank.layerwise.recording import layers_of, record
@@ -146,15 +147,10 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(make_model) -> None:
     x = torch.randn(4097, 300, generator=torch.Generator().manual_seed(3))
     x[::50] *= 100
 
-    def run(threads: int) -> list[torch.Tensor]:
-        torch.set_num_threads(threads)
+    def run() -> list[torch.Tensor]:
         stats = statistics(make_model("llama"), 1.1)
         return [clipped(x, 1.5), *(moment.c for one in stats for moment in one.moments.values())]
 
-    before = torch.get_num_threads()
-    try:
-        first, *others = (run(threads) for threads in (1, 2, 4))
-    finally:
-        torch.set_num_threads(before)
+    first, *others = with_threads(run)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import unirank
+from tests.support.threads import with_threads
 from tests.support.tiny import WORDS
 from unirank.layerwise.recording import Recording, layers_of, record
 from unirank.layerwise.statistics import SublayerStreams, calibrate_layer
@@ -240,15 +241,7 @@ def test_non_finite_embedding_is_an_error(make_model) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_statistics_do_not_depend_on_the_number_of_threads(name: str, make_model) -> None:
-    def run(threads: int) -> list[tuple[LayerStats, torch.Tensor]]:
-        torch.set_num_threads(threads)
-        return list(calibrate(make_model(name)))
-
-    before = torch.get_num_threads()
-    try:
-        first, *others = (run(threads) for threads in (1, 2, 4))
-    finally:
-        torch.set_num_threads(before)
+    first, *others = with_threads(lambda: list(calibrate(make_model(name))))
     for other in others:
         for (a, stream_a), (b, stream_b) in zip(first, other, strict=True):
             assert torch.equal(stream_a, stream_b)

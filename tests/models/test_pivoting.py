@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.threads import with_threads
 from unirank.models.low_rank import LowRankLinear, stored_tensors, weight_product
-from unirank.models.pivoting import LIMIT, dominant_rows, pivot
+from unirank.models.pivoting import LIMIT, Pivoted, dominant_rows, pivot
 from unirank.types import rank_cost
 
 shapes = st.tuples(st.integers(2, 40), st.integers(1, 40), st.integers(1, 39), st.integers(0, 1000)).filter(
@@ -89,15 +90,14 @@ def test_the_pivots_do_not_depend_on_how_the_product_is_split() -> None:
 @pytest.mark.parametrize("shape", [(576, 576, 300), (400, 150, 149), (300, 2000, 128)])
 def test_bits_do_not_depend_on_threads(shape: tuple[int, int, int]) -> None:
     left, right = factors(*shape, seed=3)
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(pivot(left, right))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+
+    def run() -> Pivoted:
+        threads = torch.get_num_threads()
+        made = pivot(left, right)
+        assert torch.get_num_threads() == threads
+        return made
+
+    found = with_threads(run)
     for other in found[1:]:
         assert torch.equal(found[0].a, other.a)
         assert torch.equal(found[0].b, other.b)
