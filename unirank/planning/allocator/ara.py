@@ -41,8 +41,8 @@ def allocate(request: Request) -> tuple[list[int], float | None, dict[str, Any]]
     between `near` and 1 is wanted dense, the others at their expected rank, and `ranks_from_targets` meets the budget.
 
     Frozen: model and factors; gradients reach masks only, and windows run one at a time. Needs memory for all factors
-    up to the dense rank beside the dense model, and for one window's activations. One seed gives one plan, with the rounding
-    of one machine and thread count.
+    up to the dense rank beside the dense model, and for one window's activations. One seed gives one plan, with the
+    rounding of one machine and thread count.
 
     Returns ranks, no threshold, and `history`, the loss of every step, with `expected_kept` at the end.
 
