@@ -113,7 +113,7 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
     for remove in sorted({row["remove"] for row in rows}):
         lines += [f"## {remove:.0%} removed" if remove else "## Dense", ""]
         columns = ["preset", "scheme", "allocator", "form", *texts, "used / budget"]
-        columns += ["gradients s", "analysis s", "plan s", "apply s", "heal s", "peak MiB"]
+        columns += ["gradients s", "analysis s", "plan s", "apply s", "heal s", "distil s", "peak MiB"]
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
         for row in rows:
@@ -138,19 +138,20 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
     lines.append(
         "Seconds: the backward pass and the analysis, each where it was made (one serves every cell of its scheme and "
         "seed); the plan (what `lems` measured is kept for the next budget: 0 where another row of the same scheme and "
-        "seed paid); truncation or the second pass; healing. Form: a rank costs R (M + N) parameters as factors, and "
-        "R (M + N - R) pivoted. Perplexity: mean over seeds, with the range; else the largest."
+        "seed paid); truncation or the second pass; healing; distillation. Form: a rank costs R (M + N) parameters as "
+        "factors, and R (M + N - R) pivoted. Perplexity: mean over seeds, with the range; else the largest."
     )
     return "\n".join(lines) + "\n"
 
 
-def _seconds(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, float, float, float, float]:
-    """Seconds of the backward pass, analysis, plan, application and healing that a row stands on."""
+def _seconds(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float, ...]:
+    """Seconds of the backward pass, analysis, plan, application, healing and distillation that a row stands on."""
     if row["allocator"] == "dense":
-        return 0.0, 0.0, 0.0, 0.0, 0.0
+        return (0.0,) * 6
     backward = [other["gradients_seconds"] for other in rows if row["gradients"] == other["gradients"]]
     analysis = [other["analyze_seconds"] for other in rows if row["store"] == other["store"]]
-    return max(backward), max(analysis), row["plan_seconds"], row["apply_seconds"], row.get("heal_seconds", 0.0)
+    after = (row.get(f"{stage}_seconds", 0.0) for stage in ("heal", "distill"))
+    return max(backward), max(analysis), row["plan_seconds"], row["apply_seconds"], *after
 
 
 def everything() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

@@ -7,6 +7,7 @@ Run by bench_quality.py, which says what the keys mean.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import sys
@@ -20,9 +21,44 @@ import unirank
 from bench.quality.recipes import RECIPES
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.disk.files import write_json
+from unirank.disk.hashing import sha256_text
 from unirank.planning.allocator import allocator as allocator_of
 from unirank.planning.measuring import make_workbench
 from unirank.recipes import Preset, preset
+
+# What a kept step depends on beside its recipe.
+_SAME = ("model", "calibration", "windows", "window", "seed", "clip", "remove", "form")
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _heal(compressed: Any, calibration: Any, settings: Any, dense: Any) -> Any:
+    with tempfile.TemporaryDirectory() as work:
+        return unirank.heal(compressed, calibration, settings, work=work, against=dense)
+
+
+class _Kept:
+    """Checkpoints of the steps of a recipe, which other cells begin with too, with what they took."""
+
+    def __init__(self, folder: Path, of: list[Any], seconds: dict[str, float]) -> None:
+        self._folder, self._of, self._seconds, self.peak = folder, of, seconds, 0.0
+
+    def get(self, stage: str, settings: list[Any], make: Callable[[], Any]) -> Any:
+        """The model after the stage: made, or opened where another cell made it."""
+        self._of = [*self._of, stage, *(dataclasses.asdict(s) if dataclasses.is_dataclass(s) else s for s in settings)]
+        place = self._folder / f"{stage}-{sha256_text(json.dumps(self._of))[:16]}"
+        note = place.with_suffix(".json")
+        if not note.is_file():
+            start = time.perf_counter()
+            made = make()
+            took = {"seconds": time.perf_counter() - start, "peak_mib": _peak()}
+            made.save(place, overwrite=True)
+            write_json(note, took)
+        took = json.loads(note.read_text())
+        self._seconds[stage], self.peak = took["seconds"], max(self.peak, took["peak_mib"])
+        return unirank.open_compressed(place, device="cpu")
 
 
 def main() -> None:
@@ -96,23 +132,29 @@ def main() -> None:
                 form=job["form"],
             ),
         )
-        heals, windows = recipe.heal, workbench.windows
-        compressed = timed(
+        windows = workbench.windows
+        # What more than one cell needs is kept: `best` below `healed`, and `healed` below `distilled`.
+        steps = _Kept(Path(job["stores"]), [job[key] for key in _SAME], seconds)
+        compressed = steps.get(
             "apply",
+            [recipe.scheme, recipe.allocator, dict(recipe.options), recipe.refine],
             lambda: unirank.apply(
-                loaded, analysis, ranks, refine=recipe.refine, windows=windows, copy=heals is not None
+                loaded, analysis, ranks, refine=recipe.refine, windows=windows, copy=recipe.heal is not None
             ),
         )
-        if heals is not None:
-            with tempfile.TemporaryDirectory() as work:
-                compressed = timed(
-                    "heal", lambda: unirank.heal(compressed, calibration, heals, work=work, against=loaded)
-                )
+        if recipe.heal is not None:
+            layers = dataclasses.replace(recipe.heal, distill_steps=0)
+            compressed = steps.get("heal", [layers], lambda: _heal(compressed, calibration, layers, loaded))
+            if recipe.heal.distill_steps:
+                whole = dataclasses.replace(recipe.heal, passes=0)
+                compressed = timed("distill", lambda: _heal(compressed, calibration, whole, loaded))
         measured = compressed.model
         record |= {"store": store.name, "gradients": kind if needs_gradients else ""}
         record |= {"used": ranks.used, "budget": ranks.budget}
     # Peak memory of the method itself, before the evaluation adds its own.
-    record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    record["peak_mib"] = _peak()
+    if not dense:
+        record["peak_mib"] = max(record["peak_mib"], steps.peak)
     texts = []
     for text in job["texts"]:
         report = unirank.evaluate(measured, loaded.tokenizer, text=text, limit=job["limit"])

@@ -78,6 +78,26 @@ def test_distillation_that_does_not_help_changes_nothing(pair, counting, tmp_pat
 
 
 @pytest.mark.slow
+def test_distillation_alone_goes_on_where_healing_ended(on_disk: Path, counting, tmp_path: Path) -> None:
+    """The same weights as both in one run."""
+
+    def run(model: Path, settings: unirank.Heal, work: str) -> CompressedModel:
+        dense = on_disk / "dense"
+        return unirank.heal(model, counting, settings, against=dense, work=tmp_path / work, device="cpu")
+
+    whole = run(on_disk / "small", DISTILL, "whole")
+    run(on_disk / "small", dataclasses.replace(DISTILL, distill_steps=0), "first").save(tmp_path / "healed")
+    alone = run(tmp_path / "healed", dataclasses.replace(DISTILL, passes=0), "second")
+    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(whole).items())
+    assert alone.training is not None
+    assert alone.training["layers"] == []
+    card = (alone.save(tmp_path / "out") / "README.md").read_text()
+    assert "12 steps of distillation on 18 windows of 24 tokens of " in card
+    unirank.write_report(tmp_path / "out", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<h2>Healing</h2>") == 2
+
+
+@pytest.mark.slow
 def test_a_killed_distillation_resumes_to_the_same_bytes(
     on_disk: Path, counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,9 +43,10 @@ def test_every_recipe_of_the_experiments_can_be_run() -> None:
         {"preset": "", "scheme": "whiten", "allocator": "curvature", "remove": 0.4},
         {"preset": "best", "scheme": "", "allocator": "", "remove": 0.4},
         {"preset": "kfac + curvature, cost_power 0.5", "scheme": "", "allocator": "", "remove": 0.4},
+        {"preset": "distilled", "scheme": "", "allocator": "", "remove": 0.4, "form": "pivoted"},
         {"preset": "uniform, pivoted + heal, mix 1", "scheme": "", "allocator": "", "remove": 0.4, "form": "pivoted"},
     ],
-    ids=["dense", "curvature", "best", "recipe", "healed"],
+    ids=["dense", "curvature", "best", "recipe", "distilled", "healed"],
 )
 def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     job = (
@@ -64,7 +65,10 @@ def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: P
     assert len(text) > 1024
     out = tmp_path / "result.json"
     subprocess.run([sys.executable, "-m", "bench.quality.quality_job", json.dumps(job), out], check=True, cwd=ROOT)
+    kept = sorted(path.name for path in tmp_path.glob("heal-*.json"))
+    assert len(kept) == (job["preset"] in ("healed", "distilled", "uniform, pivoted + heal, mix 1"))
     record = json.loads(out.read_text())
+    assert ("distill" in record["seconds"]) == (job["preset"] == "distilled")
     assert 0 < record["used"] <= record["budget"]
     assert record["peak_mib"] > 10
     assert record["texts"][0]["perplexity"] > 1
@@ -84,7 +88,7 @@ def test_the_table_sorts_by_the_first_text_and_shows_the_spread_of_seeds() -> No
     meta = {"calibration_windows": 64, "evaluation_windows": 8, "device": "cpu"}
     meta["versions"] = {"python": "3", "torch": "2"}
     lines = [line for line in quality_grid.markdown(rows, meta).splitlines() if line.startswith("|  | whiten")]
-    end = "90.0000% | 0 | 30 | 1 | 2 | 0 | 100 |"
+    end = "90.0000% | 0 | 30 | 1 | 2 | 0 | 0 | 100 |"
     assert lines == [
         f"|  | whiten | unirank | factors | 40.50 (40.0 to 41.0) | 40.50 (40.0 to 41.0) | {end}",
         f"|  | whiten | uniform | factors | 50.50 (50.0 to 51.0) | 50.50 (50.0 to 51.0) | {end}",

@@ -40,7 +40,9 @@ def heal_command(
             "1 aims at the dense model's stream, 0 at what dense layers make of the compressed one's.", group=_TRAINING
         ),
     ] = _D.mix,
-    passes: Annotated[int, options.option("Passes over the windows, for every layer.", group=_TRAINING)] = _D.passes,
+    passes: Annotated[
+        int, options.option("Passes over the windows, for every layer; 0: only distil.", group=_TRAINING)
+    ] = _D.passes,
     batch: Annotated[
         int, options.option("Windows a step; fewer need less memory, and make more steps.", group=_TRAINING)
     ] = _D.batch,

@@ -140,13 +140,14 @@ def heal_view(healed: CompressedModel, out: Path, seconds: float) -> list[Any]:
     for index, layer in enumerate(layers):
         errors = [f"{layer[key]:.5f}" for key in ("before", "after")]
         table.add_row(str(index), *errors, str(layer["passes"]), str(layer["best"]))
+    better = sum(layer["best"] > 0 for layer in layers)
+    told = f"{better} of {len(layers)} layers got better, in {seconds:,.0f} s; the others are as they were."
     lines = [
-        f"{sum(layer['best'] > 0 for layer in layers)} of {len(layers)} layers got better, in {seconds:,.0f} s; the "
-        "others are as they were.",
+        told if layers else f"The layers were not trained one by one; {seconds:,.0f} s.",
         *_distilled(training),
         f"Ranks and size are what they were: {healed.report.targets_after:,} parameters in the decoder's linears.",
     ]
-    return [table, *lines, *load_hint([out])]
+    return [*([table] if layers else []), *lines, *load_hint([out])]
 
 
 def _distilled(training: Mapping[str, Any]) -> list[str]:

@@ -96,14 +96,19 @@ def _healing_line(training: Mapping[str, Any]) -> str:
     better = sum(layer["best"] > 0 for layer in layers)
     before, after = (sum(layer[key] for layer in layers) / max(1, len(layers)) for key in ("before", "after"))
     second = "" if data["second"] is None else f", stopped by `{data['second']['text']}` too"
-    distilled, then = training.get("distilled"), ""
+    windows = f"{data['train_windows']} windows of {data['window']} tokens of `{data['text']}`"
+    parts = []
+    if layers:
+        parts.append(
+            f"{better} of {len(layers)} layers, at most {settings['passes']} passes over {windows}{second}, "
+            f"mix = {settings['mix']}, lr = {settings['lr']}, seed {data['seed']}; mean held-out error of a layer "
+            f"{before:.4f} before, {after:.4f} after"
+        )
+    distilled = training.get("distilled")
     if distilled is not None:
-        then = (
-            f"; then {settings.get('distill_steps')} steps of distillation, divergence on held-out windows "
+        parts.append(
+            f"{'then ' if layers else ''}{settings.get('distill_steps')} steps of distillation"
+            f"{'' if layers else f' on {windows}'}, divergence on held-out windows "
             f"{distilled['held_out_before']:.4f} before, {distilled['held_out_after']:.4f} after"
         )
-    return (
-        f"{better} of {len(layers)} layers, at most {settings['passes']} passes over {data['train_windows']} windows "
-        f"of {data['window']} tokens of `{data['text']}`{second}, mix = {settings['mix']}, lr = {settings['lr']}, "
-        f"seed {data['seed']}; mean held-out error of a layer {before:.4f} before, {after:.4f} after{then}"
-    )
+    return "; ".join(parts)

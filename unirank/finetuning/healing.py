@@ -103,7 +103,9 @@ def heal(
     check_work(work, _RECIPE)
     with locked(work), lent(dense.model), lent(own.model):
         claim(work, _RECIPE, recipe, "healing")
-        layers = _Run(dense, own, drawn, calibration, settings, work, progress).heal()
+        layers = []
+        if settings.passes:
+            layers = _Run(dense, own, drawn, calibration, settings, work, progress).heal()
         distilled = None
         if settings.distill_steps:
             held_out, seed, bf16 = torch.cat(drawn.looks), calibration.seed, _computes_in_bf16(settings, own.device)

@@ -91,7 +91,7 @@ class Heal:
     Attributes:
         mix: `m` in [0, 1]. 1 aims at what the dense layer makes of the dense model's stream (AA-SVD), 0 at what it
             makes of the stream that really enters the compressed layer.
-        passes: over the training windows, for every layer.
+        passes: over the training windows, for every layer; 0 leaves the layers as they are, for `distill_steps` alone.
         batch: windows a step. Fewer make more steps of the same windows, which helps more than it costs.
         lr: peak learning rate of AdamW; a cosine down to 0 over all steps of a layer, after `warmup`.
         warmup: fraction of the steps in which the rate rises.
@@ -120,8 +120,10 @@ class Heal:
     distill_lr: float = 2e-5
 
     def __post_init__(self) -> None:
-        for name, least in (("passes", 1), ("batch", 1), ("patience", 0), ("distill_steps", 0)):
+        for name, least in (("passes", 0), ("batch", 1), ("patience", 0), ("distill_steps", 0)):
             _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        if not self.passes and not self.distill_steps:
+            raise InputError("passes and distill_steps are both 0: nothing would be trained.")
         _check("mix", self.mix, 0 <= self.mix <= 1, "at least 0 and at most 1")
         for name in ("lr", "distill_lr"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")

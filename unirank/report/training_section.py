@@ -55,7 +55,7 @@ def _healing(training: Mapping[str, Any]) -> str:
     }
     title = "held-out error of each layer"
     chart = svg.lines(title, errors, x="layer", y="squared, relative", dots=True) if training["layers"] else ""
-    return _said(training) + _figure(title, chart)
+    return _said(training) + (_figure(title, chart) if chart else "")
 
 
 def _said(training: Mapping[str, Any]) -> str:
