@@ -148,3 +148,66 @@ def test_gradients_are_those_of_the_two_products_and_the_gather() -> None:
         torch.allclose(a, b) for a, b in zip(ours, torch.autograd.grad((plain * weight).sum(), wanted), strict=True)
     )
     assert low(x[0, 0]).shape == (12,)
+
+
+@pytest.fixture
+def low() -> LowRankLinear:
+    found = LowRankLinear(24, 32, 10, bias=True, form="pivoted")
+    left, right = factors(32, 24, 10, 8)
+    found.set_product(left.float(), right.float())
+    found.set_bias(torch.nn.Parameter(torch.linspace(-1, 1, 32)))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (3, 5, 24)], ids=str)
+def test_without_gradients_the_bits_are_the_same(low: LowRankLinear, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    want = low(x).detach()
+    turned = x.movedim(0, -2).contiguous().movedim(-2, 0) if len(shape) > 2 else x
+    with torch.no_grad():
+        assert torch.equal(low(x), want)
+        assert torch.allclose(low(turned), want, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(low(x), want)
+
+
+@pytest.mark.parametrize("inner", ["left", "right"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "module"])
+@torch.no_grad()
+def test_whatever_is_put_on_the_inner_linears_is_heard(low: LowRankLinear, inner: str, how: str) -> None:
+    """Hooks, the patched forward of an offloading library, an adapter's wrapper."""
+    linear, x = low.get_submodule(inner), torch.randn(3, 24)
+    before, heard = low(x), []
+    if how == "hook":
+        linear.register_forward_hook(lambda *_: heard.append(1))
+    elif how == "pre-hook":
+        linear.register_forward_pre_hook(lambda *_: heard.append(1))
+    elif how == "forward":
+        original = linear.forward
+        linear.forward = lambda given: heard.append(1) or original(given)
+    else:
+
+        class Wrapper(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = linear.weight
+
+            def forward(self, given: torch.Tensor) -> torch.Tensor:
+                heard.append(1)
+                return linear(given)
+
+        setattr(low, inner, Wrapper())
+    assert torch.equal(low(x), before)
+    assert heard == [1]
+
+
+@torch.no_grad()
+def test_vmap_trace_and_autocast(low: LowRankLinear) -> None:
+    x = torch.randn(3, 5, 24)
+    want = low(x)
+    assert torch.allclose(torch.func.vmap(low)(x), want, atol=1e-6)
+    traced = torch.jit.trace(low, x)
+    assert torch.allclose(traced(x[:2, :4]), want[:2, :4], atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low(x).dtype == torch.bfloat16  # as every linear
+        assert (low(x).float() - want).abs().max() < 0.02 * want.abs().max()
