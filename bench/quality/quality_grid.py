@@ -148,7 +148,7 @@ def _seconds(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[float
     """Seconds of the backward pass, analysis, plan, application, healing and distillation that a row stands on."""
     if row["allocator"] == "dense":
         return (0.0,) * 6
-    backward = [other["gradients_seconds"] for other in rows if row["gradients"] == other["gradients"]]
+    backward = [other.get("gradients_seconds", 0.0) for other in rows if row["gradients"] == other["gradients"]]
     analysis = [other["analyze_seconds"] for other in rows if row["store"] == other["store"]]
     after = (row.get(f"{stage}_seconds", 0.0) for stage in ("heal", "distill"))
     return max(backward), max(analysis), row["plan_seconds"], row["apply_seconds"], *after

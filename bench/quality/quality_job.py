@@ -47,8 +47,8 @@ class _Kept:
 
     def get(self, stage: str, settings: list[Any], make: Callable[[], Any]) -> Any:
         """The model after the stage: made, or opened where another cell made it."""
-        self._of = [*self._of, stage, *(dataclasses.asdict(s) if dataclasses.is_dataclass(s) else s for s in settings)]
-        place = self._folder / f"{stage}-{sha256_text(json.dumps(self._of))[:16]}"
+        self._of = [*self._of, stage, *settings]
+        place = self._folder / f"{stage}-{sha256_text(json.dumps(self._of, default=dataclasses.asdict))[:16]}"
         note = place.with_suffix(".json")
         if not note.is_file():
             start = time.perf_counter()

@@ -85,6 +85,11 @@ def test_the_table_sorts_by_the_first_text_and_shows_the_spread_of_seeds() -> No
         for seed in (0, 1)
         for text in ("a.txt", "b.txt")
     ]
+    dense = {"preset": "", "scheme": "-", "allocator": "dense", "remove": 0.0, "store": "", "gradients": "", "seed": 0}
+    dense |= {"used": 1, "budget": 1, "peak_mib": 1, "perplexity": 9.0}
+    rows += [dense | {"text": text} for text in ("a.txt", "b.txt")]  # nothing was timed
+    for row in rows:
+        row["gradients"] = ""
     meta = {"calibration_windows": 64, "evaluation_windows": 8, "device": "cpu"}
     meta["versions"] = {"python": "3", "torch": "2"}
     lines = [line for line in quality_grid.markdown(rows, meta).splitlines() if line.startswith("|  | whiten")]

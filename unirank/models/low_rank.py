@@ -83,7 +83,7 @@ class LowRankLinear(nn.Module):
             and x.dtype == self.right.weight.dtype == self.left.weight.dtype
             and x.device == self.right.weight.device
             and not torch.is_autocast_enabled(x.device.type)
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue] - no stub
         )
 
     def _placed(self, x: torch.Tensor, product: torch.Tensor | None) -> torch.Tensor:
