@@ -57,11 +57,6 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PretrainedConfig):
             setattr(module, "config", config.get_text_config() if module is not model else config)  # noqa: B010
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    if hasattr(model, "is_quantized"):
-        setattr(model, "is_quantized", False)  # noqa: B010 - a plain attribute, which nn.Module's types do not know
     return model
 
 

@@ -53,6 +53,10 @@ class UniRankConfig(QuantizationConfigMixin):
             self.form = form
 
 
+# What transformers knows a quantised model by.
+_MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "_is_quantized")
+
+
 class UniRankQuantizer(HfQuantizer):
     """Builds the low-rank skeleton before transformers loads the weights into it."""
 
@@ -71,20 +75,23 @@ class UniRankQuantizer(HfQuantizer):
 
         align_weights(model)
 
+    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        """End of `from_pretrained`: the model is an ordinary one from here on.
+
+        transformers forbids quantised models much that is right for ours: casts, full training, and more with every
+        release. Only `config.quantization_config` stays, by which the next loader knows the format.
+        """
+        super().postprocess_model(model, **kwargs)
+        for part in model.modules():
+            for owner in (part, getattr(part, "config", None)):
+                for name in _MARKS:
+                    getattr(owner, "__dict__", {}).pop(name, None)
+
     def is_serializable(self, **_: Any) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """The Trainer takes the model without adapters too: its factors are plain parameters."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
 

@@ -1,0 +1,134 @@
+"""After loading, a compressed model is an ordinary one to transformers: what it forbids quantised models works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+import unirank
+from tests.support.tiny import build
+from unirank.models.low_rank import LowRankLinear
+
+TOKENS = torch.arange(12)[None]
+
+
+@pytest.fixture(scope="module", params=["factors", "pivoted"])
+def out(request, tmp_path_factory: pytest.TempPathFactory, tokenizer, text_file: Path) -> Path:
+    calibration = unirank.Calibration(text=str(text_file), windows=6, window=24)
+    compressed = unirank.compress(
+        build("llama"), 0.4, tokenizer=tokenizer, calibration=calibration, allocator="uniform", form=request.param
+    )
+    return compressed.save(tmp_path_factory.mktemp("ordinary") / "out")
+
+
+def load(out: Path, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(out, **options)
+
+
+def low_rank(model: torch.nn.Module) -> int:
+    return sum(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.float(), torch.float32),
+        (lambda m: m.double(), torch.float64),
+        (lambda m: m.bfloat16(), torch.bfloat16),
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+    ],
+    ids=["half", "float", "double", "bfloat16", "to"],
+)
+def test_it_is_cast(out: Path, cast: Callable[[Any], Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    model = load(out)
+    wanted = model(TOKENS).logits
+    found = cast(model)(TOKENS).logits
+    assert found.dtype == dtype
+    assert (found.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+    model.save_pretrained(tmp_path / "cast")
+    assert load(tmp_path / "cast", dtype="auto").dtype == dtype
+
+
+def test_nothing_marks_it_but_its_config(out: Path) -> None:
+    model = load(out)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        assert not getattr(model, name, None)
+    assert model.config.quantization_config.quant_method == "unirank"
+    assert low_rank(model) == len(model.config.quantization_config.ranks) > 5
+
+
+def test_the_trainer_trains_all_its_weights(out: Path, tmp_path: Path) -> None:
+    model = load(out)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    row = {"input_ids": TOKENS[0], "labels": TOKENS[0]}
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "learning_rate": 0.1}
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=1, **options)
+    Trainer(model=model, args=arguments, train_dataset=[row, row]).train()  # pyright: ignore[reportArgumentType]
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    again = load(tmp_path / "checkpoint-1")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_its_embeddings_are_resized(out: Path, tmp_path: Path) -> None:
+    model = load(out)
+    size = model.config.vocab_size + 8
+    model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path / "resized")
+    again = load(tmp_path / "resized")
+    assert again(TOKENS).logits.shape[-1] == size
+    assert low_rank(again) == low_rank(model)
+
+
+def test_it_trains_with_recomputed_activations(out: Path) -> None:
+    model = load(out).train()
+    model.config.use_cache = False
+    model(TOKENS, labels=TOKENS).loss.backward()
+    plain = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model = load(out).train()
+    model.gradient_checkpointing_enable()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, plain[name], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@torch.no_grad()
+def test_its_inner_linears_are_quantised(out: Path) -> None:
+    model = load(out).eval()
+    wanted = model(TOKENS).logits
+    smaller = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert type(smaller.get_submodule("model.layers.0.mlp.up_proj.right")) is not torch.nn.Linear
+    assert (smaller(TOKENS).logits - wanted).abs().max() < 0.2 * wanted.abs().max()
+
+
+def test_quantising_while_loading_is_refused(out: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    with pytest.raises(ValueError, match="UniRankConfig but you are passing a BitsAndBytesConfig"):
+        load(out, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_the_file_still_names_the_method_and_stops_a_loader_without_it(out: Path, tmp_path: Path) -> None:
+    """By it a server finds our plugin; and without unirank nothing starts from random weights."""
+    model = load(out)
+    model.save_pretrained(tmp_path / "again")
+    for place in (out, tmp_path / "again"):
+        config = json.loads((place / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "unirank"
+    config["quantization_config"]["quant_method"] = "unheard-of"
+    (tmp_path / "again" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="mismatch|ignore_mismatched_sizes"):
+        load(tmp_path / "again")
+
+
+def test_compressing_twice_says_which_model_to_take(out: Path, tokenizer, calibration) -> None:
+    with pytest.raises(unirank.InputError, match=r"^The model .*is compressed already; compress the dense model"):
+        unirank.compress(load(out), 0.4, tokenizer=tokenizer, calibration=calibration)
