@@ -168,7 +168,7 @@ def windows_of(loaded: LoadedModel, texts: Sequence[Text], calibration: Calibrat
     Raises InputError like `calibration_windows`, `check_window` and `shared_out`.
     """
     check_window(loaded.model, calibration.window, "Calibration.window")
-    bos = bos_of(loaded.tokenizer)
+    bos = bos_of(loaded.tokenizer, loaded.model)
     parts = []
     for text, count in zip(texts, windows_each(texts, calibration), strict=True):
         tokens = tokenize(loaded.tokenizer, text, loaded.model)

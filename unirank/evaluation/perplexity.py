@@ -18,6 +18,7 @@ from unirank.progress import OnProgress, silent
 from unirank.text.windows import (
     BUILTIN_HELD_OUT,
     bos_of,
+    check_tokens,
     check_window,
     evaluation_windows,
     fitting_window,
@@ -87,7 +88,7 @@ def evaluate(
     check_window(model, window)
     content = read_text(text, tokenizer, split=split, held_out=True)
     tokens = tokenize(tokenizer, content, model)
-    bos = bos_of(tokenizer)
+    bos = bos_of(tokenizer, model)
     windows = evaluation_windows(tokens, window=window, limit=limit, bos=bos, name=content.name)
     predicted = windows.numel() - len(windows)
     nll = total_nll(model, windows, stage=stage, progress=progress) / predicted
@@ -134,9 +135,11 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     """Greedy continuation of `prompt` by at most `tokens` tokens (a sample to look at, not a measurement).
 
     It ends earlier where the model's table of positions ends (see `longest_window`). Raises InputError for a prompt
-    that is longer than that table.
+    that is longer than that table, or has a token without an embedding.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    check_tokens(inputs["input_ids"], tokenizer, model, "The prompt")
+    inputs = inputs.to(model.device)
     length, longest = inputs["input_ids"].shape[1], longest_window(model)
     if longest is not None:
         if length > longest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import math
@@ -17,7 +18,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.errors import InputError, NonFiniteError
+from unirank.models.embeddings import embedding_rows
 from unirank.progress import OnProgress, silent
+from unirank.text.windows import check_tokens
 
 # Where lm-eval draws its own bars. They would overwrite ours, and no argument turns them off.
 _DRAWS_BARS = ("api.task", "api.model", "models.huggingface")
@@ -133,7 +136,7 @@ def run_tasks(
         batch: requests that run together; another batch rounds differently.
 
     Raises:
-        InputError: see `Tasks`; a number is not legal.
+        InputError: see `Tasks`; a number is not legal; a document has a token without an embedding.
         NonFiniteError: a log likelihood or a metric is NaN or infinity; names the task.
     """
     for name, value, least in (("fewshot", fewshot, 0), ("limit", limit, 1), ("batch", batch, 1)):
@@ -142,7 +145,8 @@ def run_tasks(
     chosen = tasks if isinstance(tasks, Tasks) else Tasks(tasks)
     with _quiet(), _bars(progress):
         objects = chosen.load(fewshot)
-        network = _model_class()(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        padded = padding_tokenizer(tokenizer, model)
+        network = _model_class()(pretrained=model, tokenizer=padded, batch_size=batch)
         found = _lm_eval("evaluator").simple_evaluate(
             model=network,
             tasks=objects,
@@ -155,6 +159,16 @@ def run_tasks(
     return TaskReport(tuple(_results(found)), version("lm-eval"), batch, limit, str(model.dtype).removeprefix("torch."))
 
 
+def padding_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer; where its padding has no embedding in `model`, a copy that pads with EOS (**choice**)."""
+    pad, eos, rows = tokenizer.pad_token_id, tokenizer.eos_token_id, embedding_rows(model)
+    if not (isinstance(pad, int) and pad >= rows and isinstance(eos, int) and eos < rows):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _lm_eval(module: str) -> Any:
     """A module of lm-eval, untyped: the type checker need not have it installed."""
     return import_module(f"lm_eval.{module}")
@@ -162,7 +176,18 @@ def _lm_eval(module: str) -> Any:
 
 def _model_class() -> Any:
     class Model(_lm_eval("models.huggingface").HFLM):
-        """lm-eval compares NaN likelihoods as if they were numbers; here they stop the run."""
+        """lm-eval compares NaN likelihoods as if they were numbers; here they stop the run.
+
+        So does a token without an embedding, by its name: on a GPU it would be a failed assertion.
+        """
+
+        def _model_call(self, inps: Any, *arguments: Any, **options: Any) -> Any:
+            check_tokens(inps, self.tokenizer, self.model, "A document of the tasks")
+            return super()._model_call(inps, *arguments, **options)
+
+        def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
+            check_tokens(context, self.tokenizer, self.model, "A document of the tasks")
+            return super()._model_generate(context, *arguments, **options)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             found = super().loglikelihood(requests, disable_tqdm=disable_tqdm)

@@ -87,5 +87,5 @@ def draw(loaded: LoadedModel, calibration: Calibration, second_text: str | None,
 def _windows(
     loaded: LoadedModel, tokens: torch.Tensor, calibration: Calibration, count: int, text: Text
 ) -> torch.Tensor:
-    bos, window = bos_of(loaded.tokenizer), calibration.window
+    bos, window = bos_of(loaded.tokenizer, loaded.model), calibration.window
     return calibration_windows(tokens, windows=count, window=window, seed=calibration.seed, bos=bos, name=text.name)

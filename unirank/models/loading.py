@@ -46,7 +46,7 @@ def load(
 
     Raises:
         InputError: unknown model, no tokenizer, no linears in the decoder layers, a mixture of experts, a compressed
-            model, a tokenizer with more tokens than the model has embeddings.
+            model, no matrix of token embeddings.
         NonFiniteError: a weight holds NaN or infinity; names it.
     """
     source = _find(name_or_path, dtype, device, revision, trust_remote_code)
@@ -227,11 +227,7 @@ def describe(
         )
     _check_width(model)
     layers, linears = find_linears(model)
-    rows = embedding_rows(model)
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"The tokenizer does not fit the model: it has {len(tokenizer)} tokens and the model {rows} embeddings."
-        )
+    embedding_rows(model)  # which tokens have one is asked of the texts: a tokenizer may have more than occur
     loaded = LoadedModel(model, tokenizer, layers, linears, source or str(model.config.name_or_path), pages)
     for name, tensor in loaded.state():
         # A sum is one pass without a mask in memory; it is finite unless an entry is not (or it overflows: look then).

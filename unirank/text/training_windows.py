@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.disk.hashing import sha256_text
 from unirank.text.records import is_records, read_documents
-from unirank.text.windows import Text, bos_of, check_window, evaluation_windows, read_text, tokenize
+from unirank.text.windows import Text, bos_of, check_tokens, check_window, evaluation_windows, read_text, tokenize
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
     """
     check_window(model, window, "Finetune.window")
     eos = tokenizer.eos_token_id
+    if isinstance(eos, int) and len(corpus.documents) > 1:
+        check_tokens(torch.tensor([eos]), tokenizer, model, "The end of a document")
     parts: list[torch.Tensor] = []
     for document in corpus.documents:
         if parts and isinstance(eos, int):
             parts.append(torch.tensor([eos]))
         parts.append(tokenize(tokenizer, Text(corpus.name, document), model))
-    return evaluation_windows(torch.cat(parts), window=window, bos=bos_of(tokenizer), name=corpus.name)
+    return evaluation_windows(torch.cat(parts), window=window, bos=bos_of(tokenizer, model), name=corpus.name)

@@ -78,23 +78,46 @@ def read_text(
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, model: PreTrainedModel) -> torch.Tensor:
     """Tokenise the whole text at once, without special tokens: int64 `[tokens]` on the CPU.
 
-    Raises InputError when a token id has no embedding in `model`.
+    Raises InputError when a token of it has no embedding in `model`.
     """
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)
-    rows = embedding_rows(model)
-    if len(tokens) and int(tokens.max()) >= rows:
-        raise InputError(
-            f"The tokenizer does not fit the model: {text.name} gives token {int(tokens.max())}, "
-            f"the model has {rows} embeddings."
-        )
+    check_tokens(tokens, tokenizer, model, f"The text {text.name}")
     return tokens
 
 
-def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS id when the tokenizer puts one in front by itself (Gemma, Llama 3), else None."""
+def check_tokens(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, where: str) -> None:
+    """Raise InputError for a token without an embedding in `model`, which names the token and says what to do.
+
+    A tokenizer may have more tokens than the model has embeddings (`[PAD]` was added, and nothing resized): such a
+    model runs, as long as none of these tokens occurs.
+
+    Args:
+        tokens: integers of any shape.
+        where: what they are, as the subject of a sentence.
+    """
+    rows = embedding_rows(model)
+    beyond = tokens[tokens >= rows]
+    if beyond.numel():
+        first = int(beyond.flatten()[0])
+        raise InputError(
+            f"{where} has the token {tokenizer.convert_ids_to_tokens(first)!r} (id {first}), for which the model has "
+            f"no embedding (it has {rows}); leave that token out, or give the dense model embeddings for all tokens "
+            "with model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> int | None:
+    """The BOS id when the tokenizer puts one in front by itself (Gemma, Llama 3), else None.
+
+    Raises InputError when it has no embedding in `model`, where one is given.
+    """
     bos = tokenizer.bos_token_id
-    return bos if isinstance(bos, int) and list(tokenizer("a").input_ids)[:1] == [bos] else None
+    if not isinstance(bos, int) or list(tokenizer("a").input_ids)[:1] != [bos]:
+        return None
+    if model is not None:
+        check_tokens(torch.tensor([bos]), tokenizer, model, "The start of a window")
+    return bos
 
 
 def longest_window(model: PreTrainedModel) -> int | None:
