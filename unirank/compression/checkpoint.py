@@ -21,6 +21,7 @@ from unirank.errors import InputError
 from unirank.evaluation.perplexity import EvalReport
 from unirank.models.loading import load_paged, load_pretrained
 from unirank.models.shards import save_shards
+from unirank.models.structure import require_plain
 from unirank.rank_plan import RankPlan
 from unirank.types import Paging
 
@@ -49,6 +50,7 @@ class CompressedModel:
         """
         out = Path(out)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
+        require_plain(self.model, "saved")
         with staged_directory(out) as folder:
             if self.pages is None:
                 self.model.save_pretrained(folder)

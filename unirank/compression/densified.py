@@ -18,6 +18,7 @@ from unirank.disk.files import check_output, staged_directory, write_json
 from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear, weight_product
 from unirank.models.shards import save_shards
+from unirank.models.structure import require_plain
 from unirank.progress import OnProgress, silent
 from unirank.types import Paging
 
@@ -38,6 +39,7 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
 
     Raises InputError when the model is not compressed, or its class has no place for the biases.
     """
+    require_plain(model, "densified")
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not low_rank:
         raise InputError("The model has no low-rank layers, so there is nothing to densify.")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.structure import require_plain
 
 Factor = Literal["left", "right", "dense"]
 
@@ -27,6 +28,7 @@ def adapted(model: nn.Module, *, dense: Iterable[str] = ()) -> dict[str, Factor]
             names |= {f"{name}.left": "left", f"{name}.right": "right"}
     if not names:
         raise InputError("The model has no low-rank layers, so there are no factors to fine-tune; compress it first.")
+    require_plain(model, "trained")
     for name in dense:
         names[name] = "dense"
     return names

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear, SharedInput
+from unirank.models.structure import require_plain
 
 
 @torch.no_grad()
@@ -22,6 +23,7 @@ def fuse(model: PreTrainedModel) -> list[tuple[str, ...]]:
 
     Raises InputError when the model is not compressed, or a part of it is not in memory.
     """
+    require_plain(model, "fused")
     names = {module: name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not names:
         raise InputError("The model has no low-rank layers, so there is nothing to fuse; compress it first.")

@@ -47,6 +47,26 @@ def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
     return layers_path, tuple(specs)
 
 
+def require_plain(model: nn.Module, done: str) -> None:
+    """Check that weights are torch's own tensors, not another library's (quantised, sharded).
+
+    Args:
+        done: what is to be done with the model, as in "the model must be saved before".
+
+    Raises InputError with the first weight that is something else, and where `model` is no module at all.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "; give its .model" if hasattr(model, "model") else ""
+        raise InputError(f"A model is needed, got {type(model).__name__}{hint}.")
+    for name, weight in model.named_parameters():
+        if type(weight) not in (nn.Parameter, torch.Tensor):
+            kind = type(weight)
+            raise InputError(
+                f"{name} is a {kind.__name__} of {kind.__module__.partition('.')[0]}, not a plain tensor; the model "
+                f"must be {done} before its weights are quantised or sharded in memory."
+            )
+
+
 def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     best: tuple[int, str, nn.ModuleList] | None = None
     for path, module in model.named_modules():
