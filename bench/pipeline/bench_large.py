@@ -1,10 +1,12 @@
 """A model larger than the memory it gets: streamed compression against what `--dry-run` said about it.
 
     python -m bench.pipeline.bench_large --json large.json
+    python -m bench.pipeline.bench_large --layers 2 --heal --json healing.json
 
 Writes a random bfloat16 Llama of Llama 3.2 3B's shape (3.2 billion parameters, 6.4 GB) shard by shard, asks
 `unirank compress --stream --dry-run` what it will need, runs the same command without it, and counts the parameters of
-the checkpoint's files. Peaks are the kernel's, of the process that ran.
+the checkpoint's files. With --heal also `unirank heal --stream`, one pass. Peaks are the kernel's, of the process that
+ran. With --layers the model has only so many: one layer is in memory at a time, so the peak is that of the whole model.
 """
 
 from __future__ import annotations
@@ -50,9 +52,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 SHARD = 1 << 30  # bytes
 
 
-def write_model(shape: str, folder: Path) -> int:
+def write_model(shape: str, layers: int | None, folder: Path) -> int:
     """A checkpoint of random weights, one shard in memory at a time; returns its parameters."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=True, dtype="bfloat16")
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config)
@@ -116,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--remove", type=float, default=0.3)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--layers", type=int, help="decoder layers, where fewer than the shape has will do")
+    parser.add_argument("--heal", action="store_true", help="then heal the result, one pass")
     parser.add_argument("--work", type=Path, help="keep model, store and checkpoint here; resumes")
     parser.add_argument("--json", type=Path, help="write rows and meta to this file")
     arguments = parser.parse_args(argv)
@@ -124,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = (arguments.work or Path(scratch)).absolute()
         model, out = work / "model", work / "small"
         model.mkdir(parents=True, exist_ok=True)
-        total = parameters(model) if (model / "config.json").is_file() else write_model(shape, model)
+        total = parameters(model) if (model / "config.json").is_file() else write_model(shape, arguments.layers, model)
         text = synthetic.text(work)
         windows = ["--windows", str(arguments.windows), "--window", str(arguments.window), "--batch", "4"]
         command = [
@@ -148,8 +153,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         row |= {"baseline": "--dry-run", "ratio": said["seconds"] / seconds, "seconds": seconds}
         row |= {"baseline_seconds": said["seconds"], "gbs": None, "gflops": None}
         row |= {"peak_bytes": peak, "said_bytes": said["memory"], "bytes_ratio": said["memory"] / peak}
-    Console().print(row)
-    write_result(arguments.json, [row], seed=0)
+        rows = [row]
+        if arguments.heal:
+            command = ["heal", str(out), "-o", str(work / "healed"), "--against", str(model), "--calib", str(text)]
+            command += ["--stream", *windows[:4], "--passes", "1", "--device", "cpu", "--overwrite"]
+            healed, seconds, peak = timed(command)
+            assert parameters(work / "healed") == report["model_after"]
+            layers = healed["training"]["layers"]
+            rows.append(row | {"op": "heal --stream", "seconds": seconds, "peak_bytes": peak, "baseline": ""})
+            rows[-1] |= {"baseline_seconds": None, "ratio": None, "said_bytes": None, "bytes_ratio": None}
+            rows[-1] |= {"layers": len(layers), "best": [layer["best"] for layer in layers]}
+    for found in rows:
+        Console().print(found)
+    write_result(arguments.json, rows, seed=0)
     return 0
 
 
