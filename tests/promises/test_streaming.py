@@ -67,14 +67,7 @@ def test_store_checkpoint_and_densified_checkpoint_are_the_same(
             assert all(name.endswith("bias") for name in in_memory(loaded))  # small, and only where they were added
         compressed.save(tmp_path / kind)
     assert contents(tmp_path / "streamed-store") == contents(tmp_path / "whole-store")
-    whole, streamed = contents(tmp_path / "whole"), contents(tmp_path / "streamed")
-    assert streamed.keys() == whole.keys()
-    for file in whole:
-        if file.endswith(".json"):
-            records = [json.loads(folder[file]) for folder in (streamed, whole)]
-            if file == "provenance.json":  # transformers may write the same tensors in another order
-                assert all(len(record.pop("files")) == 1 for record in records)
-            assert records[0] == records[1], file
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():
         logits = [AutoModelForCausalLM.from_pretrained(tmp_path / kind)(ids).logits for kind in ("whole", "streamed")]

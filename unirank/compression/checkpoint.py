@@ -20,7 +20,7 @@ from unirank.disk.strictjson import Damaged, entry, number, read_object
 from unirank.errors import InputError
 from unirank.evaluation.perplexity import EvalReport
 from unirank.models.loading import load_paged, load_pretrained
-from unirank.models.shards import save_shards
+from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
 from unirank.rank_plan import RankPlan
 from unirank.types import Paging
@@ -52,10 +52,7 @@ class CompressedModel:
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         require_plain(self.model, "saved")
         with staged_directory(out) as folder:
-            if self.pages is None:
-                self.model.save_pretrained(folder)
-            else:
-                save_shards(self.model, self.pages, folder)
+            save_model(self.model, self.pages, folder)
             self.tokenizer.save_pretrained(folder)
             write_text(folder / PLAN_FILE, self.plan.to_json())
             write_json(folder / PROVENANCE_FILE, self.provenance() | {"files": sha256_files(folder)})

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from unirank.compression.checkpoint import PROVENANCE_FILE, CompressedModel
 from unirank.disk.files import check_output, staged_directory, write_json
 from unirank.errors import InputError
+from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
-from unirank.models.shards import save_shards
+from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
 from unirank.progress import OnProgress, silent
 from unirank.types import Paging
@@ -59,6 +60,7 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PretrainedConfig):
             setattr(module, "config", config.get_text_config() if module is not model else config)  # noqa: B010
+    join_again(model)
     return model
 
 
@@ -70,10 +72,7 @@ def save_dense(compressed: CompressedModel, out: str | Path, *, overwrite: bool 
     out = Path(out)
     check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
     with staged_directory(out) as folder:
-        if compressed.pages is None:
-            compressed.model.save_pretrained(folder)
-        else:
-            save_shards(compressed.model, compressed.pages, folder)
+        save_model(compressed.model, compressed.pages, folder)
         compressed.tokenizer.save_pretrained(folder)
         write_json(folder / PROVENANCE_FILE, {"densified": True} | compressed.provenance())
     return out

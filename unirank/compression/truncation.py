@@ -14,6 +14,7 @@ from unirank.analysis.redraw import check_model
 from unirank.analysis.store import AnalysisStore
 from unirank.disk.strictjson import Damaged, entry
 from unirank.errors import InputError, NonFiniteError, UnirankError
+from unirank.models.file_names import keep_apart
 from unirank.models.low_rank import (
     align_weights,
     count_parameters,
@@ -165,6 +166,7 @@ def settle(loaded: LoadedModel, plan: RankPlan, model_before: int) -> TruncateRe
     low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
     biased = [name for name in low_rank if model.get_submodule(name).added_bias]
     if low_rank:
+        keep_apart(model)
         model.config.quantization_config = UniRankConfig(ranks=low_rank, biased=biased, form=plan.form)
     targets_after = sum(count_target(model.get_submodule(spec.name)) for spec in loaded.linears)
     if targets_after != plan.used:
