@@ -39,4 +39,4 @@ class WriteError(UnirankError):
 
 def first_line(error: BaseException) -> str:
     """What somebody else's error says, to be a part of a sentence of ours: its first line, or its class's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")

@@ -329,7 +329,7 @@ SLIPS: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda place: read_ranks(open_store(place / "STORE").linears, (place / "OUT" / PLAN_FILE).read_text()),
     ),
     "grid": ("unirank.report.gather.number", lambda place: gather(place / "OUT", None, grid_of(place))),
-    "index": ("unirank.models.loading.entry", lambda place: load(with_index(place))),
+    "index": ("unirank.models.folder.entry", lambda place: load(with_index(place))),
 }
 
 

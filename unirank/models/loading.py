@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from unirank.disk.strictjson import Damaged, entry, read_object
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
-from unirank.models import embedded
 from unirank.models.embeddings import embedding_rows
+from unirank.models.folder import RESAVE
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.quantizer import METHOD
+from unirank.models.sources import Source, find_source, skeleton_of
 from unirank.models.streamed import Pages, page_map, take_pages
-from unirank.models.structure import find_linears, refuse_experts, stated_experts
-from unirank.provenance import default_device
+from unirank.models.structure import find_linears, refuse_experts
+from unirank.models.wrappers import check_linear, refuse_foreign, unwrapped
 from unirank.types import LoadedModel, Paging
-
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -45,13 +43,15 @@ def load(
             `truncate` and `CompressedModel.save` then read one at a time; what runs the whole model refuses.
 
     Raises:
-        InputError: unknown model, no tokenizer, no linears in the decoder layers, a mixture of experts, a compressed
-            model, no matrix of token embeddings.
-        NonFiniteError: a weight holds NaN or infinity; names it.
+        InputError: unknown model, no tokenizer, no weights in safetensors, modelling code that is not trusted, an
+            adapter, a compressed or quantized model, no linears in the decoder layers, a mixture of experts, no matrix
+            of token embeddings.
+        NonFiniteError: a weight holds NaN or infinity, in the checkpoint or after the cast to `dtype`; names it.
     """
-    source = _find(name_or_path, dtype, device, revision, trust_remote_code)
+    source = find_source(name_or_path, dtype, device, revision, trust_remote_code)
+    _refuse_converted(source.config, source.name)
     model, pages = _read_paged(source) if stream else (_read(source), None)
-    return describe(model, source.tokenizer, source=source.name, pages=pages)
+    return _describe(model, source.tokenizer, source.name, pages, stored=None if dtype == "auto" else source.stored)
 
 
 def load_pretrained(
@@ -63,78 +63,40 @@ def load_pretrained(
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model, dense or compressed, with its tokenizer. Arguments and errors as in `load`."""
-    source = _find(name_or_path, dtype, device, revision, trust_remote_code)
+    source = find_source(name_or_path, dtype, device, revision, trust_remote_code)
     return _read(source), source.tokenizer
 
 
 def load_paged(
-    name_or_path: str | Path, *, dtype: str = "auto", device: str | None = None
+    name_or_path: str | Path, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Pages]:
     """Like `load_pretrained`, but the decoder layers stay in the checkpoint's files."""
-    source = _find(name_or_path, dtype, device, None, False)
+    source = find_source(name_or_path, dtype, device, None, trust_remote_code)
     model, pages = _read_paged(source)
     return model, source.tokenizer, pages
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint that was found, before its weights are read."""
-
-    name: str  # as the user gave it
-    path: str
-    config: Any
-    tokenizer: PreTrainedTokenizerBase
-    dtype: Any
-    device: torch.device
-    common: Mapping[str, Any]
-
-
-def _find(
-    name_or_path: str | Path, dtype: str, device: str | None, revision: str | None, trust_remote_code: bool
-) -> _Source:
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype = {dtype!r} is not legal; legal values: {', '.join(_DTYPES)}.")
-    target = _usable_device(device or default_device())
-    name = str(name_or_path)
-    path = str(embedded.embedded_model()) if name == embedded.NAME else name
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not path:
-        raise InputError("The model's name is empty; give a directory, a hub name, or smollm2-135m.")
-    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
-        raise InputError(f"The model directory {path} does not exist.")
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"The model directory {path} holds no config.json, so it is not a Hugging Face checkpoint.")
-    _check_index(Path(path))
+def _text_part(config: Any) -> Any:
+    """The configuration of the text decoder; the whole one where it does not tell of one, which is refused later."""
     try:
-        config = AutoConfig.from_pretrained(path, **common)
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"Cannot load the model {name!r}: it is neither a local directory with a checkpoint nor reachable "
-            f"on the hub ({first_line(error)})."
-        ) from error
-    except Exception as error:  # what transformers raises for a damaged config is anybody's guess
-        raise InputError(f"The config or tokenizer of {name!r} is damaged: {first_line(error)}.") from error
-    if stated_experts(config) is not None:  # tens of gigabytes that need not be read
-        refuse_experts(_skeleton(name, config, trust_remote_code), config)
-    return _Source(name, path, config, tokenizer, _DTYPES[dtype], target, common)
+        return config.get_text_config()
+    except (ValueError, RuntimeError):
+        return config
 
 
-def _check_index(folder: Path) -> None:
-    """Refuse a local checkpoint whose index names files outside its directory."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+def _refuse_converted(config: Any, source: str) -> None:
+    """Raise InputError where a configuration is a compressed or quantized model's."""
+    found = getattr(config, "quantization_config", None) or getattr(_text_part(config), "quantization_config", None)
+    if found is None:
         return
-    try:
-        places = entry(read_object(index), "weight_map", dict)
-    except Damaged as error:
-        raise InputError(f"{index} is damaged: {error}.") from error
-    for place in places.values():
-        if not isinstance(place, str) or Path(place).name != place:
-            raise InputError(f"{index} names {place!r}, which is no file of its directory.")
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    if method == METHOD:
+        raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
+    how = f" ({str(getattr(method, 'value', method))[:40]})" if method else ""
+    raise InputError(f"The model {source} is quantized{how}; compress the unquantized one it came from.")
 
 
-def _read(source: _Source, **options: Any) -> PreTrainedModel:
+def _read(source: Source, **options: Any) -> PreTrainedModel:
     try:
         # Safetensors only: other weight files are pickles.
         read: Any = AutoModelForCausalLM.from_pretrained(
@@ -149,6 +111,8 @@ def _read(source: _Source, **options: Any) -> PreTrainedModel:
     except UnirankError:
         raise
     except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
+        if isinstance(error, OSError) and not Path(source.path).exists() and "safetensors" in str(error):
+            raise InputError(f"{source.name!r} holds no weights in safetensors; {RESAVE}.") from error
         how = " layer by layer (stream=True)" if options else ""
         raise InputError(f"Cannot load the weights of {source.name!r}{how}: {first_line(error)}.") from error
     model, found = read
@@ -159,19 +123,8 @@ def _read(source: _Source, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _skeleton(name: str, config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a configuration, without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a config makes transformers, or a checkpoint's own code, do
-        raise InputError(
-            f"transformers cannot build the causal language model {name!r}: {first_line(error)}."
-        ) from error
-
-
-def _read_paged(source: _Source) -> tuple[PreTrainedModel, Pages]:
-    skeleton = _skeleton(source.name, source.config, bool(source.common["trust_remote_code"]))
+def _read_paged(source: Source) -> tuple[PreTrainedModel, Pages]:
+    skeleton = skeleton_of(source.name, source.config, bool(source.common["trust_remote_code"]))
     layers, _ = find_linears(skeleton)
     logger = getLogger("accelerate.big_modeling")
     level = logger.level
@@ -181,15 +134,6 @@ def _read_paged(source: _Source) -> tuple[PreTrainedModel, Pages]:
     finally:
         logger.setLevel(level)
     return model, take_pages(model, layers, source.device)
-
-
-def _usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without the backend
-        raise InputError(f"The device {name!r} cannot be used here: {first_line(error)}.") from error
-    return device
 
 
 def _check_width(model: PreTrainedModel) -> None:
@@ -212,25 +156,52 @@ def describe(
     source: str = "",
     pages: Paging | None = None,
 ) -> LoadedModel:
-    """Check a model that is already in memory (but for its `pages`) and list its targets. Raises like `load`."""
-    if not isinstance(model, PreTrainedModel):
-        raise InputError(f"A causal language model of transformers is needed, got {type(model).__name__}.")
+    """Check a model that is already in memory (but for its `pages`) and list its targets.
+
+    What torch.compile, DataParallel or DistributedDataParallel wraps is taken out. What cannot be taken out is refused:
+    adapters that are not merged, weights that are sharded or offloaded. Raises like `load`.
+    """
+    return _describe(unwrapped(model), tokenizer, source, pages)
+
+
+def _describe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    pages: Paging | None,
+    *,
+    stored: str | None = None,
+) -> LoadedModel:
+    """As `describe`; `stored` is the dtype in the checkpoint, where another one was asked for."""
     model.eval()
     refuse_experts(model, model.config)
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise InputError(f"The model {source} is quantized; compress the unquantized one it came from.")
+    _refuse_converted(model.config, source)
+    refuse_foreign(model, paged=pages is not None)
     if model.main_input_name != "input_ids":
         raise InputError(
             f"{type(model).__name__} reads {model.main_input_name}, not token ids; unirank needs input_ids."
         )
     _check_width(model)
     layers, linears = find_linears(model)
+    for spec in linears:
+        check_linear(spec.name, model.get_submodule(spec.name))
     embedding_rows(model)  # which tokens have one is asked of the texts: a tokenizer may have more than occur
     loaded = LoadedModel(model, tokenizer, layers, linears, source or str(model.config.name_or_path), pages)
     for name, tensor in loaded.state():
         # A sum is one pass without a mask in memory; it is finite unless an entry is not (or it overflows: look then).
         if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise NonFiniteError(f"The weight {name} holds NaN or infinity; the checkpoint is damaged.")
+            raise NonFiniteError(_non_finite(name, tensor, stored))
     return loaded
+
+
+def _non_finite(name: str, tensor: torch.Tensor, stored: str | None) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if stored not in (None, dtype) and not tensor.isnan().any():
+        most = torch.finfo(tensor.dtype).max
+        return (
+            f"The weight {name} does not fit into {dtype}, which ends at {most:g}; the checkpoint's own is wider, so "
+            "load it with another dtype=, such as auto or bfloat16."
+        )
+    return f"The weight {name} holds NaN or infinity; the checkpoint is damaged."
