@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -58,6 +58,11 @@ class RankPlan:
             return f"{len(value)} values" if isinstance(value, list | dict) and len(value) > 10 else str(value)
 
         return ", ".join(f"{key} = {shown(value)}" for key, value in sorted(self.settings.items()))
+
+    def renamed(self, places: Mapping[str, str]) -> RankPlan:
+        """The same plan for a model in which linears have other names, `places[name]`."""
+        ranks, shapes = ({places[name]: one for name, one in of.items()} for of in (self.ranks, self.shapes))
+        return self if ranks.keys() == self.ranks.keys() else replace(self, ranks=ranks, shapes=shapes)
 
     def to_json(self) -> str:
         record = asdict(self)

@@ -20,6 +20,7 @@ from unirank.disk.strictjson import Damaged, entry, number, read_object
 from unirank.errors import InputError
 from unirank.evaluation.perplexity import EvalReport
 from unirank.models.loading import load_paged, load_pretrained
+from unirank.models.places import places_of
 from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
 from unirank.rank_plan import RankPlan
@@ -191,7 +192,7 @@ def open_compressed(
     return CompressedModel(
         model,
         tokenizer,
-        record.plan,
+        record.plan.renamed(places_of(model, record.plan.ranks)),  # a body was compressed, and has a head now
         record.report,
         record.identity,
         record.source,

@@ -213,6 +213,17 @@ def align_weights(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()  # torch allocates on the boundary
 
 
+def check_guards(model: nn.Module) -> None:
+    """Raise InputError for a low-rank linear that was loaded without its weights, which would then be random."""
+    for name, module in model.named_modules():
+        guard: Any = module.weight if isinstance(module, LowRankLinear) else None
+        if isinstance(module, LowRankLinear) and not guard.is_meta and guard.tolist() != [module.rank]:
+            raise InputError(
+                f"{type(model).__name__} found no weights of rank {module.rank} for {name} in the checkpoint and would "
+                "start from random ones; open it as the class that was compressed, with AutoModelForCausalLM."
+            )
+
+
 def count_parameters(model: nn.Module) -> int:
     """All parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -244,7 +255,10 @@ def make_low_rank(
     try:
         linear = model.get_submodule(name)
     except AttributeError as error:
-        raise InputError(f"The model has no linear {name}, which the checkpoint's ranks name.") from error
+        raise InputError(
+            f"{type(model).__name__} has no linear {name}, which the checkpoint's ranks name; open it as the class "
+            "that was compressed, with AutoModelForCausalLM, or as its body, with AutoModel."
+        ) from error
     if isinstance(linear, nn.Linear):
         m, n = linear.out_features, linear.in_features
     elif isinstance(linear, Conv1D):

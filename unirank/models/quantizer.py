@@ -52,6 +52,12 @@ class UniRankConfig(QuantizationConfigMixin):
         if form == "pivoted":
             self.form = form
 
+    def rename(self, places: Mapping[str, str]) -> None:
+        """Name every linear by what `places` says of it."""
+        self.ranks = {places[name]: rank for name, rank in self.ranks.items()}
+        if self.biased:
+            self.biased = [places[name] for name in self.biased]
+
 
 # What transformers knows a quantised model by.
 _MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "_is_quantized")
@@ -65,14 +71,17 @@ class UniRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         # Here and not above: this module is imported while transformers itself is being imported (see `registration`).
         from unirank.models.low_rank import make_low_rank
+        from unirank.models.places import places_of
 
         config: Any = self.quantization_config
+        config.rename(places_of(model, config.ranks))  # the model may be another class than the one that was saved
         for name, rank in config.ranks.items():
             make_low_rank(model, name, rank, add_bias=name in config.biased, form=config.form)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        from unirank.models.low_rank import align_weights
+        from unirank.models.low_rank import align_weights, check_guards
 
+        check_guards(model)
         align_weights(model)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
