@@ -229,6 +229,7 @@ def plan(
     against: str | Path | LoadedModel | None = None,
     calibration: str | Path | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: OnProgress = silent,
 ) -> RankPlan:
     """Ranks for every target of `store`, at most `floor((1 - remove) Σ M N)` parameters in total.
@@ -249,6 +250,7 @@ def plan(
         against: instead of `workbench`, the dense model that the store was made from; other allocators do not load it.
         calibration: with `against`, the calibration text of the store, where it was a file.
         device: where `against` is loaded.
+        trust_remote_code: run modelling code that `against` brings.
 
     Raises:
         InputError: an argument is not legal, or `min_rank` makes `remove` unreachable.
@@ -269,7 +271,8 @@ def plan(
     check_request(analysis.linears, remove, **request)
     if workbench is None and against is not None and chosen.measures:
         analysis.require_complete()
-        loaded = loaded_from(against, None, dtype=analysis.identity.model.dtype, device=device)
+        dtype = analysis.identity.model.dtype
+        loaded = loaded_from(against, None, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         text = None if calibration is None else os.fspath(calibration)
         workbench = workbench_for(loaded, analysis, text, progress)
     return plan_ranks(analysis, remove, settings=chosen.settings, workbench=workbench, **request)

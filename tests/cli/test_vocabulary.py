@@ -69,6 +69,16 @@ def test_the_dense_model_and_texts_have_one_name_each() -> None:
         assert ("text" in own) == (name in ("eval", "heal", "finetune"))
 
 
+def test_whatever_loads_a_model_can_be_told_to_trust_its_code() -> None:
+    for name, command in COMMANDS.items():
+        own = parameters(command)
+        assert ("trust_remote_code" in own) == ("device" in own and name != "demo"), name  # the demo's model is our own
+    for name in unirank.__all__:
+        found = getattr(unirank, name)
+        if inspect.isfunction(found) and "device" in parameters(found):
+            assert inspect.signature(found).parameters["trust_remote_code"].default is False, name
+
+
 def test_names_that_help_shows_are_the_librarys() -> None:
     assert (options.BUILTIN, options.BUILTIN_HELD_OUT) == (windows.BUILTIN, windows.BUILTIN_HELD_OUT)
     assert options.EMBEDDED == NAME

@@ -77,6 +77,7 @@ def finetune_command(
     ] = _D.precision,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     work: Annotated[
         Path | None,
         options.option(
@@ -118,10 +119,11 @@ def finetune_command(
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         if out.resolve() == Path(model).resolve():
             raise InputError(f"The output {out} is the checkpoint that is fine-tuned; choose another.")
-        compressed = open_compressed(model, dtype=dtype, device=device)
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        compressed = open_compressed(model, dtype=dtype, device=device, **trust)
         folder = work or beside(out, "-training")
         tuned = finetune(
-            compressed, text, settings, work=folder, against=against, split=split, progress=session.progress
+            compressed, text, settings, work=folder, against=against, split=split, **trust, progress=session.progress
         )
         tuned.save(out, overwrite=overwrite)
         if work is None:
@@ -135,6 +137,7 @@ def densify_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the plain checkpoint.")],
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -149,7 +152,9 @@ def densify_command(
         check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
         if out.resolve() == Path(model).resolve():
             raise InputError(f"The output {out} is the checkpoint itself; choose another.")
-        compressed = open_compressed(model, dtype=dtype, device=device, stream=True)
+        compressed = open_compressed(
+            model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, stream=True
+        )
         densify(compressed.model, pages=compressed.pages, progress=session.progress)
         save_dense(compressed, out, overwrite=overwrite)
         count = count_parameters(compressed.model)
@@ -181,6 +186,7 @@ def report_command(
         ),
     ] = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -208,6 +214,7 @@ def report_command(
             against=against,
             prompts=prompts or PROMPTS,
             device=device,
+            trust_remote_code=trust_remote_code,
             overwrite=overwrite,
         )
         drawn = [] if plots is None else save_plots(data, plots, overwrite=overwrite)

@@ -75,6 +75,7 @@ def heal_command(
     ] = _D.precision,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     stream: options.Stream = False,
     work: Annotated[
         Path | None,
@@ -116,7 +117,8 @@ def heal_command(
         if out.resolve() == Path(model).resolve():
             raise InputError(f"The output {out} is the checkpoint that is healed; choose another.")
         watch = Stopwatch()
-        compressed = open_compressed(model, dtype=dtype, device=device, stream=stream)
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        compressed = open_compressed(model, dtype=dtype, device=device, stream=stream, **trust)
         folder = work or beside(out, "-healing")
         healed = heal(
             compressed,
@@ -125,6 +127,7 @@ def heal_command(
             work=folder,
             against=against,
             second_text=text,
+            **trust,
             progress=session.progress,
         )
         healed.save(out, overwrite=overwrite)

@@ -38,6 +38,7 @@ def diagnose_command(
     permutations: Annotated[int, options.option("Random orders of a permutation test.")] = 10_000,
     seed: Annotated[int, options.option("Seed of the permutation tests.")] = 0,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[
         Path | None, options.out("Directory for diagnose.json and scatter plots (needs the extra `plot`).")
     ] = None,
@@ -61,7 +62,8 @@ def diagnose_command(
         analysis.require_complete()
         loaded = None
         if against is not None:
-            loaded = load(against, dtype=analysis.identity.model.dtype, device=device)
+            dtype = analysis.identity.model.dtype
+            loaded = load(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         found = diagnose(
             analysis,
             loaded,
@@ -118,7 +120,7 @@ def evaluate_command(
     as_json: options.Json = False,
 ) -> None:
     """Perplexity, or tasks of lm-eval, of a dense or compressed model, with everything needed to compare it."""
-    from unirank.compression.checkpoint import add_evaluation, check_weights, read_record
+    from unirank.compression.checkpoint import add_evaluation, check_card, check_weights, read_record
     from unirank.evaluation.perplexity import evaluate, generate
     from unirank.evaluation.tasks import Tasks, run_tasks
     from unirank.models.loading import load_pretrained
@@ -127,7 +129,8 @@ def evaluate_command(
         names = [model] if against is None else [against, model]
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if card:
-            check_weights(Path(model), read_record(Path(model)))
+            check_weights(Path(model), read_record(Path(model), trust_remote_code=trust_remote_code))
+            check_card(Path(model))
         if tasks is not None:
             _refuse(
                 {"--text": text, "--split": split, "--window": window, "--prompt": prompt, "--card": card or None},
@@ -162,7 +165,8 @@ def evaluate_command(
                 record["sample"] = generate(network, tokenizer, prompt)
             records.append(record)
         if card:
-            add_evaluation(Path(model), reports[-1], dense=reports[0] if against else None)
+            measured = reports[0] if against else None
+            add_evaluation(Path(model), reports[-1], dense=measured, trust_remote_code=trust_remote_code)
         session.show({"rows": records}, views.eval_table(records), *views.samples(records))
 
 

@@ -125,6 +125,7 @@ def plan_command(
     local: options.Local = None,
     per_parameter: options.PerParameter = False,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     out: Annotated[Path | None, options.out("Also write the plan to this JSON file.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -149,6 +150,7 @@ def plan_command(
             against=against,
             calibration=calib,
             device=device,
+            trust_remote_code=trust_remote_code,
             progress=session.progress,
         )
         written = []

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.analysis.identity import Identity
-from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, render_card
+from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, is_card, render_card
+from unirank.compression.resaved import read_resaved
 from unirank.compression.trainings import check_training
 from unirank.compression.truncation import TruncateReport
 from unirank.disk.files import check_output, staged_directory, write_json, write_text
@@ -35,8 +36,8 @@ class CompressedModel:
     tokenizer: PreTrainedTokenizerBase
     plan: RankPlan
     report: TruncateReport
-    identity: Identity  # of the analysis
-    source: str
+    identity: Identity | None  # of the analysis; None where another tool saved the checkpoint again without it
+    source: str  # the dense model; "" where that is not known
     training: Mapping[str, Any] | None = None  # of `unirank.finetune` or `unirank.heal`
     evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
     pages: Paging | None = None  # of a model that was loaded with `stream`
@@ -75,9 +76,19 @@ class CompressedModel:
             folder = self.save(Path(scratch) / "checkpoint")
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Compressed by unirank"))
 
+    def dense_name(self) -> str:
+        """The dense model that it was made from, by name or path. Raises InputError where none is known."""
+        if not self.source:
+            raise InputError(
+                "The checkpoint does not say which dense model it was made from; name that, or give it in memory, with "
+                "against=."
+            )
+        return self.source
+
     def provenance(self) -> dict[str, Any]:
         """Where the model comes from, for JSON."""
-        record = {"analysis": self.identity.as_dict(), "report": self.report.as_dict(), "source": self.source}
+        analysis = None if self.identity is None else self.identity.as_dict()
+        record = {"analysis": analysis, "report": self.report.as_dict(), "source": self.source}
         return record if self.training is None else record | {"training": self.training}
 
 
@@ -87,7 +98,7 @@ class Record:
 
     plan: RankPlan
     report: TruncateReport
-    identity: Identity
+    identity: Identity | None
     source: str
     training: Mapping[str, Any] | None
     evaluations: tuple[Mapping[str, Any], ...]
@@ -98,27 +109,37 @@ def _card(of: CompressedModel | Record) -> str:
     return render_card(of.source, of.plan, of.report, of.identity, of.training, of.evaluations)
 
 
-def read_record(path: Path) -> Record:
-    """Read the plan and the provenance beside the weights. Raises InputError when `path` is no such checkpoint."""
+def read_record(path: Path, *, trust_remote_code: bool = False) -> Record:
+    """Read the plan and the provenance beside the weights.
+
+    Where another tool saved the checkpoint again, ranks and sizes are those of its config.json, and what only our
+    records said is None or "".
+
+    Raises InputError when `path` is no such checkpoint.
+    """
     if not path.is_dir():
         raise InputError(f"The compressed checkpoint {path} does not exist; make one with: unirank compress.")
-    if not (path / PLAN_FILE).is_file():
-        raise InputError(
-            f"{path} is not a compressed checkpoint: it has no {PLAN_FILE}; make one with: unirank compress."
-        )
+    plan, report = None, None
+    if (path / PLAN_FILE).is_file():
+        try:
+            plan = RankPlan.from_json((path / PLAN_FILE).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path / PLAN_FILE} cannot be read: {error}.") from error
+    if plan is None or not (path / PROVENANCE_FILE).is_file():
+        plan, report = read_resaved(path, plan, trust_remote_code=trust_remote_code)
+    if not (path / PROVENANCE_FILE).is_file():
+        assert report is not None
+        return Record(plan, report, None, "", None, _evaluations(path), {})
     try:
-        plan = RankPlan.from_json((path / PLAN_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path / PLAN_FILE} cannot be read: {error}.") from error
-    try:
-        record = read_object(path / PROVENANCE_FILE)
-        report = TruncateReport.from_dict(entry(record, "report", dict))
-        identity = Identity.from_dict(entry(record, "analysis", dict))
-        training = record.get("training")
+        known = read_object(path / PROVENANCE_FILE)
+        report = TruncateReport.from_dict(entry(known, "report", dict))
+        analysis = entry(known, "analysis", dict, type(None))
+        identity = None if analysis is None else Identity.from_dict(analysis)
+        training = known.get("training")
         if training is not None:
             check_training(training)
-        source = entry(record, "source", str)
-        files = entry(record, "files", dict)
+        source = entry(known, "source", str)
+        files = entry(known, "files", dict)
         for name in files:
             entry(files, name, str)
     except Damaged as error:
@@ -135,7 +156,8 @@ def check_weights(path: Path, record: Record) -> None:
         if found[name] != digest:
             raise InputError(
                 f"{path / name} has other bytes than were written (sha256 {found[name][:12]}, {PROVENANCE_FILE} says "
-                f"{digest[:12]}): it is damaged, or was changed since."
+                f"{digest[:12]}): it is damaged, or was changed since. Where another tool saved the model here, delete "
+                f"{PROVENANCE_FILE}, which is not of these weights."
             )
 
 
@@ -155,7 +177,20 @@ def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
         raise InputError(f"{file} is damaged: {error}.") from error
 
 
-def add_evaluation(path: Path, report: EvalReport, *, dense: EvalReport | None = None) -> None:
+def check_card(path: Path) -> None:
+    """Raise InputError where the model card in `path` is not one of ours, which a new one may replace."""
+    file = path / "README.md"
+    try:
+        ours = not file.exists() or is_card(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours:
+        raise InputError(f"{file} is not a card that unirank wrote; move it away, and its text into the new one later.")
+
+
+def add_evaluation(
+    path: Path, report: EvalReport, *, dense: EvalReport | None = None, trust_remote_code: bool = False
+) -> None:
     """Write a perplexity into the checkpoint at `path`, and its model card again with it.
 
     It takes the place of an earlier one on the same windows.
@@ -163,10 +198,13 @@ def add_evaluation(path: Path, report: EvalReport, *, dense: EvalReport | None =
     Args:
         report: of this checkpoint.
         dense: of the model it was made from, on the same windows.
+        trust_remote_code: run modelling code that the checkpoint brings, where its records are gone.
 
-    Raises InputError when `path` is no checkpoint, WriteError when the disk refuses.
+    Raises InputError when `path` is no checkpoint, or has a model card of somebody else; WriteError when the disk
+    refuses.
     """
-    record = read_record(path)
+    record = read_record(path, trust_remote_code=trust_remote_code)
+    check_card(path)
     added = {"report": asdict(report), "dense": None if dense is None else dense.perplexity}
     same = ("text_sha256", "window", "windows", "dtype")
     kept = [old for old in record.evaluations if any(old["report"][key] != added["report"][key] for key in same)]
@@ -176,19 +214,24 @@ def add_evaluation(path: Path, report: EvalReport, *, dense: EvalReport | None =
 
 
 def open_compressed(
-    path: str | Path, *, dtype: str = "auto", device: str | None = None, stream: bool = False
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    stream: bool = False,
 ) -> CompressedModel:
     """Read what `CompressedModel.save` wrote, to go on working with it. Arguments as in `unirank.load`.
 
     Raises InputError when `path` is no such checkpoint, or a file of it has other bytes than were written.
     """
-    record = read_record(Path(path))
+    record = read_record(Path(path), trust_remote_code=trust_remote_code)
     check_weights(Path(path), record)
     pages = None
     if stream:
-        model, tokenizer, pages = load_paged(path, dtype=dtype, device=device)
+        model, tokenizer, pages = load_paged(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     else:
-        model, tokenizer = load_pretrained(path, dtype=dtype, device=device)
+        model, tokenizer = load_pretrained(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return CompressedModel(
         model,
         tokenizer,

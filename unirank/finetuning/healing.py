@@ -51,6 +51,7 @@ def heal(
     against: LoadedModel | PreTrainedModel | str | Path | None = None,
     second_text: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: OnProgress = silent,
 ) -> CompressedModel:
     """Refine a compressed model by gradient, layer by layer; ranks and parameter count stay exactly as they are.
@@ -73,6 +74,7 @@ def heal(
         second_text: another text; a layer's best state is then the one with the least mean of the two relative errors,
             on held-out windows and on as many of this text, none of which is trained on.
         device: where to load a checkpoint; None takes the GPU when there is one.
+        trust_remote_code: run modelling code that the checkpoint or the dense model brings, where one is loaded here.
 
     Returns the model with `training`: `kind` is "heal"; settings, hashes, and `layers`, of each the mean squared
     relative error on held-out windows before and after, the passes made, and which of them was best (0: none);
@@ -89,9 +91,9 @@ def heal(
     calibration = calibration_of(calibration)
     work = Path(work)
     if isinstance(compressed, str | Path):
-        compressed = open_compressed(compressed, device=device)
+        compressed = open_compressed(compressed, device=device, trust_remote_code=trust_remote_code)
     adapted(compressed.model)  # refuses a model that is not compressed
-    dense = _dense(compressed, against)
+    dense = _dense(compressed, against, trust_remote_code)
     own = dataclasses.replace(
         dense, model=compressed.model, tokenizer=compressed.tokenizer, source="", pages=compressed.pages
     )
@@ -262,18 +264,21 @@ def _trained(own: LoadedModel) -> list[list[str]]:
     ]
 
 
-def _dense(compressed: CompressedModel, against: LoadedModel | PreTrainedModel | str | Path | None) -> LoadedModel:
+def _dense(
+    compressed: CompressedModel, against: LoadedModel | PreTrainedModel | str | Path | None, trust_remote_code: bool
+) -> LoadedModel:
     """The dense model, which fits the compressed one."""
-    if isinstance(against, PreTrainedModel):
-        dense = describe(against, compressed.tokenizer)
-    elif isinstance(against, LoadedModel):
+    if isinstance(against, LoadedModel):
         dense = against
+    elif not (against is None or isinstance(against, str | Path)):
+        dense = describe(against, compressed.tokenizer)
     else:
-        name = compressed.source if against is None else against
+        name = compressed.dense_name() if against is None else against
         dtype = str(compressed.model.dtype).removeprefix("torch.")
         where = str(next(p.device for p in compressed.model.parameters() if not p.is_meta))
         try:
-            dense = load(name, dtype=dtype, device=where, stream=compressed.pages is not None)
+            stream = compressed.pages is not None
+            dense = load(name, dtype=dtype, device=where, trust_remote_code=trust_remote_code, stream=stream)
         except InputError as error:
             raise InputError(f"The dense model cannot be loaded; name it with against=: {error}") from error
         align_weights(dense.model)

@@ -34,6 +34,7 @@ from unirank.finetuning.settings import Finetune
 from unirank.finetuning.work import check_work, claim
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
+from unirank.models.wrappers import unwrapped
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
 from unirank.text.training_windows import Corpus, pack, read_corpus
@@ -76,6 +77,7 @@ def finetune(
     against: PreTrainedModel | str | None = None,
     split: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: OnProgress = silent,
     teacher: PreTrainedModel | str | None = None,
 ) -> CompressedModel:
@@ -90,6 +92,7 @@ def finetune(
             source.
         split: of a dataset; None is "train".
         device: where to load a checkpoint; None takes the GPU when there is one.
+        trust_remote_code: run modelling code that the checkpoint or the dense model brings, where one is loaded here.
         teacher: what `against` was called until 0.1; for one release.
 
     Returns the model with `training`: settings, hashes, the log of losses, held-out loss (nats a token) before and
@@ -103,7 +106,7 @@ def finetune(
     settings = settings or Finetune()
     work = Path(work)
     if isinstance(compressed, str | Path):
-        compressed = open_compressed(compressed, device=device)
+        compressed = open_compressed(compressed, device=device, trust_remote_code=trust_remote_code)
     model = compressed.model
     dense = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE] if settings.adapt_dense else []
     names = adapted(model, dense=dense)
@@ -112,7 +115,7 @@ def finetune(
     if teacher is not None:
         warnings.warn("finetune(teacher=) is called against now.", DeprecationWarning, stacklevel=2)
         against = teacher
-    guide = _teacher(compressed, against, settings)
+    guide = _teacher(compressed, against, settings, trust_remote_code)
     recipe = _identity(compressed, corpus, settings, train, held_out, guide)
     check_work(work, _RECIPE)
     with locked(work):
@@ -163,7 +166,7 @@ def split_windows(windows: torch.Tensor, settings: Finetune, corpus: Corpus) -> 
 
 
 def _teacher(
-    compressed: CompressedModel, teacher: PreTrainedModel | str | None, settings: Finetune
+    compressed: CompressedModel, teacher: PreTrainedModel | str | None, settings: Finetune, trust_remote_code: bool
 ) -> PreTrainedModel | None:
     if settings.distill == 0:
         if teacher is not None:
@@ -171,13 +174,14 @@ def _teacher(
                 "With distill = 0 the model of against= would not be used; set distill above 0, for example to 0.5."
             )
         return None
-    if not isinstance(teacher, PreTrainedModel):
-        name = teacher if teacher is not None else compressed.source
-        dtype = str(compressed.model.dtype).removeprefix("torch.")
+    if teacher is None or isinstance(teacher, str | Path):
+        name = compressed.dense_name() if teacher is None else teacher
+        dtype, device = str(compressed.model.dtype).removeprefix("torch."), str(compressed.model.device)
         try:
-            teacher, _ = load_pretrained(name, dtype=dtype, device=str(compressed.model.device))
+            teacher, _ = load_pretrained(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         except InputError as error:
             raise InputError(f"The teacher cannot be loaded; name the dense model with against=: {error}") from error
+    teacher = unwrapped(teacher)
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, compressed.model)]
     if sizes[0] != sizes[1]:
         raise InputError(
