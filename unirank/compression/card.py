@@ -16,22 +16,24 @@ from unirank.rank_plan import RankPlan
 PLAN_FILE = "rank_plan.json"
 PROVENANCE_FILE = "provenance.json"
 EVALUATIONS_FILE = "evaluations.json"
+_TAGS = "tags: [unirank, low-rank, compressed]"
+# What is said of a checkpoint that another tool saved again.
+UNKNOWN = "unknown"
+GONE = "another tool saved this checkpoint again, without provenance.json; ranks and sizes are those of its weights"
 
 
 def render_card(
     source: str,
     plan: RankPlan,
     report: TruncateReport,
-    identity: Identity,
+    identity: Identity | None,
     training: Mapping[str, Any] | None,
     evaluations: Sequence[Mapping[str, Any]],
 ) -> str:
     """Markdown behind YAML metadata. Arguments as in `CompressedModel`."""
-    model, calibration = identity.model, identity.calibration
-    weights = model.weights_sha256.removeprefix(TREE)
-    title = f"{Path(source).name or source}, {plan.remove:.0%} of the decoder's weights removed"
+    title = f"{Path(source).name or source or 'A model'}, {plan.remove:.0%} of the decoder's weights removed"
     rows = {
-        "base model": f"`{source}` ({model.class_name}, weights sha256 `{weights[:16]}`)",
+        "base model": _base_model(source, identity),
         "removed of the targets (decoder linears)": f"{report.removed_of_targets:.2%} "
         f"({report.targets_before:,} to {report.targets_after:,}; budget {plan.budget:,})",
         "removed of the whole model": f"{report.removed_of_model:.2%} "
@@ -39,21 +41,22 @@ def render_card(
         "scheme, allocator": f"`{plan.scheme}`, `{plan.allocator}`",
         "low-rank form": plan.described_form,
         "settings": plan.described_settings(),
-        "calibration": f"{calibration.windows} windows of {calibration.window} tokens of "
-        f"`{calibration.text}`, seed {calibration.seed}"
-        + (f", tokens clipped at {calibration.clip:g} medians" if calibration.clip else ""),
+        "calibration": calibration_line(identity),
     }
+    if identity is None:
+        rows["records"] = GONE
+    version = "" if identity is None else " " + identity.versions["unirank"]
     rows |= training_rows(training)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [unirank, low-rank, compressed]
+{_TAGS}
 {_metadata(title, evaluations)}---
 
 # {title}
 
-Compressed by unirank {identity.versions["unirank"]} ([the method](https://arxiv.org/abs/2606.21847)): low-rank
+Compressed by unirank{version} ([the method](https://arxiv.org/abs/2606.21847)): low-rank
 factors instead of {report.low_rank} of {report.low_rank + report.dense} linear maps; the others stayed dense.
 
 ```python
@@ -70,6 +73,28 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 {_perplexities(evaluations)}
 `{PLAN_FILE}` holds the rank of every linear, `{PROVENANCE_FILE}` hashes and versions.
 """
+
+
+def is_card(text: str) -> bool:
+    """Whether a model card is one of ours."""
+    return _TAGS in text.split("\n---", 1)[0]
+
+
+def calibration_line(identity: Identity | None, *, mark: str = "`") -> str:
+    """The calibration in words; `mark` stands around the text's name."""
+    if identity is None:
+        return UNKNOWN
+    used = identity.calibration
+    clip = f", tokens clipped at {used.clip:g} medians" if used.clip else ""
+    return f"{used.windows} windows of {used.window} tokens of {mark}{used.text}{mark}, seed {used.seed}{clip}"
+
+
+def _base_model(source: str, identity: Identity | None) -> str:
+    if identity is None:
+        return f"`{source}`" if source else UNKNOWN
+    model = identity.model
+    weights = model.weights_sha256.removeprefix(TREE)
+    return f"`{source}` ({model.class_name}, weights sha256 `{weights[:16]}`)"
 
 
 def _perplexities(evaluations: Sequence[Mapping[str, Any]]) -> str:

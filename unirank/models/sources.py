@@ -61,7 +61,7 @@ def find_source(
         raise InputError(f"The model directory {path} does not exist.")
     if local := Path(path).exists():
         check_folder(Path(path))
-    config = _read_config(name, path, common)
+    config = read_config(name, path, common)
     if not local and _is_adapter(path, revision):
         raise InputError(adapter_message(name, alone=False))
     tokenizer = _read_tokenizer(name, path, common)
@@ -70,8 +70,13 @@ def find_source(
     return Source(name, path, config, tokenizer, _DTYPES[dtype], target, common)
 
 
-def _read_config(name: str, path: str, common: Mapping[str, Any]) -> Any:
-    """The configuration of a causal language model, whose code is there or trusted."""
+def read_config(name: str, path: str, common: Mapping[str, Any]) -> Any:
+    """The configuration of a causal language model, whose code is there or trusted. InputErrors as in `unirank.load`.
+
+    Args:
+        name: what errors call it.
+        common: `revision` and `trust_remote_code`.
+    """
     try:
         config = AutoConfig.from_pretrained(path, **common)
     except (OSError, ValueError) as error:

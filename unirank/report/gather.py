@@ -65,12 +65,16 @@ def gather(
     store: AnalysisStore | None,
     grid: Path | None,
     samples: tuple[tuple[str, str, str], ...] = (),
+    *,
+    trust_remote_code: bool = False,
 ) -> ReportData:
-    """Read what the report needs.
+    """Read what the report needs; `trust_remote_code` as in `open_compressed`.
 
     Raises InputError when the checkpoint, store or grid is not what it should be, or the store is of another analysis.
     """
-    record = read_record(checkpoint)
+    record = read_record(checkpoint, trust_remote_code=trust_remote_code)
+    if store is not None and record.identity is None:
+        raise InputError(f"{checkpoint} does not say which analysis it was made from; leave the store out.")
     if store is not None and store.digest != record.plan.analysis:
         raise InputError(f"The store {store.path} is not the one that {checkpoint} was made from; leave it out.")
     energies = store.energies() if store is not None else {}

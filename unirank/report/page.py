@@ -8,6 +8,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from unirank.analysis.identity import Identity
+from unirank.compression.card import GONE, UNKNOWN, calibration_line
 from unirank.report import curves, svg
 from unirank.report.gather import Linear, ReportData
 from unirank.report.training_section import healing_commands, training_sections
@@ -22,8 +24,7 @@ def page(data: ReportData) -> str:
     title = f"{data.name}: {report.removed_of_targets:.1%} of the decoder's weights removed"
     sections = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">Made by unirank {_text(data.record.identity.versions["unirank"])} '
-        f"from <code>{_text(data.record.source)}</code>.</p>",
+        f'<p class="soft">{_made_by(data)}</p>',
         _facts(data),
         _section("Rank allocation", _heat(data), _ALLOCATION[data.plan.form]),
         _section("Kept fraction of each sublayer", _sublayers(data)),
@@ -67,6 +68,13 @@ _SPECTRA = (
 )
 
 
+def _made_by(data: ReportData) -> str:
+    identity, source = data.record.identity, data.record.source
+    if identity is None:
+        return f"Made by unirank; {_text(GONE)}."
+    return f"Made by unirank {_text(identity.versions['unirank'])} from <code>{_text(source)}</code>."
+
+
 def _text(value: Any) -> str:
     return escape(str(value))
 
@@ -77,7 +85,7 @@ def _section(title: str, body: str, lead: str = "") -> str:
 
 
 def _facts(data: ReportData) -> str:
-    plan, report, calibration = data.plan, data.record.report, data.record.identity.calibration
+    plan, report = data.plan, data.record.report
     facts = {
         "decoder linears": f"{report.targets_before:,} to {report.targets_after:,} parameters "
         f"({report.removed_of_targets:.2%} removed; budget {plan.budget:,})",
@@ -86,9 +94,8 @@ def _facts(data: ReportData) -> str:
         "matrices": f"{report.low_rank} low-rank, {report.dense} dense",
         "scheme, allocator": f"{plan.scheme}, {plan.allocator}",
         "low-rank form": plan.described_form,
-        "calibration": f"{calibration.windows} windows of {calibration.window} tokens of {calibration.text}, "
-        f"seed {calibration.seed}" + (f", tokens clipped at {calibration.clip:g} medians" if calibration.clip else ""),
-        "analysis": plan.analysis,
+        "calibration": calibration_line(data.record.identity, mark=""),
+        "analysis": plan.analysis or UNKNOWN,
     }
     for entry in data.record.evaluations:
         measured = entry["report"]
@@ -215,13 +222,15 @@ def _row(cells: Sequence[str]) -> str:
 
 def _commands(data: ReportData) -> str:
     identity, plan = data.record.identity, data.plan
+    if identity is None:
+        return "<p>How it was made is not known.</p>"
     note = (
         "rank_plan.json lies beside the weights and holds every rank. Of a text that is a file, only the name is known."
     )
     later = healing_commands(data.record.source, data.record.training)
     for title, _ in training_sections(data.record.training)[len(later) :]:  # in their order
         note += f" {title} came after that."
-    commands = "".join(f"<pre>{_text(shlex.join(command))}</pre>" for command in [_compress(data), *later])
+    commands = "".join(f"<pre>{_text(shlex.join(command))}</pre>" for command in [_compress(data, identity), *later])
     versions = ", ".join(f"{name} {version}" for name, version in identity.versions.items())
     return (
         f"{commands}<p>{_text(note)}</p>"
@@ -229,9 +238,8 @@ def _commands(data: ReportData) -> str:
     )
 
 
-def _compress(data: ReportData) -> list[str]:
+def _compress(data: ReportData, identity: Identity) -> list[str]:
     """The command that makes the model again, up to fine-tuning."""
-    identity = data.record.identity
     calibration = identity.calibration
     options: dict[str, Any] = {"out": "OUT", "ranks": "rank_plan.json", "scheme": identity.scheme}
     options |= {"calib": calibration.text, "split": calibration.split, "text-revision": calibration.revision}
