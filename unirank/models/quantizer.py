@@ -73,6 +73,7 @@ class UniRankQuantizer(HfQuantizer):
         from unirank.models.low_rank import make_low_rank
         from unirank.models.places import places_of
 
+        _refuse_tensor_parallel(model)
         config: Any = self.quantization_config
         config.rename(places_of(model, config.ranks))  # the model may be another class than the one that was saved
         for name, rank in config.ranks.items():
@@ -81,6 +82,7 @@ class UniRankQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         from unirank.models.low_rank import align_weights, check_guards
 
+        _refuse_tensor_parallel(model)  # releases before 5.20 say so only here
         check_guards(model)
         align_weights(model)
 
@@ -102,6 +104,22 @@ class UniRankQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _refuse_tensor_parallel(model: Any) -> None:
+    """Raise InputError where transformers is about to split the linears of `model` among processes.
+
+    Its plan names a dense linear and splits the one product that this does; of ours it would split both factors as if
+    each were that linear, and the model would stop at its first token. FSDP and pipelines split no product.
+    """
+    asked = getattr(model.config, "distributed_config", None)
+    for size in (getattr(asked, "tp_size", None), getattr(model, "_tp_size", None)):
+        if size is not None and size > 1:
+            raise InputError(
+                f"A compressed checkpoint cannot be loaded with tensor parallelism (tp_plan, tp_size = {size}), whose "
+                "plan is for dense linears; take device_map='auto', pp_size or fsdp_size of DistributedConfig, or make "
+                "a dense checkpoint of it: unirank densify."
+            )
 
 
 register_quantization_config(METHOD)(UniRankConfig)
