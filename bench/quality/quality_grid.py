@@ -113,7 +113,7 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
     for remove in sorted({row["remove"] for row in rows}):
         lines += [f"## {remove:.0%} removed" if remove else "## Dense", ""]
         columns = ["preset", "scheme", "allocator", "form", *texts, "used / budget"]
-        columns += ["gradients s", "analysis s", "plan s", "apply s", "heal s", "distil s", "peak MiB"]
+        columns += ["gradients s", "analysis s", "plan s", "apply s", "heal s", "distil s", "threads", "peak MiB"]
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
         for row in rows:
@@ -133,13 +133,16 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
             used = max(row["used"] / row["budget"] for row in group)
             peak = max(row["peak_mib"] for row in group)
             seconds = [f"{max(parts):.0f}" for parts in zip(*(_seconds(row, rows) for row in group), strict=True)]
-            lines.append(f"| {' | '.join(key)} | {shown} | {used:.4%} | {' | '.join(seconds)} | {peak:.0f} |")
+            threads = max(row.get("threads", meta["threads"]) for row in group)
+            cells = [*key, shown, f"{used:.4%}", *seconds, str(threads), f"{peak:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines.append(
         "Seconds: the backward pass and the analysis, each where it was made (one serves every cell of its scheme and "
         "seed); the plan (what `lems` measured is kept for the next budget: 0 where another row of the same scheme and "
-        "seed paid); truncation or the second pass; healing; distillation. Form: a rank costs R (M + N) parameters as "
-        "factors, and R (M + N - R) pivoted. Perplexity: mean over seeds, with the range; else the largest."
+        "seed paid); truncation or the second pass; healing; distillation. Rows of one thread ran beside others, so "
+        "their seconds only compare stages. Form: a rank costs R (M + N) parameters as factors, and R (M + N - R) "
+        "pivoted. Perplexity: mean over seeds, with the range; else the largest."
     )
     return "\n".join(lines) + "\n"
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import unirank
 from bench.quality.recipes import RECIPES
 from unirank.analysis.scheme import scheme as scheme_of
@@ -152,7 +154,7 @@ def main() -> None:
         record |= {"store": store.name, "gradients": kind if needs_gradients else ""}
         record |= {"used": ranks.used, "budget": ranks.budget}
     # Peak memory of the method itself, before the evaluation adds its own.
-    record["peak_mib"] = _peak()
+    record |= {"peak_mib": _peak(), "threads": torch.get_num_threads()}
     if not dense:
         record["peak_mib"] = max(record["peak_mib"], steps.peak)
     texts = []

@@ -90,10 +90,10 @@ def test_the_table_sorts_by_the_first_text_and_shows_the_spread_of_seeds() -> No
     rows += [dense | {"text": text} for text in ("a.txt", "b.txt")]  # nothing was timed
     for row in rows:
         row["gradients"] = ""
-    meta = {"calibration_windows": 64, "evaluation_windows": 8, "device": "cpu"}
+    meta = {"calibration_windows": 64, "evaluation_windows": 8, "device": "cpu", "threads": 2}
     meta["versions"] = {"python": "3", "torch": "2"}
     lines = [line for line in quality_grid.markdown(rows, meta).splitlines() if line.startswith("|  | whiten")]
-    end = "90.0000% | 0 | 30 | 1 | 2 | 0 | 0 | 100 |"
+    end = "90.0000% | 0 | 30 | 1 | 2 | 0 | 0 | 2 | 100 |"
     assert lines == [
         f"|  | whiten | unirank | factors | 40.50 (40.0 to 41.0) | 40.50 (40.0 to 41.0) | {end}",
         f"|  | whiten | uniform | factors | 50.50 (50.0 to 51.0) | 50.50 (50.0 to 51.0) | {end}",
