@@ -244,7 +244,14 @@ def apply(
         report = run_refine(loaded, store, plan, windows, refine, progress=progress)
         plan = dataclasses.replace(plan, settings={**plan.settings, "refine": asdict(refine)})
     return CompressedModel(
-        loaded.model, loaded.tokenizer, plan, report, store.identity, loaded.source, pages=loaded.pages
+        loaded.model,
+        loaded.tokenizer,
+        plan,
+        report,
+        store.identity,
+        loaded.source,
+        pages=loaded.pages,
+        companions=loaded.companions,
     )
 
 

@@ -107,6 +107,21 @@ class Paging(Protocol):
 
 
 @dataclass(frozen=True)
+class Companions:
+    """Small files beside the weights of a checkpoint, which go into every checkpoint that is made from it.
+
+    Attributes:
+        files: contents by name; a name has at most one folder.
+        tokenizer: the same of the tokenizer's own files, which go along with that tokenizer alone.
+        origin: where that tokenizer was loaded from, as it says itself.
+    """
+
+    files: Mapping[str, bytes] = field(repr=False)
+    tokenizer: Mapping[str, bytes] = field(repr=False)
+    origin: str
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A causal language model with its targets found by structure."""
 
@@ -116,6 +131,7 @@ class LoadedModel:
     linears: tuple[LinearSpec, ...]  # in execution order of layers, then module order
     source: str  # what the caller asked for
     pages: Paging | None = None  # of a model that is read layer by layer
+    companions: Companions | None = field(default=None, compare=False, repr=False)
     # What `analysis.identity.weights_hash` found, by kind, with what tells whether it still holds.
     hashes: dict[str, tuple[Any, str]] = field(default_factory=dict, init=False, compare=False, repr=False)
 

@@ -20,12 +20,13 @@ from unirank.disk.hashing import sha256_files
 from unirank.disk.strictjson import Damaged, entry, number, read_object
 from unirank.errors import InputError
 from unirank.evaluation.perplexity import EvalReport
+from unirank.models.companions import read_companions, write_companions
 from unirank.models.loading import load_paged, load_pretrained
 from unirank.models.places import places_of
 from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
 from unirank.rank_plan import RankPlan
-from unirank.types import Paging
+from unirank.types import Companions, Paging
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class CompressedModel:
     training: Mapping[str, Any] | None = None  # of `unirank.finetune` or `unirank.heal`
     evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
     pages: Paging | None = None  # of a model that was loaded with `stream`
+    companions: Companions | None = field(
+        default=None, repr=False, compare=False
+    )  # of the dense model, or the checkpoint
     scratch: object = field(default=None, repr=False, compare=False)  # a temporary store that lives as long as this
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -56,6 +60,7 @@ class CompressedModel:
         with staged_directory(out) as folder:
             save_model(self.model, self.pages, folder)
             self.tokenizer.save_pretrained(folder)
+            write_companions(self.companions, folder, self.tokenizer)
             write_text(folder / PLAN_FILE, self.plan.to_json())
             write_json(folder / PROVENANCE_FILE, self.provenance() | {"files": sha256_files(folder)})
             if self.evaluations:
@@ -242,4 +247,5 @@ def open_compressed(
         record.training,
         record.evaluations,
         pages,
+        read_companions(Path(path), tokenizer, trust_remote_code=trust_remote_code),
     )

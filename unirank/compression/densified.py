@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from unirank.compression.checkpoint import PROVENANCE_FILE, CompressedModel
 from unirank.disk.files import check_output, staged_directory, write_json
 from unirank.errors import InputError
+from unirank.models.companions import write_companions
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
 from unirank.models.shards import save_model
@@ -74,6 +75,7 @@ def save_dense(compressed: CompressedModel, out: str | Path, *, overwrite: bool 
     with staged_directory(out) as folder:
         save_model(compressed.model, compressed.pages, folder)
         compressed.tokenizer.save_pretrained(folder)
+        write_companions(compressed.companions, folder, compressed.tokenizer)
         write_json(folder / PROVENANCE_FILE, {"densified": True} | compressed.provenance())
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
+from unirank.models.companions import companions_in_memory, companions_of
 from unirank.models.embeddings import embedding_rows
 from unirank.models.folder import RESAVE
 from unirank.models.low_rank import LowRankLinear
@@ -50,8 +52,11 @@ def load(
     """
     source = find_source(name_or_path, dtype, device, revision, trust_remote_code)
     _refuse_converted(source.config, source.name)
+    companions = companions_of(source)
     model, pages = _read_paged(source) if stream else (_read(source), None)
-    return _describe(model, source.tokenizer, source.name, pages, stored=None if dtype == "auto" else source.stored)
+    stored = None if dtype == "auto" else source.stored
+    loaded = _describe(model, source.tokenizer, source.name, pages, stored=stored)
+    return dataclasses.replace(loaded, companions=companions)
 
 
 def load_pretrained(
@@ -161,7 +166,8 @@ def describe(
     What torch.compile, DataParallel or DistributedDataParallel wraps is taken out. What cannot be taken out is refused:
     adapters that are not merged, weights that are sharded or offloaded. Raises like `load`.
     """
-    return _describe(unwrapped(model), tokenizer, source, pages)
+    loaded = _describe(unwrapped(model), tokenizer, source, pages)
+    return dataclasses.replace(loaded, companions=companions_in_memory(loaded.model, tokenizer))
 
 
 def _describe(
