@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no weights": (removed("*.safetensors"), r"holds no weights in safetensors; download them too"),
     "only arguments": (with_file("training_args.bin", but="*.safetensors"), r"safetensors; download them too"),
     "a shard is missing": (
-        with_file("model.safetensors.index.json", INDEX),
+        with_file("model.safetensors.index.json", INDEX, but="*.safetensors"),
         r"index\.json names model-00001-of-00002\.safetensors, which is not there; download",
     ),
     "LFS weights": (with_file("model.safetensors", POINTER), r"model\.safetensors is a Git LFS pointer.* git lfs pull"),

@@ -7,7 +7,8 @@ from pathlib import Path
 from unirank.disk.strictjson import Damaged, entry, read_object
 from unirank.errors import InputError
 
-CONFIG, ADAPTER, INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024  # the most that Git LFS writes into one
 # Weights that are not read, by the ends of their names, and what they are.
@@ -93,6 +94,8 @@ def _check_index(folder: Path) -> None:
     for place in places.values():
         if not isinstance(place, str) or Path(place).name != place:
             raise InputError(f"{index} names {place!r}, which is no file of its directory.")
+    if (folder / WEIGHTS).is_file():  # which transformers reads instead: the index is of an earlier save
+        return
     for place in sorted(set(places.values())):
         if not (folder / place).is_file():
             raise InputError(f"{index} names {place}, which is not there; download the model again, or the rest of it.")
