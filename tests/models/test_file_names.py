@@ -126,6 +126,11 @@ def test_where_files_join_matrices_a_compressed_model_keeps_them_apart_and_a_den
     ranks = {spec.name: "dense" if spec.kind in ("mlp.gate_proj", "self_attn.k_proj") else 6 for spec in linears}
     # The dense model cannot be streamed: transformers would have to take its matrices apart first.
     compressed_both_ways(made, tokenizer, calibration, tmp_path, ranks=ranks, streams=False)
+    with pytest.raises(unirank.InputError, match="cannot be read layer by layer; load it as a whole, without stream"):
+        unirank.load(tmp_path / "base", device="cpu", stream=True)
+    made.save_pretrained(tmp_path / "apart", save_original_format=False)  # what the troubleshooting page advises
+    tokenizer.save_pretrained(tmp_path / "apart")
+    assert unirank.load(tmp_path / "apart", device="cpu", stream=True).pages is not None
     base, compressed = in_files(tmp_path / "base"), in_files(tmp_path / "whole")
     assert base["model.layers.0.attn.qkv.weight"] == [96, 32]
     assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"} <= compressed.keys()

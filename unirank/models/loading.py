@@ -118,6 +118,11 @@ def _read(source: Source, **options: Any) -> PreTrainedModel:
     except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
         if isinstance(error, OSError) and not Path(source.path).exists() and "safetensors" in str(error):
             raise InputError(f"{source.name!r} holds no weights in safetensors; {RESAVE}.") from error
+        if options and "offload_folder" in str(error):
+            raise InputError(
+                f"The files of {source.name!r} hold matrices in another form than the model runs (joined, or cut) and "
+                "cannot be read layer by layer; load it as a whole, without stream=True."
+            ) from error
         how = " layer by layer (stream=True)" if options else ""
         raise InputError(f"Cannot load the weights of {source.name!r}{how}: {first_line(error)}.") from error
     model, found = read
