@@ -42,6 +42,15 @@ def with_file(name: str, text: str = "{}", but: str = "") -> Callable[[Path], Pa
     return make
 
 
+def with_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
 def with_config(**changes: Any) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         config = json.loads((folder / "config.json").read_text()) | changes
@@ -78,6 +87,7 @@ def a_file(name: str) -> Callable[[Path], Path]:
     return make
 
 
+Q = "model.layers.0.self_attn.q_proj"
 ALONE = "adapter_config.json"
 INDEX = json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}})
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -103,8 +113,21 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no tokenizer": (removed("tokenizer*"), r"has no tokenizer that can be read \(.*\S\); put the tokenizer's files"),
     "damaged tokenizer": (with_file("tokenizer.json", "{"), "has no tokenizer that can be read"),
     "damaged config": (with_file("config.json", "{"), r"The config\.json of .* cannot be read"),
-    "vision": (of_type(ViTConfig()), r"is a vit, and transformers has no causal language model of that type"),
-    "encoder and decoder": (of_type(T5Config()), r"is a t5, and transformers has no causal language model"),
+    "names of a wrapper": (
+        with_tensors(lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}),
+        r"lacks the weights (\S+ ){3}and \d+ more; it holds others, such as _orig_mod\.model",
+    ),
+    "adapter in the file": (
+        with_tensors(lambda tensors: tensors | {f"{Q}.lora_A.default.weight": torch.zeros(2, 32)}),
+        rf"holds {Q}\.lora_A\.default\.weight, which {Q} has no place for: an adapter that is not merged",
+    ),
+    "scale in the file": (
+        with_tensors(lambda tensors: tensors | {f"{Q}.weight_scale_inv": torch.ones(1)}),
+        rf"{Q}\.weight_scale_inv, which {Q} has no place for: .* or a quantized weight's",
+    ),
+    "another model's config": (with_config(intermediate_size=40), r"they have other shapes than its config\.json says"),
+    "vision": (of_type(ViTConfig()), r"is of type vit, of which transformers has no causal language model"),
+    "encoder and decoder": (of_type(T5Config()), r"is of type t5, of which transformers has no causal language model"),
 }  # fmt: skip
 
 
@@ -165,6 +188,17 @@ def test_a_cast_that_overflows_is_not_called_damage(stream: bool, model_dir: Pat
     tensors[name][0, 0] = torch.inf
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(unirank.NonFiniteError, match="the checkpoint is damaged"):
+        unirank.load(model_dir, device="cpu", stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tensors_that_no_linear_is_meant_by_are_passed_over(stream: bool, model_dir: Path) -> None:
+    """As transformers does: buffers that older releases saved, heads of other tasks."""
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "score.weight": torch.zeros(2, 32)}
+    with_tensors(lambda tensors: tensors | more | {f"{Q}.bias": torch.zeros(32)})(model_dir)
+    assert unirank.load(model_dir, device="cpu", stream=stream).layer_count == 3
+    with_tensors(lambda tensors: tensors | {f"{Q}.lora_B.default.weight": torch.zeros(32, 2)})(model_dir)
+    with pytest.raises(unirank.InputError, match="an adapter that is not merged"):
         unirank.load(model_dir, device="cpu", stream=stream)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -184,6 +185,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "compiled PeftModel": (lambda model: compiled(peft.get_peft_model(model, lora())), "not merged"),
     "holder": (Holder, r"got Holder; its part pretrained_model is one: give that"),
+    "record": (lambda model: SimpleNamespace(model=model), r"got SimpleNamespace; its part model is one: give that"),
     "compiled part": (with_part(LAYER, compiled), rf"part {LAYER} is wrapped by torch\.compile"),
     "part compiled in place": (with_part(LAYER, compiled_in_place), rf"part {LAYER} is compiled"),
     "checkpointed part": (with_part(LAYER, checkpoint_wrapper), rf"part {LAYER} is wrapped by torch's checkpoint"),

@@ -20,7 +20,7 @@ from unirank.models.quantizer import METHOD
 from unirank.models.sources import Source, find_source, skeleton_of
 from unirank.models.streamed import Pages, page_map, take_pages
 from unirank.models.structure import find_linears, refuse_experts
-from unirank.models.wrappers import check_linear, refuse_foreign, unwrapped
+from unirank.models.wrappers import check_linear, refuse_additions, refuse_foreign, shortened, unwrapped
 from unirank.types import LoadedModel, Paging
 
 
@@ -89,16 +89,22 @@ def _text_part(config: Any) -> Any:
         return config
 
 
-def _refuse_converted(config: Any, source: str) -> None:
-    """Raise InputError where a configuration is a compressed or quantized model's."""
+def _method(config: Any) -> str | None:
+    """How the weights of a checkpoint were quantized, by its configuration; None where they were not."""
     found = getattr(config, "quantization_config", None) or getattr(_text_part(config), "quantization_config", None)
     if found is None:
-        return
+        return None
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown")
+
+
+def _refuse_converted(config: Any, source: str) -> None:
+    """Raise InputError where a configuration is a compressed or quantized model's."""
+    method = _method(config)
     if method == METHOD:
         raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
-    how = f" ({str(getattr(method, 'value', method))[:40]})" if method else ""
-    raise InputError(f"The model {source} is quantized{how}; compress the unquantized one it came from.")
+    if method is not None:
+        raise InputError(f"The model {source} is quantized ({method[:40]}); compress the unquantized one it came from.")
 
 
 def _read(source: Source, **options: Any) -> PreTrainedModel:
@@ -118,6 +124,11 @@ def _read(source: Source, **options: Any) -> PreTrainedModel:
     except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
         if isinstance(error, OSError) and not Path(source.path).exists() and "safetensors" in str(error):
             raise InputError(f"{source.name!r} holds no weights in safetensors; {RESAVE}.") from error
+        if "ignore_mismatched_sizes" in str(error):  # transformers' own sentence is about a report that it logged
+            raise InputError(
+                f"Cannot load the weights of {source.name!r}: they have other shapes than its config.json says; one of "
+                "the two is another model's."
+            ) from error
         if options and "offload_folder" in str(error):
             raise InputError(
                 f"The files of {source.name!r} hold matrices in another form than the model runs (joined, or cut) and "
@@ -126,8 +137,12 @@ def _read(source: Source, **options: Any) -> PreTrainedModel:
         how = " layer by layer (stream=True)" if options else ""
         raise InputError(f"Cannot load the weights of {source.name!r}{how}: {first_line(error)}.") from error
     model, found = read
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
-        raise InputError(f"The checkpoint {source.name!r} lacks the weights {', '.join(missing)}.")
+    missing, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:  # transformers would go on with random ones
+        instead = f"; it holds others, such as {unknown[0]}" if unknown else ""
+        raise InputError(f"The checkpoint {source.name!r} lacks the weights {shortened(missing)}{instead}.")
+    if _method(source.config) in (None, METHOD):  # another method's tensors are its own matter
+        refuse_additions(model, unknown)  # transformers would go on without them
     if not options:
         model.to(source.device)
     return model.eval()

@@ -95,9 +95,9 @@ def read_config(name: str, path: str, common: Mapping[str, Any]) -> Any:
         if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
             kind = config.model_type or type(config).__name__
             raise InputError(
-                f"{name!r} is a {kind}, and transformers has no causal language model of that type "
-                "(AutoModelForCausalLM), which is what unirank compresses; where it holds a text decoder, save that by "
-                "itself, and give it."
+                f"{name!r} is of type {kind}, of which transformers has no causal language model "
+                "(AutoModelForCausalLM), and that is what unirank compresses; where it holds a text decoder, save that "
+                "by itself, and give it."
             )
         if not common["trust_remote_code"]:
             raise InputError(_untrusted(name))

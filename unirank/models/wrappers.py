@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
 from unirank.models.structure import require_plain
@@ -49,6 +51,8 @@ def _no_model(model: object) -> str:
     if "_fsdp_wrapped_module" in children:
         return _sharded(f"The model is a {name}")
     inside = [child for child, module in children.items() if isinstance(module, PreTrainedModel)]
+    if not inside and isinstance(getattr(model, "model", None), PreTrainedModel):  # a Trainer, a pipeline, our records
+        inside = ["model"]
     more = f"; its part {inside[0]} is one: give that" if inside else ""
     return f"A causal language model of transformers is needed, got {name}{more}."
 
@@ -111,6 +115,31 @@ def refuse_foreign(model: PreTrainedModel, *, paged: bool = False) -> None:
 def _adapted_otherwise() -> tuple[type, ...]:
     """Modules of peft that hold a trained copy (modules_to_save, token embeddings) beside the original."""
     return _peft("peft.utils.other", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper")
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """Names for a message: the first ones, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def refuse_additions(model: nn.Module, unknown: Iterable[str]) -> None:
+    """Raise InputError where a file holds more of a linear than its weight and bias: an adapter's, a quantiser's.
+
+    Args:
+        unknown: names of the tensors in the files that `model` has no place for.
+    """
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    for key in unknown:
+        place, _, rest = key.partition(".")
+        while rest and place not in linears:
+            step, _, rest = rest.partition(".")
+            place = f"{place}.{step}"
+        if rest not in ("", "bias"):
+            raise InputError(
+                f"The checkpoint holds {key}, which {place} has no place for: an adapter that is not merged, or a "
+                "quantized weight's; merge it, or take the plain model."
+            )
 
 
 def check_linear(name: str, linear: nn.Module) -> None:
