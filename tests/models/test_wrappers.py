@@ -214,6 +214,49 @@ def test_what_would_be_lost_is_refused_with_the_way_out(name: str, tokenizer: Pr
         unirank.describe(make(build("llama")), tokenizer)
 
 
+def test_a_wrapped_model_is_evaluated_and_densified(
+    make_model, calibration: unirank.Calibration, text_file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Compiled, parallel or with adapters; and what is none is told so."""
+    done = unirank.compress(make_model(), 0.3, calibration=calibration)
+    asked: dict[str, Any] = {"text": str(text_file), "window": 24, "limit": 2}
+    plain = unirank.evaluate(done.model, tokenizer, **asked).nll
+    parallel: Any = DataParallel(done.model)
+    assert unirank.evaluate(parallel, tokenizer, **asked).nll == plain
+    assert unirank.generate(parallel, tokenizer, "w1 w2") == unirank.generate(done.model, tokenizer, "w1 w2")
+    record: Any = done
+    with pytest.raises(unirank.InputError, match="got CompressedModel; its part model is one: give that"):
+        unirank.evaluate(record, tokenizer, **asked)
+    adapted: Any = peft.get_peft_model(
+        done.model, peft.LoraConfig(r=2, target_modules=["left"], init_lora_weights=True)
+    )
+    assert unirank.evaluate(adapted, tokenizer, **asked).nll == pytest.approx(plain)
+    for inside in (adapted, done.model):
+        with pytest.raises(unirank.InputError, match=r"not merged.*merge_and_unload\(\)"):
+            unirank.densify(inside)
+    merged = adapted.merge_and_unload()
+    assert unirank.densify(compiled(merged)) is merged
+
+
+def test_a_compressed_model_of_which_a_part_is_not_in_memory_is_not_densified(
+    make_model, calibration: unirank.Calibration
+) -> None:
+    model = unirank.compress(make_model(), 0.3, calibration=calibration).model
+    with pytest.raises(unirank.InputError, match="is not in memory"):
+        unirank.densify(cpu_offload(model))
+
+
+def test_a_teacher_that_is_not_in_memory_is_refused(
+    make_model, calibration: unirank.Calibration, text_file: Path, tmp_path: Path
+) -> None:
+    done = unirank.compress(make_model(), 0.3, calibration=calibration)
+    settings = unirank.Finetune(steps=1, batch=2, window=24, distill=0.5)
+    for against, said in ((cpu_offload(build("llama")), r"is not in memory.*Give against="), (object(), "got object")):
+        wrong: Any = against
+        with pytest.raises(unirank.InputError, match=said):
+            unirank.finetune(done, str(text_file), settings, work=tmp_path / "work", against=wrong)
+
+
 def test_a_merged_adapter_is_taken(tokenizer: PreTrainedTokenizerFast) -> None:
     merged: Any = peft.get_peft_model(build("llama"), lora()).merge_and_unload()  # type: ignore[operator]
     assert unirank.describe(merged, tokenizer).linears == unirank.describe(build("llama"), tokenizer).linears

@@ -21,6 +21,7 @@ from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
 from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
+from unirank.models.wrappers import refuse_foreign, unwrapped
 from unirank.progress import OnProgress, silent
 from unirank.types import Paging
 
@@ -39,9 +40,12 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
     Args:
         pages: of a compressed model that was opened with `stream`: products are then made when they are read.
 
-    Raises InputError when the model is not compressed, or its class has no place for the biases.
+    Raises InputError when the model is not compressed, or its class has no place for the biases; and for a model that
+    `unirank.describe` would refuse: with adapters, or with weights that are not in memory.
     """
     require_plain(model, "densified")
+    model = unwrapped(model)
+    refuse_foreign(model, done="densified", paged=pages is not None)
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not low_rank:
         raise InputError("The model has no low-rank layers, so there is nothing to densify.")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unirank.disk.strictjson import Damaged, build
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.low_rank import count_parameters
+from unirank.models.wrappers import runnable
 from unirank.progress import OnProgress, silent
 from unirank.text.windows import (
     BUILTIN_HELD_OUT,
@@ -84,6 +85,7 @@ def evaluate(
         InputError: the text is unusable or shorter than a window; the window is longer than the model's positions.
         NonFiniteError: the loss of a window is NaN or infinity; names the window.
     """
+    model = runnable(model)
     window = fitting_window(model, WINDOW) if window is None else window
     check_window(model, window)
     content = read_text(text, tokenizer, split=split, held_out=True)
@@ -137,6 +139,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     It ends earlier where the model's table of positions ends (see `longest_window`). Raises InputError for a prompt
     that is longer than that table, or has a token without an embedding.
     """
+    model = runnable(model)
     inputs = tokenizer(prompt, return_tensors="pt")
     check_tokens(inputs["input_ids"], tokenizer, model, "The prompt")
     inputs = inputs.to(model.device)

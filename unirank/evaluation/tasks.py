@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.embeddings import embedding_rows
+from unirank.models.wrappers import runnable
 from unirank.progress import OnProgress, silent
 from unirank.text.windows import check_tokens
 
@@ -142,6 +143,7 @@ def run_tasks(
     for name, value, least in (("fewshot", fewshot, 0), ("limit", limit, 1), ("batch", batch, 1)):
         if value is not None and value < least:
             raise InputError(f"{name} = {value} is not legal; it is at least {least}.")
+    model = runnable(model)
     chosen = tasks if isinstance(tasks, Tasks) else Tasks(tasks)
     with _quiet(), _bars(progress):
         objects = chosen.load(fewshot)

@@ -34,7 +34,7 @@ from unirank.finetuning.settings import Finetune
 from unirank.finetuning.work import check_work, claim
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
-from unirank.models.wrappers import unwrapped
+from unirank.models.wrappers import require_in_memory, unwrapped
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, versions
 from unirank.text.training_windows import Corpus, pack, read_corpus
@@ -182,6 +182,7 @@ def _teacher(
         except InputError as error:
             raise InputError(f"The teacher cannot be loaded; name the dense model with against=: {error}") from error
     teacher = unwrapped(teacher)
+    require_in_memory(teacher, "Give against= a model that is in memory as a whole")
     sizes = [model.config.get_text_config().vocab_size for model in (teacher, compressed.model)]
     if sizes[0] != sizes[1]:
         raise InputError(

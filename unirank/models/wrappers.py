@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,13 +70,27 @@ def _peft(module: str, *names: str) -> tuple[type, ...]:
     return tuple(getattr(found, name) for name in names if hasattr(found, name))
 
 
-def refuse_foreign(model: PreTrainedModel, *, paged: bool = False) -> None:
+def runnable(model: object) -> PreTrainedModel:
+    """What can be run as a model of transformers: itself, also compiled or with adapters; else what `unwrapped` finds."""
+    runs: Any = model
+    return runs if isinstance(model, nn.Module) and hasattr(model, "config") else unwrapped(model)
+
+
+def require_in_memory(model: nn.Module, instead: str) -> None:
+    """Raise InputError where a weight of `model` is not in memory; `instead` is the sentence on what to give."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(f"{name} is not in memory: it was offloaded, or never loaded. {instead}.")
+
+
+def refuse_foreign(model: PreTrainedModel, *, done: str = "compressed", paged: bool = False) -> None:
     """Raise InputError where the model holds what a checkpoint of its class cannot, or does not hold its weights.
 
     Unmerged adapters; parts that are compiled or wrapped; weights that are spread over processes, are not in memory, or
     are in a dtype of another library. Before any work, for the error would come after all of it, if at all.
 
     Args:
+        done: what is to be done with the model, as in "the model must be compressed before".
         paged: weights that are not in memory are read when they are needed.
     """
     if "_original_forward" in vars(model):
@@ -92,24 +107,21 @@ def refuse_foreign(model: PreTrainedModel, *, paged: bool = False) -> None:
         for child, who in _WRAPPERS.items():
             if child in module._modules:
                 raise InputError(
-                    f"The model's part {name} is wrapped by {who}, so that its weights have other names; compress the "
-                    "model before that, or give the checkpoint's name instead of the model."
+                    f"The model's part {name} is wrapped by {who}, so that its weights have other names; the model "
+                    f"must be {done} before that, or its checkpoint be given by name."
                 )
         if name and module._compiled_call_impl is not None:
             raise InputError(
-                f"The model's part {name} is compiled, where nothing can be observed inside of it; compress the model "
-                "before that, or give the checkpoint's name instead of the model."
+                f"The model's part {name} is compiled, where nothing can be observed inside of it; the model must be "
+                f"{done} before that, or its checkpoint be given by name."
             )
     for name, weight in model.named_parameters():
         if type(weight).__name__ == "DTensor" or hasattr(weight, "ds_id"):  # FSDP2, tensor parallel; DeepSpeed's ZeRO-3
             raise InputError(_sharded(f"The weight {name} is sharded"))
-    require_plain(model, "compressed")
-    for name, tensor in () if paged else (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} is not in memory: it was offloaded, or never loaded. Give the checkpoint's name or directory "
-                "instead of the model, with stream=True where it is larger than memory."
-            )
+    require_plain(model, done)
+    if not paged:
+        more = "instead of the model, with stream=True where it is larger than memory"
+        require_in_memory(model, f"Give the checkpoint's name or directory {more}")
 
 
 def _adapted_otherwise() -> tuple[type, ...]:
