@@ -243,7 +243,7 @@ def test_a_compressed_model_of_which_a_part_is_not_in_memory_is_not_densified(
 ) -> None:
     model = unirank.compress(make_model(), 0.3, calibration=calibration).model
     with pytest.raises(unirank.InputError, match="is not in memory"):
-        unirank.densify(cpu_offload(model))
+        unirank.densify(cpu_offload(model))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_teacher_that_is_not_in_memory_is_refused(

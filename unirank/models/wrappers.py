@@ -71,7 +71,7 @@ def _peft(module: str, *names: str) -> tuple[type, ...]:
 
 
 def runnable(model: object) -> PreTrainedModel:
-    """What can be run as a model of transformers: itself, also compiled or with adapters; else what `unwrapped` finds."""
+    """What runs as a model of transformers: itself, also compiled or with adapters; else what `unwrapped` finds."""
     runs: Any = model
     return runs if isinstance(model, nn.Module) and hasattr(model, "config") else unwrapped(model)
 
