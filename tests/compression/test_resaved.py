@@ -24,6 +24,7 @@ from unirank.models.low_rank import LowRankLinear
 from unirank.report.gather import gather
 from unirank.report.page import page
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
 IDS = torch.arange(2, 22)[None]
 RECORDS = ("rank_plan.json", "provenance.json")
 MADE = {"llama": ("whiten", "factors"), "gpt2": ("whiten", "factors"), "afm": ("afm", "pivoted")}
@@ -231,6 +232,13 @@ def test_what_names_no_low_rank_layers_is_refused(ranks: Any, words: str, again)
     with pytest.raises(InputError) as caught:
         read_record(folder)
     assert words in str(caught.value)
+
+
+def test_an_adapter_that_was_not_merged_is_refused_with_what_to_do(root: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / "llama")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["left"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"is an adapter .* merge it into its model"):
+        unirank.open_compressed(tmp_path / "adapter", device="cpu")
 
 
 def test_weights_of_other_shapes_are_refused_by_name(again) -> None:

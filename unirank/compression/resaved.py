@@ -11,6 +11,7 @@ from pathlib import Path
 from unirank.compression.card import PLAN_FILE, UNKNOWN
 from unirank.compression.truncation import TruncateReport
 from unirank.errors import InputError
+from unirank.models.folder import ADAPTER, CONFIG, adapter_message
 from unirank.models.low_rank import count_parameters, count_target, make_low_rank
 from unirank.models.places import places_of
 from unirank.models.quantizer import METHOD, UniRankConfig
@@ -31,8 +32,10 @@ def read_resaved(
     Raises InputError when config.json names no low-rank layers, names what its class does not have, or says something
     else than `plan`.
     """
+    if (path / ADAPTER).is_file():
+        raise InputError(adapter_message(str(path), alone=not (path / CONFIG).is_file()))
     told, config = None, None
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         config = read_config(str(path), str(path), {"revision": None, "trust_remote_code": trust_remote_code})
         told = getattr(config, "quantization_config", None)
     named = UniRankConfig(**told) if isinstance(told, Mapping) and told.get("quant_method") == METHOD else None
@@ -48,13 +51,11 @@ def read_resaved(
     for name, rank in named.ranks.items():
         make_low_rank(model, name, rank, add_bias=name in named.biased, form=named.form)
     ranks: dict[str, Rank] = {spec.name: named.ranks.get(spec.name, DENSE) for spec in linears}
-    used, total = (
-        sum(spec.rank_cost(ranks[spec.name], named.form) for spec in linears),
-        sum(s.params for s in linears),
-    )
+    used = sum(spec.rank_cost(ranks[spec.name], named.form) for spec in linears)
+    total = sum(spec.params for spec in linears)
     if used != sum(count_target(model.get_submodule(name)) for name in ranks) or not named.ranks.keys() <= ranks.keys():
         raise InputError(
-            f"The ranks in {path / 'config.json'} are none of unirank's: one costs more than the dense matrix, or is "
+            f"The ranks in {path / CONFIG} are none of unirank's: one costs more than the dense matrix, or is "
             "of a linear outside the decoder layers."
         )
     shapes = {spec.name: (spec.m, spec.n) for spec in linears}
