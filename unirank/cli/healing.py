@@ -29,6 +29,12 @@ def heal_command(
         str | None,
         options.option("A second text, of which nothing is trained on; with it a layer must get better on both texts."),
     ] = None,
+    store: Annotated[
+        Path | None,
+        options.option(
+            "An analysis of the dense model with gradients: errors then count by what the loss feels of them."
+        ),
+    ] = None,
     windows: options.Windows = None,
     window: options.Window = None,
     seed: options.Seed = None,
@@ -46,6 +52,9 @@ def heal_command(
     batch: Annotated[
         int, options.option("Windows a step; fewer need less memory, and make more steps.", group=_TRAINING)
     ] = _D.batch,
+    metric_damping: Annotated[
+        float, options.option("Of --store's metric: the share that every direction has.", group=_TRAINING)
+    ] = _D.metric_damping,
     lr: Annotated[float, options.option("Peak learning rate.", group=_TRAINING)] = _D.lr,
     warmup: Annotated[
         float, options.option("Fraction of a layer's steps in which the rate rises.", group=_TRAINING)
@@ -100,6 +109,7 @@ def heal_command(
             mix=mix,
             passes=passes,
             batch=batch,
+            metric_damping=metric_damping,
             lr=lr,
             warmup=warmup,
             weight_decay=weight_decay,
@@ -127,6 +137,7 @@ def heal_command(
             work=folder,
             against=against,
             second_text=text,
+            store=store,
             **trust,
             progress=session.progress,
         )

@@ -97,12 +97,13 @@ def _healing_line(training: Mapping[str, Any]) -> str:
     before, after = (sum(layer[key] for layer in layers) / max(1, len(layers)) for key in ("before", "after"))
     second = "" if data["second"] is None else f", stopped by `{data['second']['text']}` too"
     windows = f"{data['train_windows']} windows of {data['window']} tokens of `{data['text']}`"
+    felt = ", in the metric of the loss" if any(layer.get("metric") for layer in layers) else ""
     parts = []
     if layers:
         parts.append(
             f"{better} of {len(layers)} layers, at most {settings['passes']} passes over {windows}{second}, "
-            f"mix = {settings['mix']}, lr = {settings['lr']}, seed {data['seed']}; mean held-out error of a layer "
-            f"{before:.4f} before, {after:.4f} after"
+            f"mix = {settings['mix']}{felt}, lr = {settings['lr']}, seed {data['seed']}; mean held-out error of a "
+            f"layer {before:.4f} before, {after:.4f} after"
         )
     distilled = training.get("distilled")
     if distilled is not None:

@@ -35,12 +35,14 @@ class Healed:
         before, after: mean squared relative error on held-out windows, of the layer as it was and as it is.
         passes: that were made.
         best: after how many of them the layer was as it is now; 0 is the layer as it was.
+        metric: whether errors counted by what the loss feels of them.
     """
 
     before: float
     after: float
     passes: int
     best: int
+    metric: bool = False
 
 
 class Block:
@@ -126,7 +128,7 @@ class Block:
                     break
         finally:
             self.put(best_state)
-        return Healed(before, least, passes, best)
+        return Healed(before, least, passes, best, aims[0].metric is not None)
 
     def _step(
         self,
@@ -140,7 +142,7 @@ class Block:
         optimizer.zero_grad()
         with torch.enable_grad():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16):
-                output = _in_float32(call).run(self._copy, x.float())
+                output = in_float32(call).run(self._copy, x.float())
             loss = aim.error(output)
             where = f"of layer {self._index} is NaN or infinity at step {done + 1}; a lower Heal.lr may help."
             if not bool(loss.isfinite()):
@@ -159,7 +161,7 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _in_float32(call: LayerCall) -> LayerCall:
+def in_float32(call: LayerCall) -> LayerCall:
     """The call with every floating tensor (masks, position embeddings) in float32, as the copy's weights are."""
     return replace(call, args=_floats(call.args), kwargs=_floats(call.kwargs))
 

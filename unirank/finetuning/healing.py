@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.identity import weights_hash
+from unirank.analysis.redraw import check_model
+from unirank.analysis.store import AnalysisStore, open_store
 from unirank.compression.checkpoint import CompressedModel, open_compressed
 from unirank.disk.files import locked
 from unirank.disk.strictjson import Damaged
@@ -28,6 +30,7 @@ from unirank.finetuning.block import Block, Healed, Look
 from unirank.finetuning.distilling import distill
 from unirank.finetuning.healing_streams import Group, read_streams, start, write_streams
 from unirank.finetuning.healing_text import Drawn, draw
+from unirank.finetuning.output_metric import OutputMetric
 from unirank.finetuning.settings import Heal
 from unirank.finetuning.work import check_work, claim
 from unirank.layerwise.lending import lent
@@ -50,6 +53,7 @@ def heal(
     work: str | Path,
     against: LoadedModel | PreTrainedModel | str | Path | None = None,
     second_text: str | None = None,
+    store: AnalysisStore | str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     progress: OnProgress = silent,
@@ -73,6 +77,8 @@ def heal(
             where the compressed model is.
         second_text: another text; a layer's best state is then the one with the least mean of the two relative errors,
             on held-out windows and on as many of this text, none of which is trained on.
+        store: an analysis of the dense model with gradients: a layer's errors then count by what the loss feels of
+            them, `Heal.metric_damping`. None counts every direction alike.
         device: where to load a checkpoint; None takes the GPU when there is one.
         trust_remote_code: run modelling code that the checkpoint or the dense model brings, where one is loaded here.
 
@@ -83,7 +89,8 @@ def heal(
 
     Raises:
         InputError: the model is not compressed, the dense model does not fit it, a text is unusable or too short,
-            `work` belongs to another run.
+            `store` is of another model, `work` belongs to another run.
+        StoreError: `store` has no gradients.
         NonFiniteError: a loss or gradient is NaN or infinity; names the layer and the step.
         WriteError: the disk refuses what is kept in `work`.
     """
@@ -100,14 +107,21 @@ def heal(
     if settings.distill_steps:
         for loaded in (own, dense):
             loaded.require_whole("Heal.distill_steps")
+    metric = None
+    if store is not None:
+        store = store if isinstance(store, AnalysisStore) else open_store(store)
+        store.require_gradients()
+        check_model(dense, store)
+        metric = OutputMetric(store, dense.layers, settings.metric_damping)
     drawn = draw(own, calibration, second_text, settings.held_out)
     recipe = _identity(own, dense, drawn, calibration, settings)
+    recipe["gradients"] = None if store is None else store.digest
     check_work(work, _RECIPE)
     with locked(work), lent(dense.model), lent(own.model):
         claim(work, _RECIPE, recipe, "healing")
         layers = []
         if settings.passes:
-            layers = _Run(dense, own, drawn, calibration, settings, work, progress).heal()
+            layers = _Run(dense, own, drawn, calibration, settings, work, metric, progress).heal()
         distilled = None
         if settings.distill_steps:
             held_out, seed, bf16 = torch.cat(drawn.looks), calibration.seed, _computes_in_bf16(settings, own.device)
@@ -135,9 +149,11 @@ class _Run:
         calibration: Calibration,
         settings: Heal,
         work: Path,
+        metric: OutputMetric | None,
         progress: OnProgress,
     ) -> None:
         self._dense, self._own, self._settings, self._work, self._progress = dense, own, settings, work, progress
+        self._metric = metric
         self._seed, self._count = calibration.seed, len(layers_of(own))
         self._bf16 = _computes_in_bf16(settings, own.device)
         self._folder = None if dense.pages is None and own.pages is None else work
@@ -217,7 +233,11 @@ class _Run:
     def _layer(self, index: int, groups: dict[str, Group]) -> Healed:
         with self._dense.resident(index):
             layer = layers_of(self._dense)[index]
-            aims = {name: group.aims(layer, index, self._settings.mix) for name, group in groups.items()}
+            metric = None
+            if self._metric is not None:
+                train = groups[_TRAIN]
+                metric = self._metric.of(layer, index, train.calls[0][index], train.dense.batches[0])
+            aims = {name: group.aims(layer, index, self._settings.mix, metric) for name, group in groups.items()}
         looks = [Look(group, aims[name]) for name, group in groups.items() if name != _TRAIN]
         with self._own.resident(index):
             layer = layers_of(self._own)[index]

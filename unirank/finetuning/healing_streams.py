@@ -23,15 +23,22 @@ class Aim:
 
     Attributes:
         target: `m L(x) + (1 - m) L(x')`, float32 `[B, T, D]`.
-        weight: `1 / ||L(x)||²`, float32 `[B, T]`; 0 for a token whose `L(x)` is 0.
+        weight: `1 / ||L(x) S||²`, float32 `[B, T]`; 0 for a token whose `L(x) S` is 0.
+        metric: `S`, float32 `[D, D]`; None is the identity.
     """
 
     target: torch.Tensor
     weight: torch.Tensor
+    metric: torch.Tensor | None = None
 
     def error(self, output: torch.Tensor) -> torch.Tensor:
         """Mean over the batch's tokens of the squared relative error of `output [B, T, D]`; float32 scalar."""
-        return ((self.target - output.float()).square().sum(-1) * self.weight).mean()
+        lost = _in(self.metric, self.target - output.float())
+        return (lost.square().sum(-1) * self.weight).mean()
+
+
+def _in(metric: torch.Tensor | None, vectors: torch.Tensor) -> torch.Tensor:
+    return vectors if metric is None else vectors @ metric
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Group:
     own: Streams
 
     @torch.no_grad()
-    def aims(self, layer: nn.Module, index: int, mix: float) -> list[Aim]:
+    def aims(self, layer: nn.Module, index: int, mix: float, metric: torch.Tensor | None = None) -> list[Aim]:
         """Run the dense layer: the aims of every batch. `x` is then what leaves it.
 
         Raises NonFiniteError when its output is NaN or infinity.
@@ -53,14 +60,14 @@ class Group:
         for position, calls in enumerate(self.calls):
             output = calls[index].run(layer, self.dense.batches[position])
             target = output.float()
-            norms = target.square().sum(-1)
+            norms = _in(metric, target).square().sum(-1)
             if mix < 1:
                 target = target.lerp(calls[index].run(layer, self.own.batches[position]).float(), 1 - mix)
             weight = torch.where(norms > 0, 1 / norms, 0.0)
             if not bool((target.sum() + norms.sum()).isfinite()):
                 raise NonFiniteError(f"The output of layer {index} of the dense model is NaN or infinity.")
             folder = self.dense.folder
-            found.append(Aim(target if folder is None else mapped_copy(folder, target), weight))
+            found.append(Aim(target if folder is None else mapped_copy(folder, target), weight, metric))
             self.dense.put(position, output)
         return found
 

@@ -93,6 +93,8 @@ class Heal:
             makes of the stream that really enters the compressed layer.
         passes: over the training windows, for every layer; 0 leaves the layers as they are, for `distill_steps` alone.
         batch: windows a step. Fewer make more steps of the same windows, which helps more than it costs.
+        metric_damping: of the output metric, where gradients give one: the share of the mean diagonal that every
+            direction has.
         lr: peak learning rate of AdamW; a cosine down to 0 over all steps of a layer, after `warmup`.
         warmup: fraction of the steps in which the rate rises.
         weight_decay: of AdamW, on everything that is trained.
@@ -110,6 +112,7 @@ class Heal:
     mix: float = 0.5
     passes: int = 3
     batch: int = 2
+    metric_damping: float = 0.1
     lr: float = 1e-3
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -125,7 +128,7 @@ class Heal:
         if not self.passes and not self.distill_steps:
             raise InputError("passes and distill_steps are both 0: nothing would be trained.")
         _check("mix", self.mix, 0 <= self.mix <= 1, "at least 0 and at most 1")
-        for name in ("lr", "distill_lr"):
+        for name in ("lr", "distill_lr", "metric_damping"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         _check("warmup", self.warmup, 0 <= self.warmup < 1, "at least 0 and less than 1")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")

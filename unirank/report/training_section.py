@@ -31,6 +31,8 @@ def healing_commands(source: str, training: Mapping[str, Any] | None) -> list[li
             options["text"] = data["second"]["text"]
         options |= {"windows": data["train_windows"] + data["held_out_windows"], "window": data["window"]}
         options |= {"seed": data["seed"]}
+        if one.get("gradients") is not None:
+            options["store"] = "STORE"
         options |= {key.replace("_", "-"): value for key, value in one["settings"].items()}
         said = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
         commands.append(["unirank", "heal", name, "-o", f"HEALED{len(commands) + 1}", *said])
