@@ -54,7 +54,7 @@ SHARD = 1 << 30  # bytes
 
 def write_model(shape: str, layers: int | None, folder: Path) -> int:
     """A checkpoint of random weights, one shard in memory at a time; returns its parameters."""
-    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    sizes: dict[str, Any] = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
