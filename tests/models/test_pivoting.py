@@ -159,7 +159,7 @@ def low() -> LowRankLinear:
     return found
 
 
-@pytest.mark.parametrize("shape", [(24,), (0, 24), (3, 5, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (3, 5, 24), (3, 40, 24)], ids=str)
 def test_without_gradients_the_bits_are_the_same(low: LowRankLinear, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     want = low(x).detach()
@@ -176,7 +176,7 @@ def test_without_gradients_the_bits_are_the_same(low: LowRankLinear, shape: tupl
 @torch.no_grad()
 def test_whatever_is_put_on_the_inner_linears_is_heard(low: LowRankLinear, inner: str, how: str) -> None:
     """Hooks, the patched forward of an offloading library, an adapter's wrapper."""
-    linear, x = low.get_submodule(inner), torch.randn(3, 24)
+    linear, x = low.get_submodule(inner), torch.randn(64, 24)
     before, heard = low(x), []
     if how == "hook":
         linear.register_forward_hook(lambda *_: heard.append(1))
@@ -203,11 +203,26 @@ def test_whatever_is_put_on_the_inner_linears_is_heard(low: LowRankLinear, inner
 
 @torch.no_grad()
 def test_vmap_trace_and_autocast(low: LowRankLinear) -> None:
-    x = torch.randn(3, 5, 24)
+    x = torch.randn(3, 40, 24)
     want = low(x)
     assert torch.allclose(torch.func.vmap(low)(x), want, atol=1e-6)
     traced = torch.jit.trace(low, x)
-    assert torch.allclose(traced(x[:2, :4]), want[:2, :4], atol=1e-6)
+    assert torch.allclose(traced(x[:2, :35]), want[:2, :35], atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert low(x).dtype == torch.bfloat16  # as every linear
         assert (low(x).float() - want).abs().max() < 0.02 * want.abs().max()
+
+
+@torch.no_grad()
+def test_many_tokens_are_written_in_place_and_few_are_not(low: LowRankLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    original = LowRankLinear._placed
+
+    def watched(self: LowRankLinear, x: torch.Tensor, product: torch.Tensor | None) -> torch.Tensor:
+        written.append(x.shape[0])
+        return original(self, x, product)
+
+    monkeypatch.setattr(LowRankLinear, "_placed", watched)
+    x = torch.randn(40, 24)
+    assert torch.allclose(low(x)[:8], low(x[:8]), atol=1e-5)
+    assert written == [40]

@@ -15,6 +15,8 @@ from unirank.models.pivoting import pivot
 from unirank.models.structure import weight_of
 from unirank.types import Form
 
+_MANY = 32  # tokens from which a copy of the outputs costs more than to see whether it can be left out (choice)
+
 
 class LowRankLinear(nn.Module):
     """A linear of rank R, as two inner linears: `right` N -> R without bias, and `left`.
@@ -60,11 +62,12 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., N]` -> `[..., M]`."""
-        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        plain = not torch.is_grad_enabled() and not traced
         product = self.shared.product(self.shared_index, self.right, x) if self.shared is not None and plain else None
         if self.form == "factors":
             return self.left(self.right(x) if product is None else product)
-        if plain and self._writes_in_place(x):
+        if plain and x.numel() >= _MANY * self.in_features and self._writes_in_place(x):
             return self._placed(x, product)
         inner = self.right(x) if product is None else product
         y = torch.cat((inner, self.left(inner)), -1)
