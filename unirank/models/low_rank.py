@@ -15,8 +15,6 @@ from unirank.models.pivoting import pivot
 from unirank.models.structure import weight_of
 from unirank.types import Form
 
-_MANY = 32  # tokens from which a copy of the outputs costs more than to see whether it can be left out (choice)
-
 
 class LowRankLinear(nn.Module):
     """A linear of rank R, as two inner linears: `right` N -> R without bias, and `left`.
@@ -62,46 +60,22 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., N]` -> `[..., M]`."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        plain = not torch.is_grad_enabled() and not traced
-        product = self.shared.product(self.shared_index, self.right, x) if self.shared is not None and plain else None
+        if self.shared is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            product = self.shared.product(self.shared_index, self.right, x)
+            if product is not None:
+                return self._outputs(product)
+        return self._outputs(self.right(x))
+
+    def _outputs(self, inner: torch.Tensor) -> torch.Tensor:
+        """`[..., R]` -> `[..., M]`."""
         if self.form == "factors":
-            return self.left(self.right(x) if product is None else product)
-        if plain and x.numel() >= _MANY * self.in_features and self._writes_in_place(x):
-            return self._placed(x, product)
-        inner = self.right(x) if product is None else product
+            return self.left(inner)
         y = torch.cat((inner, self.left(inner)), -1)
         # As a matrix: over more dimensions a CPU takes ten to sixty times as long for the same copy.
         flat = y.reshape(-1, self.out_features)
         taught = flat.requires_grad and not torch.compiler.is_compiling()
         flat = _Gather.apply(flat, self.place) if taught else flat.index_select(1, self.place)
-        return self._with_bias(flat.view(y.shape))
-
-    def _writes_in_place(self, x: torch.Tensor) -> bool:
-        """Whether `mm` itself may write both products: nothing else (adapters, hooks, offloading) has a say in them."""
-        return (
-            _is_plain(self.right)
-            and _is_plain(self.left)
-            and type(x) is torch.Tensor
-            and x.dtype == self.right.weight.dtype == self.left.weight.dtype
-            and x.device == self.right.weight.device
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue] - no stub
-        )
-
-    def _placed(self, x: torch.Tensor, product: torch.Tensor | None) -> torch.Tensor:
-        """The pivoted outputs without the copy that joining two products would take."""
-        flat = x.reshape(-1, self.in_features)
-        y = flat.new_empty(flat.shape[0], self.out_features)
-        inner, others = y[:, : self.rank], y[:, self.rank :]
-        if product is None:
-            torch.mm(flat, self.right.weight.t(), out=inner)
-        else:
-            inner.copy_(product.reshape(-1, self.rank))
-        torch.mm(inner, self.left.weight.t(), out=others)
-        return self._with_bias(y.index_select(1, self.place).view(*x.shape[:-1], self.out_features))
-
-    def _with_bias(self, y: torch.Tensor) -> torch.Tensor:
+        y = flat.view(y.shape)
         bias = self.output_bias
         return y if bias is None else y + bias.to(y.dtype)  # under autocast they differ
 
@@ -160,17 +134,6 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (place,) = ctx.saved_tensors
         return gradients[0].index_select(1, place.argsort()), None
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling it is nothing more than a product with its weight."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and linear.bias is None
-        and "forward" not in vars(linear)
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-    )
 
 
 class SharedInput:
