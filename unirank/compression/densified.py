@@ -20,7 +20,6 @@ from unirank.models.companions import write_companions
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
 from unirank.models.shards import save_model
-from unirank.models.structure import require_plain
 from unirank.models.wrappers import refuse_foreign, unwrapped
 from unirank.progress import OnProgress, silent
 from unirank.types import Paging
@@ -43,7 +42,6 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
     Raises InputError when the model is not compressed, or its class has no place for the biases; and for a model that
     `unirank.describe` would refuse: with adapters, or with weights that are not in memory.
     """
-    require_plain(model, "densified")
     model = unwrapped(model)
     refuse_foreign(model, done="densified", paged=pages is not None)
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear, SharedInput
 from unirank.models.structure import require_plain
+from unirank.models.wrappers import runnable
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def fuse(model: PreTrainedModel) -> list[tuple[str, ...]]:
 
     Raises InputError when the model is not compressed, or a part of it is not in memory.
     """
+    model = runnable(model)
     require_plain(model, "fused")
     names = {module: name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not names:

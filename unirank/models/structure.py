@@ -53,11 +53,8 @@ def require_plain(model: nn.Module, done: str) -> None:
     Args:
         done: what is to be done with the model, as in "the model must be saved before".
 
-    Raises InputError with the first weight that is something else, and where `model` is no module at all.
+    Raises InputError with the first weight that is something else.
     """
-    if not isinstance(model, nn.Module):
-        hint = "; give its .model" if hasattr(model, "model") else ""
-        raise InputError(f"A model is needed, got {type(model).__name__}{hint}.")
     for name, weight in model.named_parameters():
         if type(weight) not in (nn.Parameter, torch.Tensor):
             kind = type(weight)
