@@ -42,15 +42,18 @@ def _heal(compressed: Any, calibration: Any, settings: Any, dense: Any) -> Any:
 
 
 class _Kept:
-    """Checkpoints of the steps of a recipe, which other cells begin with too, with what they took."""
+    """Checkpoints of long steps, which other cells begin with too, and what they took.
 
-    def __init__(self, folder: Path, of: list[Any], seconds: dict[str, float]) -> None:
-        self._folder, self._of, self._seconds, self.peak = folder, of, seconds, 0.0
+    `best` is below `healed`, and `healed` below `distilled`.
+    """
 
-    def get(self, stage: str, settings: list[Any], make: Callable[[], Any]) -> Any:
-        """The model after the stage: made, or opened where another cell made it."""
-        self._of = [*self._of, stage, *settings]
-        place = self._folder / f"{stage}-{sha256_text(json.dumps(self._of, default=dataclasses.asdict))[:16]}"
+    def __init__(self, folder: Path, same: list[Any], seconds: dict[str, float]) -> None:
+        self._folder, self._same, self._seconds, self.peak = folder, same, seconds, 0.0
+
+    def get(self, stage: str, recipe: list[Any], make: Callable[[], Any]) -> Any:
+        """The model after the stage: made, or opened where another cell made it. `recipe` is all that led to it."""
+        identity = json.dumps([self._same, stage, recipe], default=dataclasses.asdict)
+        place = self._folder / f"{stage}-{sha256_text(identity)[:16]}"
         note = place.with_suffix(".json")
         if not note.is_file():
             start = time.perf_counter()
@@ -135,18 +138,19 @@ def main() -> None:
             ),
         )
         windows = workbench.windows
-        # What more than one cell needs is kept: `best` below `healed`, and `healed` below `distilled`.
         steps = _Kept(Path(job["stores"]), [job[key] for key in _SAME], seconds)
-        compressed = steps.get(
-            "apply",
-            [recipe.scheme, recipe.allocator, dict(recipe.options), recipe.refine],
-            lambda: unirank.apply(
+        made_by = [recipe.scheme, recipe.allocator, dict(recipe.options), recipe.refine]
+
+        def fit() -> Any:
+            return unirank.apply(
                 loaded, analysis, ranks, refine=recipe.refine, windows=windows, copy=recipe.heal is not None
-            ),
-        )
+            )
+
+        # Truncation alone takes seconds, and is not kept.
+        compressed = timed("apply", fit) if recipe.refine is None else steps.get("apply", made_by, fit)
         if recipe.heal is not None:
             layers = dataclasses.replace(recipe.heal, distill_steps=0)
-            compressed = steps.get("heal", [layers], lambda: _heal(compressed, calibration, layers, loaded))
+            compressed = steps.get("heal", [*made_by, layers], lambda: _heal(compressed, calibration, layers, loaded))
             if recipe.heal.distill_steps:
                 whole = dataclasses.replace(recipe.heal, passes=0)
                 compressed = timed("distill", lambda: _heal(compressed, calibration, whole, loaded))

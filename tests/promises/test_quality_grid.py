@@ -65,8 +65,8 @@ def test_a_cell_runs_in_a_process_of_its_own(cell, model_dir: Path, text_file: P
     assert len(text) > 1024
     out = tmp_path / "result.json"
     subprocess.run([sys.executable, "-m", "bench.quality.quality_job", json.dumps(job), out], check=True, cwd=ROOT)
-    kept = sorted(path.name for path in tmp_path.glob("heal-*.json"))
-    assert len(kept) == (job["preset"] in ("healed", "distilled", "uniform, pivoted + heal, mix 1"))
+    for stage, presets in (("heal", ("distilled", "uniform, pivoted + heal, mix 1")), ("apply", ("best", "distilled"))):
+        assert len(list(tmp_path.glob(f"{stage}-*.json"))) == (job["preset"] in presets)
     record = json.loads(out.read_text())
     assert ("distill" in record["seconds"]) == (job["preset"] == "distilled")
     assert 0 < record["used"] <= record["budget"]
