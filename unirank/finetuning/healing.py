@@ -114,8 +114,7 @@ def heal(
         check_model(dense, store)
         metric = OutputMetric(store, dense.layers, settings.metric_damping)
     drawn = draw(own, calibration, second_text, settings.held_out)
-    recipe = _identity(own, dense, drawn, calibration, settings)
-    recipe["gradients"] = None if store is None else store.digest
+    recipe = _identity(own, dense, drawn, calibration, settings, store)
     check_work(work, _RECIPE)
     with locked(work), lent(dense.model), lent(own.model):
         claim(work, _RECIPE, recipe, "healing")
@@ -331,7 +330,12 @@ def _asked(calibration: Calibration) -> dict[str, Any]:
 
 
 def _identity(
-    own: LoadedModel, dense: LoadedModel, drawn: Drawn, calibration: Calibration, settings: Heal
+    own: LoadedModel,
+    dense: LoadedModel,
+    drawn: Drawn,
+    calibration: Calibration,
+    settings: Heal,
+    store: AnalysisStore | None,
 ) -> dict[str, Any]:
     """Everything that the result depends on."""
     return {
@@ -339,6 +343,7 @@ def _identity(
         "data": drawn.as_dict() | {"seed": calibration.seed} | _asked(calibration),
         "model_sha256": weights_hash(own),
         "dense_sha256": weights_hash(dense),
+        "gradients": None if store is None else store.digest,
         "device": device_name(own.device),
         "versions": versions(),
     }
