@@ -30,12 +30,10 @@ _TOKENIZER = re.compile(
 )
 _LEGAL = ("licence", "license", "notice", "copying", "patents", "use_policy", "acceptable_use")
 _TEXT = ("", ".txt", ".md", ".rst")
-# JSON that is written anew, is about the weights' files, or is the record of a training or of ours.
-_NOT = re.compile(
-    r"config\.json|tokenizer\.json|tokenizer_config\.json|adapter_config\.json|params\.json"
-    r"|.*\.index\.json|quantize_config\.json|quant_config\.json|hf_quant_config\.json|trainer_state\.json"
-    r"|(all|train|eval|test|predict)_results\.json|rank_plan\.json|provenance\.json|evaluations\.json"
-)
+# Settings: of processors, generation, modules behind the model. Any other JSON may be somebody's data, or a secret.
+_SETTINGS = re.compile(r"[\w.-]+_config\.json|config_\w+\.json|[\w.-]*processor[\w.-]*\.json|modules\.json", re.ASCII)
+# Of these, what is written anew, or is about how the weights' files were made.
+_NOT = re.compile(r"(tokenizer|adapter|quantize|quant|hf_quant)_config\.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".npy")
 # Folders of configurations: of modules behind the model (sentence-transformers), of further templates.
 _FOLDER = re.compile(r"\d+_\w+|additional_chat_templates", re.ASCII)
@@ -140,7 +138,7 @@ def _files(folder: Path, root: Path) -> Iterator[Path]:
 
 def _is_other(file: Path) -> bool:
     if file.suffix == ".json":
-        return not _NOT.fullmatch(file.name)
+        return bool(_SETTINGS.fullmatch(file.name)) and not _NOT.fullmatch(file.name)
     return file.suffix in _TEXT and file.name.lower().startswith(_LEGAL)
 
 
