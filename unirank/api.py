@@ -12,7 +12,7 @@ from unirank.analysis.store import AnalysisStore, open_store
 from unirank.errors import InputError
 from unirank.job import Job, analyze_for, loaded_from, ranks_text, require, with_gradients, workbench_for
 from unirank.planning.imported_ranks import import_plan
-from unirank.planning.ranks import check_request, plan_ranks
+from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
 from unirank.recipes import recipe
@@ -42,7 +42,7 @@ def compress(
     refine: Refine | None = None,
     heal: Heal | None = None,
     min_rank: int = 1,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     form: Form | None = None,
     calibration: Calibration | str | Path | None = None,
     store: str | Path | None = None,
@@ -70,7 +70,9 @@ def compress(
         heal: refine the result by gradient on the calibration text (see `unirank.heal`); None does not. The dense model
             is needed for it, so a model in memory stays as it is.
         min_rank: the least rank.
-        multiple_of: what ranks are multiples of.
+        multiple_of: what ranks are multiples of (dense matrices aside). None is the preset's: 1 for "unirank" and
+            without a preset, 16 for the others; halved until every matrix at that rank takes at most a quarter of the
+            budget (method 4.3).
         form: how low-rank matrices are stored, and so what a rank costs: "factors", two of them in `R (M + N)`
             parameters, or "pivoted", the same map in `R (M + N - R)`. None is the preset's, or that of a plan in
             `ranks`, else "factors".
@@ -223,7 +225,7 @@ def plan(
     settings: ScoreSettings | None = None,
     options: Mapping[str, float] | None = None,
     min_rank: int = 1,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     form: Form | None = None,
     workbench: Workbench | None = None,
     against: str | Path | LoadedModel | None = None,
@@ -243,8 +245,7 @@ def plan(
         settings: score settings of the allocators that rank components; None is UniRank.
         options: the allocator's own options by name.
         min_rank: least rank of a matrix.
-        multiple_of: ranks are multiples of this (dense matrices aside).
-        form: as in `compress`.
+        multiple_of, form: as in `compress`.
         workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`); see
             `unirank.make_workbench`. The model is left as it was found.
         against: instead of `workbench`, the dense model that the store was made from; other allocators do not load it.
@@ -266,6 +267,10 @@ def plan(
     assert remove is not None
     if preset is not None:
         require(analysis, chosen)
+    if multiple_of is None:
+        multiple_of = fitting_multiple(
+            analysis.linears, remove, chosen.multiple_of, min_rank=min_rank, form=chosen.form
+        )
     request: dict[str, Any] = {"allocator": chosen.allocator, "min_rank": min_rank, "multiple_of": multiple_of}
     request |= {"options": chosen.options, "form": chosen.form}
     check_request(analysis.linears, remove, **request)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
 from unirank.distributed import rank
 from unirank.errors import InputError, StoreError
 from unirank.planning.imported_ranks import form_of, import_plan, read_rank_file, read_ranks
-from unirank.planning.ranks import check_request, plan_ranks
+from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan, check_form
 from unirank.recipes import Preset
-from unirank.types import Form, LoadedModel, Rank
+from unirank.types import Form, LinearSpec, LoadedModel, Rank
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Job:
     ranks: RankPlan | Mapping[str, Rank] | str | Path | None
     recipe: Preset
     min_rank: int
-    multiple_of: int
+    multiple_of: int | None  # None is the recipe's, as far as the budget has room for it
     calibration: Calibration | str | Path | None
     scheme_is_free: bool = False  # nobody asked for a scheme: that of a finished store will do
     form: Form | None = None  # asked for; None is the recipe's, or that of a plan that is given
@@ -130,17 +130,25 @@ class Job:
         if self.ranks is not None:
             read_ranks(loaded.linears, ranks_text(self.ranks), form=self.form)
 
-    def _check_budget(self, linears: Any) -> None:
+    def _check_budget(self, linears: Sequence[LinearSpec]) -> None:
         assert self.remove is not None
         check_request(
             linears,
             self.remove,
             allocator=self.recipe.allocator,
             min_rank=self.min_rank,
-            multiple_of=self.multiple_of,
+            multiple_of=self._multiple_for(linears),
             options=self.recipe.options,
             form=self.form or self.recipe.form,
         )
+
+    def _multiple_for(self, linears: Sequence[LinearSpec]) -> int:
+        """What ranks will be multiples of."""
+        if self.multiple_of is not None:
+            return self.multiple_of
+        assert self.remove is not None
+        form = self.form or self.recipe.form
+        return fitting_multiple(linears, self.remove, self.recipe.multiple_of, min_rank=self.min_rank, form=form)
 
     def analyze(self, loaded: LoadedModel, place: Path, *, overwrite: bool = False) -> AnalysisStore:
         """The store at `place`: as it is when finished and no other calibration is asked for; else made, or resumed.
@@ -188,7 +196,7 @@ class Job:
                 allocator=self.recipe.allocator,
                 settings=self.recipe.settings,
                 min_rank=self.min_rank,
-                multiple_of=self.multiple_of,
+                multiple_of=self._multiple_for(store.linears),
                 options=self.recipe.options,
                 workbench=workbench,
                 form=self._form,

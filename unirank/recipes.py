@@ -28,6 +28,8 @@ class Preset:
         options: the allocator's own.
         refine: the second pass, or None.
         form: in which low-rank matrices are stored.
+        multiple_of: what ranks are multiples of where nothing else is asked for and the budget has room for it (see
+            `unirank.planning.ranks.fitting_multiple`).
         heal: refinement by gradient afterwards, or None.
     """
 
@@ -37,6 +39,7 @@ class Preset:
     options: Mapping[str, float] = field(default_factory=dict)
     refine: Refine | None = None
     form: Form = "factors"
+    multiple_of: int = 1
     heal: Heal | None = None
 
     @property
@@ -74,6 +77,10 @@ class Preset:
         return ["the second pass"] * (self.refine is not None) + ["healing"] * (self.heal is not None)
 
 
+# Of ranks, for tensor cores and groups of quantised weights (**choice**: it costs nothing, docs/experiments.md).
+_MULTIPLE = 16
+
+
 def _unirank() -> Preset:
     return Preset()
 
@@ -81,13 +88,13 @@ def _unirank() -> Preset:
 def _fast() -> Preset:
     from unirank.compression.refine import Refine
 
-    return Preset("afm", "lems", refine=Refine(centred=True), form="pivoted")
+    return Preset("afm", "lems", refine=Refine(centred=True), form="pivoted", multiple_of=_MULTIPLE)
 
 
 def _best() -> Preset:
     from unirank.compression.refine import Refine
 
-    return Preset("kfac", "lems", refine=Refine(centred=True, metric=True), form="pivoted")
+    return Preset("kfac", "lems", refine=Refine(centred=True, metric=True), form="pivoted", multiple_of=_MULTIPLE)
 
 
 def _healed() -> Preset:

@@ -142,7 +142,14 @@ Set = Annotated[
     option("An option of the allocator; repeatable.", "--set", metavar="NAME=VALUE", group=_RANKS),
 ]
 MinRank = Annotated[int, option("Least rank of a matrix.", group=_RANKS)]
-MultipleOf = Annotated[int, option("Ranks are multiples of this (8, 16 or 64 suit tensor cores).", group=_RANKS)]
+MultipleOf = Annotated[
+    int | None,
+    option(
+        "Ranks are multiples of this. Default: 16 with a preset but unirank, less where the budget has no room for it, "
+        "else 1.",
+        group=_RANKS,
+    ),
+]
 Form = Annotated[
     str | None,
     option(

@@ -103,6 +103,27 @@ def plan_ranks(
     )
 
 
+def fitting_multiple(
+    linears: Sequence[LinearSpec], remove: float, wanted: int, *, min_rank: int = 1, form: Form = "factors"
+) -> int:
+    """The largest of `wanted`, its half, its quarter, ... 1 that leaves an allocator room: what a preset falls back to.
+
+    That is: every matrix at that rank takes at most a quarter of the budget (**choice**), and `min_rank` rounded up to
+    it is within the budget. A matrix that has fewer components than the multiple stays dense. With no linears it is
+    `wanted`.
+    """
+    if not linears:
+        return wanted
+    budget = budget_of(remove, sum(spec.params for spec in linears))
+
+    def cost(rank: int) -> int:
+        return sum(spec.rank_cost(min(rank, spec.k), form) for spec in linears)
+
+    while wanted > 1 and (4 * cost(wanted) > budget or cost(-(-min_rank // wanted) * wanted) > budget):
+        wanted //= 2
+    return wanted
+
+
 def check_request(
     linears: Sequence[LinearSpec],
     remove: float,
