@@ -140,6 +140,7 @@ def main() -> None:
                 options=recipe.options,
                 workbench=workbench if rule.measures else None,
                 form=job["form"],
+                multiple_of=1,  # the papers' accounting, for every row; presets round (docs/experiments.md)
             ),
         )
         windows = workbench.windows
