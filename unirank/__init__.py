@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from unirank.api import analyze, compress, dry_run, plan
     from unirank.compression.checkpoint import CompressedModel, open_compressed
     from unirank.compression.densified import densify
+    from unirank.compression.quantization import quantize
+    from unirank.compression.quantize_report import QuantizeReport
     from unirank.compression.refine import Refine
     from unirank.compression.truncation import TruncateReport, truncate
     from unirank.diagnosis.claim import Diagnosis, diagnose
@@ -57,6 +59,8 @@ _HOME = {
     "job": ("apply",),
     "compression.checkpoint": ("CompressedModel", "open_compressed"),
     "compression.densified": ("densify",),
+    "compression.quantization": ("quantize",),
+    "compression.quantize_report": ("QuantizeReport",),
     "compression.refine": ("Refine",),
     "compression.truncation": ("TruncateReport", "truncate"),
     "diagnosis.claim": ("Diagnosis", "diagnose"),
@@ -98,6 +102,7 @@ __all__ = [
     "Needs",
     "NonFiniteError",
     "Preset",
+    "QuantizeReport",
     "RankPlan",
     "Refine",
     "ScoreSettings",
@@ -131,6 +136,7 @@ __all__ = [
     "ops",
     "plan",
     "presets",
+    "quantize",
     "recipe",
     "reference",
     "run_tasks",

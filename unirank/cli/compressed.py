@@ -1,4 +1,4 @@
-"""The commands that go on from a compressed checkpoint: `unirank finetune`, `unirank densify`, `unirank report`."""
+"""The commands that go on from a compressed checkpoint: `unirank finetune`, `quantize`, `densify`, `report`."""
 
 from __future__ import annotations
 
@@ -132,6 +132,39 @@ def finetune_command(
         session.show(record, *views.finetune_view(tuned, out))
 
 
+def quantize_command(
+    model: options.Compressed,
+    out: Annotated[Path, options.out("Directory of the quantised checkpoint.")],
+    bits: Annotated[int, options.option("Bits of a weight: 8, one scale a row, or 4, one scale a group of it.")] = 8,
+    group_size: Annotated[
+        int | None,
+        options.option("With --bits 4: the most weights that share a scale, 128, 64, 32 or 16. Default: 128."),
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write the same model with weights of 8 or 4 bits (torchao, the extra `quantize`). The last step of all."""
+    from unirank.compression.card import PLAN_FILE
+    from unirank.compression.checkpoint import open_compressed
+    from unirank.compression.quantization import check_quantizable, quantize
+    from unirank.disk.files import check_output
+
+    with run_session(as_json) as session:
+        check_quantizable(bits, group_size)
+        check_output(out, marker=PLAN_FILE, overwrite=overwrite)
+        if out.resolve() == Path(model).resolve():
+            raise InputError(f"The output {out} is the checkpoint that is quantised; choose another.")
+        compressed = open_compressed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        made = quantize(compressed, bits, group_size=group_size, progress=session.progress)
+        made.save(out, overwrite=overwrite)
+        assert made.quantized is not None
+        record = {"out": str(out), "quantized": made.quantized.as_dict()}
+        session.show(record, f"{made.quantized.described()}.", *views.load_hint([out]))
+
+
 def densify_command(
     model: options.Compressed,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the plain checkpoint.")],
@@ -143,7 +176,7 @@ def densify_command(
 ) -> None:
     """Write a plain checkpoint of the original class, as large as the original, for tools without unirank."""
     from unirank.compression.card import PROVENANCE_FILE
-    from unirank.compression.checkpoint import open_compressed
+    from unirank.compression.checkpoint import open_compressed, read_record
     from unirank.compression.densified import densify, save_dense
     from unirank.disk.files import check_output
     from unirank.models.low_rank import count_parameters
@@ -152,9 +185,9 @@ def densify_command(
         check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
         if out.resolve() == Path(model).resolve():
             raise InputError(f"The output {out} is the checkpoint itself; choose another.")
-        compressed = open_compressed(
-            model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, stream=True
-        )
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        stream = read_record(Path(model), **trust).quantized is None  # which is read as a whole
+        compressed = open_compressed(model, dtype=dtype, device=device, **trust, stream=stream)
         densify(compressed.model, pages=compressed.pages, progress=session.progress)
         save_dense(compressed, out, overwrite=overwrite)
         count = count_parameters(compressed.model)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from logging import ERROR, getLogger
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from unirank.cli.compressed import densify_command, finetune_command, report_command
+from unirank.cli.compressed import densify_command, finetune_command, quantize_command, report_command
 from unirank.cli.healing import heal_command
 from unirank.cli.looking import diagnose_command, evaluate_command, info_command
 from unirank.cli.pipeline import analyze_command, compress_command, demo_command, plan_command
@@ -74,6 +75,7 @@ for _name, _command in {
     "report": report_command,
     "heal": heal_command,
     "finetune": finetune_command,
+    "quantize": quantize_command,
     "densify": densify_command,
     "diagnose": diagnose_command,
     "info": info_command,
@@ -87,5 +89,8 @@ def main() -> None:
     Exit codes: 0 done, 1 failed, 2 bad input or usage, 3 store, 4 non-finite numbers, 5 writing, 130 interrupted.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # transformers imports torchao where it is; it warns of its libraries for GPUs that are not here, and torch of it.
+    for name in ("torchao", "torch.utils._pytree"):
+        getLogger(name).setLevel(ERROR)
     with exit_codes():
         app()

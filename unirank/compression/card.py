@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unirank.analysis.identity import TREE, Identity
+from unirank.compression.quantize_report import QuantizeReport
 from unirank.compression.trainings import training_rows
 from unirank.compression.truncation import TruncateReport
 from unirank.rank_plan import RankPlan
@@ -29,6 +30,7 @@ def render_card(
     identity: Identity | None,
     training: Mapping[str, Any] | None,
     evaluations: Sequence[Mapping[str, Any]],
+    quantized: QuantizeReport | None,
 ) -> str:
     """Markdown behind YAML metadata. Arguments as in `CompressedModel`."""
     title = f"{Path(source).name or source or 'A model'}, {plan.remove:.0%} of the decoder's weights removed"
@@ -47,6 +49,8 @@ def render_card(
         rows["records"] = GONE
     version = "" if identity is None else " " + identity.versions["unirank"]
     rows |= training_rows(training)
+    if quantized is not None:
+        rows["quantised"] = quantized.described()
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.analysis.identity import Identity
 from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, is_card, render_card
+from unirank.compression.quantize_report import QuantizeReport
 from unirank.compression.resaved import read_resaved
 from unirank.compression.trainings import check_training
 from unirank.compression.truncation import TruncateReport
@@ -41,6 +42,7 @@ class CompressedModel:
     source: str  # the dense model; "" where that is not known
     training: Mapping[str, Any] | None = None  # of `unirank.finetune` or `unirank.heal`
     evaluations: tuple[Mapping[str, Any], ...] = ()  # that `add_evaluation` wrote
+    quantized: QuantizeReport | None = None  # of `unirank.quantize`
     pages: Paging | None = None  # of a model that was loaded with `stream`
     companions: Companions | None = field(
         default=None, repr=False, compare=False
@@ -94,7 +96,11 @@ class CompressedModel:
         """Where the model comes from, for JSON."""
         analysis = None if self.identity is None else self.identity.as_dict()
         record = {"analysis": analysis, "report": self.report.as_dict(), "source": self.source}
-        return record if self.training is None else record | {"training": self.training}
+        if self.training is not None:
+            record["training"] = self.training
+        if self.quantized is not None:
+            record["quantized"] = self.quantized.as_dict()
+        return record
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,12 @@ class Record:
     source: str
     training: Mapping[str, Any] | None
     evaluations: tuple[Mapping[str, Any], ...]
+    quantized: QuantizeReport | None
     files: Mapping[str, str]  # SHA-256 of the weights' files, by name
 
 
 def _card(of: CompressedModel | Record) -> str:
-    return render_card(of.source, of.plan, of.report, of.identity, of.training, of.evaluations)
+    return render_card(of.source, of.plan, of.report, of.identity, of.training, of.evaluations, of.quantized)
 
 
 def read_record(path: Path, *, trust_remote_code: bool = False) -> Record:
@@ -124,17 +131,17 @@ def read_record(path: Path, *, trust_remote_code: bool = False) -> Record:
     """
     if not path.is_dir():
         raise InputError(f"The compressed checkpoint {path} does not exist; make one with: unirank compress.")
-    plan, report = None, None
+    plan, report, quantized = None, None, None
     if (path / PLAN_FILE).is_file():
         try:
             plan = RankPlan.from_json((path / PLAN_FILE).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path / PLAN_FILE} cannot be read: {error}.") from error
     if plan is None or not (path / PROVENANCE_FILE).is_file():
-        plan, report = read_resaved(path, plan, trust_remote_code=trust_remote_code)
+        plan, report, quantized = read_resaved(path, plan, trust_remote_code=trust_remote_code)
     if not (path / PROVENANCE_FILE).is_file():
         assert report is not None
-        return Record(plan, report, None, "", None, _evaluations(path), {})
+        return Record(plan, report, None, "", None, _evaluations(path), quantized, {})
     try:
         known = read_object(path / PROVENANCE_FILE)
         report = TruncateReport.from_dict(entry(known, "report", dict))
@@ -143,13 +150,15 @@ def read_record(path: Path, *, trust_remote_code: bool = False) -> Record:
         training = known.get("training")
         if training is not None:
             check_training(training)
+        if "quantized" in known:
+            quantized = QuantizeReport.from_dict(entry(known, "quantized", dict))
         source = entry(known, "source", str)
         files = entry(known, "files", dict)
         for name in files:
             entry(files, name, str)
     except Damaged as error:
         raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
-    return Record(plan, report, identity, source, training, _evaluations(path), files)
+    return Record(plan, report, identity, source, training, _evaluations(path), quantized, files)
 
 
 def check_weights(path: Path, record: Record) -> None:
@@ -228,9 +237,12 @@ def open_compressed(
 ) -> CompressedModel:
     """Read what `CompressedModel.save` wrote, to go on working with it. Arguments as in `unirank.load`.
 
-    Raises InputError when `path` is no such checkpoint, or a file of it has other bytes than were written.
+    Raises InputError when `path` is no such checkpoint, or a file of it has other bytes than were written, or a
+    quantised one is to be streamed.
     """
     record = read_record(Path(path), trust_remote_code=trust_remote_code)
+    if stream and record.quantized is not None:
+        raise InputError(f"The checkpoint {path} is quantised and is read as a whole; leave stream=True out.")
     check_weights(Path(path), record)
     pages = None
     if stream:
@@ -246,6 +258,7 @@ def open_compressed(
         record.source,
         record.training,
         record.evaluations,
+        record.quantized,
         pages,
         read_companions(Path(path), tokenizer, trust_remote_code=trust_remote_code),
     )

@@ -19,6 +19,7 @@ from unirank.errors import InputError
 from unirank.models.companions import write_companions
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
+from unirank.models.quantizing import floats_of, quantized_linears
 from unirank.models.shards import save_model
 from unirank.models.wrappers import refuse_foreign, unwrapped
 from unirank.progress import OnProgress, silent
@@ -36,6 +37,8 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
     presets `fast` and `best`), the class must have a switch in its configuration that gives its linears biases, as
     Llama's `attention_bias` and `mlp_bias`; it is set, and linears that got no bias have one of zeros.
 
+    Weights that are quantised become floats, those that they stand for.
+
     Args:
         pages: of a compressed model that was opened with `stream`: products are then made when they are read.
 
@@ -49,6 +52,10 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
         raise InputError("The model has no low-rank layers, so there is nothing to densify.")
     biased = {name for name, module in low_rank.items() if module.output_bias is not None}
     config, skeleton = _skeleton(model, biased)
+    for name, linear in quantized_linears(model).items():
+        whole = name.rpartition(".")[0] not in low_rank
+        conv = whole and isinstance(skeleton.get_submodule(name), Conv1D)
+        model.set_submodule(name, floats_of(linear, model.dtype, conv=conv))
     for position, (name, module) in enumerate(low_rank.items(), start=1):
         model.set_submodule(name, _dense(name, module, isinstance(skeleton.get_submodule(name), Conv1D), pages))
         progress("densify", position, len(low_rank))

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unirank.compression.card import PLAN_FILE, UNKNOWN
+from unirank.compression.quantize_report import QuantizeReport
 from unirank.compression.truncation import TruncateReport
 from unirank.errors import InputError
 from unirank.models.folder import ADAPTER, CONFIG, adapter_message
 from unirank.models.low_rank import count_parameters, count_target, make_low_rank
 from unirank.models.places import places_of
 from unirank.models.quantizer import METHOD, UniRankConfig
+from unirank.models.quantizing import empty, replace_linears
 from unirank.models.sources import read_config, skeleton_of
 from unirank.models.structure import find_linears
 from unirank.rank_plan import RankPlan
@@ -23,7 +25,7 @@ from unirank.types import DENSE, Rank
 
 def read_resaved(
     path: Path, plan: RankPlan | None = None, *, trust_remote_code: bool = False
-) -> tuple[RankPlan, TruncateReport]:
+) -> tuple[RankPlan, TruncateReport, QuantizeReport | None]:
     """The plan and the sizes of a checkpoint that lacks one of our records. No weight is read.
 
     Args:
@@ -47,7 +49,7 @@ def read_resaved(
     model = skeleton_of(str(path), config, trust_remote_code)
     _, linears = find_linears(model)
     before = count_parameters(model)
-    named.rename(places_of(model, named.ranks))
+    named.rename(places_of(model, named.names))
     for name, rank in named.ranks.items():
         make_low_rank(model, name, rank, add_bias=name in named.biased, form=named.form)
     ranks: dict[str, Rank] = {spec.name: named.ranks.get(spec.name, DENSE) for spec in linears}
@@ -63,7 +65,12 @@ def read_resaved(
     if plan is not None:
         _check_agreement(path, plan.renamed(places_of(model, plan.ranks)), found)
     low = len(named.ranks)
-    return plan or found, TruncateReport(total, used, before, count_parameters(model), low, len(linears) - low)
+    report = TruncateReport(total, used, before, count_parameters(model), low, len(linears) - low)
+    quantized = None
+    if named.bits is not None:
+        replace_linears(model, named.names, empty, named.bits, named.group_size)
+        quantized = QuantizeReport.of(model, named.bits, named.group_size)
+    return plan or found, report, quantized
 
 
 def _check_agreement(path: Path, plan: RankPlan, resaved: RankPlan) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.quantizing import refuse_quantized
 from unirank.models.structure import require_plain
 
 Factor = Literal["left", "right", "dense"]
@@ -20,7 +21,7 @@ Factor = Literal["left", "right", "dense"]
 def adapted(model: nn.Module, *, dense: Iterable[str] = ()) -> dict[str, Factor]:
     """The linears that adapters go to: both factors of every `LowRankLinear`, and `dense` by name.
 
-    Raises InputError when the model is not compressed.
+    Raises InputError when the model is not compressed, or is quantised.
     """
     names: dict[str, Factor] = {}
     for name, module in model.named_modules():
@@ -29,6 +30,7 @@ def adapted(model: nn.Module, *, dense: Iterable[str] = ()) -> dict[str, Factor]
     if not names:
         raise InputError("The model has no low-rank layers, so there are no factors to fine-tune; compress it first.")
     require_plain(model, "trained")
+    refuse_quantized(model, "trained")
     for name in dense:
         names[name] = "dense"
     return names

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear, SharedInput
+from unirank.models.quantizing import refuse_quantized
 from unirank.models.structure import require_plain
 from unirank.models.wrappers import runnable
 
@@ -26,6 +27,7 @@ def fuse(model: PreTrainedModel) -> list[tuple[str, ...]]:
     """
     model = runnable(model)
     require_plain(model, "fused")
+    refuse_quantized(model, "fused")
     names = {module: name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not names:
         raise InputError("The model has no low-rank layers, so there is nothing to fuse; compress it first.")

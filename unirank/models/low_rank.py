@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
 from unirank.models.pivoting import pivot
+from unirank.models.quantized import QuantizedLinear
 from unirank.models.structure import weight_of
 from unirank.types import Form
 
@@ -100,9 +101,19 @@ class LowRankLinear(nn.Module):
         for name, tensor in stored_tensors(left, right, self.form).items():
             own[name].copy_(tensor)
 
+    def put_quantized(self, left: QuantizedLinear, right: QuantizedLinear) -> None:
+        """Take quantised inner linears."""
+        self.shared = None  # of `unirank.fuse`
+        self.set_submodule("left", left)
+        self.set_submodule("right", right)
+
     def dense_weight(self) -> torch.Tensor:
-        """The product, `[M, N]`."""
-        return weight_product(self.left.weight, self.right.weight, self.place if self.form == "pivoted" else None)
+        """The product, `[M, N]`; of quantised matrices in float32."""
+        inner: tuple[Any, Any] = (self.left, self.right)
+        left, right = (
+            one.dense_weight(torch.float32) if isinstance(one, QuantizedLinear) else one.weight for one in inner
+        )
+        return weight_product(left, right, self.place if self.form == "pivoted" else None)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, form={self.form}"
@@ -180,25 +191,34 @@ def align_weights(model: nn.Module) -> None:
 
 
 def check_guards(model: nn.Module) -> None:
-    """Raise InputError for a low-rank linear that was loaded without its weights, which would then be random."""
+    """Raise InputError for a low-rank or quantised linear that was loaded without its weights: random ones or zeros."""
     for name, module in model.named_modules():
-        guard: Any = module.weight if isinstance(module, LowRankLinear) else None
-        if isinstance(module, LowRankLinear) and not guard.is_meta and guard.tolist() != [module.rank]:
+        if isinstance(module, LowRankLinear):
+            own, what = module.rank, f"rank {module.rank}"
+        elif isinstance(module, QuantizedLinear):
+            own, what = module.bits, f"{module.bits} bits"
+        else:
+            continue
+        guard: Any = module.weight
+        if not guard.is_meta and guard.tolist() != [own]:
             raise InputError(
-                f"{type(model).__name__} found no weights of rank {module.rank} for {name} in the checkpoint and would "
+                f"{type(model).__name__} found no weights of {what} for {name} in the checkpoint and would "
                 "start from random ones; open it as the class that was compressed, with AutoModelForCausalLM."
             )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """All parameters, tied ones once; of a quantised matrix its weights, of however few bits."""
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    return counted + sum(count_target(module) for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 def count_target(module: nn.Module) -> int:
-    """Weight parameters of one target, dense or low-rank, without its bias."""
+    """Weight parameters of one target, dense or low-rank, quantised or not, without its bias."""
     if isinstance(module, LowRankLinear):
-        return module.left.weight.numel() + module.right.weight.numel()
+        return count_target(module.left) + count_target(module.right)
+    if isinstance(module, QuantizedLinear):
+        return module.out_features * module.in_features
     return weight_of(module).numel()
 
 

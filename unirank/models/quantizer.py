@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unirank.errors import InputError
+from unirank.models.bits import Bits, check_bits
 from unirank.types import FORMS, Form
 
 METHOD = "unirank"
@@ -25,18 +26,26 @@ class UniRankConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed checkpoint: the rank of every linear that is no longer dense.
 
     `biased` names those that have a bias where the dense linear has none (scheme `afm`), and `form` says how low-rank
-    matrices are stored; each is written only where it is not the default, which versions without it mean.
-    Raises InputError when one of them is something else.
+    matrices are stored. `bits` are those of quantised weights: of both matrices of every low-rank linear, and of the
+    linears in `whole`, which have no rank; `group_size` is the most weights of 4 bits that share a scale. Each is
+    written only where it is not the default, which versions without it mean. Raises InputError when one of them is
+    something else.
     """
 
     biased: Sequence[str] = ()
     form: Form = "factors"
+    bits: Bits | None = None
+    group_size: int | None = None
+    whole: Sequence[str] = ()
 
     def __init__(
         self,
         ranks: Mapping[str, int] | None = None,
         biased: Sequence[str] = (),
         form: Form = "factors",
+        bits: Bits | None = None,
+        group_size: int | None = None,
+        whole: Sequence[str] = (),
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
@@ -51,12 +60,30 @@ class UniRankConfig(QuantizationConfigMixin):
             raise InputError(f"quantization_config.form = {form!r} is not legal; legal values: {', '.join(FORMS)}.")
         if form == "pivoted":
             self.form = form
+        if bits is not None:
+            self._take_bits(bits, group_size, whole)
+
+    def _take_bits(self, bits: object, group_size: object, whole: object) -> None:
+        self.bits, size = check_bits(bits, group_size, where="quantization_config.")
+        if size is not None:
+            self.group_size = size
+        if not isinstance(whole, list | tuple) or not all(isinstance(w, str) and w not in self.ranks for w in whole):
+            raise InputError(f"quantization_config.whole must be a list of linears without a rank, got {whole!r}.")
+        if whole:
+            self.whole = list(whole)
+
+    @property
+    def names(self) -> list[str]:
+        """Every linear that is low-rank or quantised."""
+        return [*self.ranks, *self.whole]
 
     def rename(self, places: Mapping[str, str]) -> None:
         """Name every linear by what `places` says of it."""
         self.ranks = {places[name]: rank for name, rank in self.ranks.items()}
         if self.biased:
             self.biased = [places[name] for name in self.biased]
+        if self.whole:
+            self.whole = [places[name] for name in self.whole]
 
 
 # What transformers knows a quantised model by.
@@ -75,9 +102,14 @@ class UniRankQuantizer(HfQuantizer):
 
         _refuse_tensor_parallel(model)
         config: Any = self.quantization_config
-        config.rename(places_of(model, config.ranks))  # the model may be another class than the one that was saved
+        config.rename(places_of(model, config.names))  # the model may be another class than the one that was saved
         for name, rank in config.ranks.items():
             make_low_rank(model, name, rank, add_bias=name in config.biased, form=config.form)
+        if config.bits is not None:
+            from unirank.models.quantizing import empty, replace_linears, require_torchao
+
+            require_torchao()  # before the weights are read
+            replace_linears(model, config.names, empty, config.bits, config.group_size)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         from unirank.models.low_rank import align_weights, check_guards

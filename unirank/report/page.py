@@ -97,6 +97,8 @@ def _facts(data: ReportData) -> str:
         "calibration": calibration_line(data.record.identity, mark=""),
         "analysis": plan.analysis or UNKNOWN,
     }
+    if data.record.quantized is not None:
+        facts["quantised"] = data.record.quantized.described()
     for entry in data.record.evaluations:
         measured = entry["report"]
         beside = "" if entry["dense"] is None else f" (dense {entry['dense']:.2f})"

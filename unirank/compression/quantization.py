@@ -1,0 +1,86 @@
+"""Quantise a compressed model: both matrices of every low-rank linear, and the decoder's linears that stayed dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from unirank.compression.checkpoint import CompressedModel, open_compressed
+from unirank.compression.quantize_report import QuantizeReport
+from unirank.errors import InputError
+from unirank.models.bits import Bits, check_bits
+from unirank.models.file_names import keep_apart
+from unirank.models.low_rank import LowRankLinear
+from unirank.models.quantizer import UniRankConfig
+from unirank.models.quantizing import quantized_of, refuse_quantized, replace_linears, require_torchao
+from unirank.models.wrappers import refuse_foreign
+from unirank.progress import OnProgress, silent
+from unirank.types import DENSE
+
+
+def check_quantizable(bits: int, group_size: int | None) -> tuple[Bits, int | None]:
+    """Bits and the largest group, as they are taken. Raises InputError unless they are legal and torchao is there."""
+    checked = check_bits(bits, group_size)
+    require_torchao()
+    return checked
+
+
+@torch.no_grad()
+def quantize(
+    compressed: CompressedModel | str | Path,
+    bits: int = 8,
+    *,
+    group_size: int | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: OnProgress = silent,
+) -> CompressedModel:
+    """Store the decoder's weights as whole numbers of `bits` bits with scales, by torchao (the extra `quantize`).
+
+    It is the last step: what is quantised is neither trained nor healed. Both matrices of every low-rank linear are
+    quantised, in either form, and the decoder's linears that stayed dense. Embeddings, head, norms and biases stay.
+    Weights become floats again when they are multiplied, so it saves memory and not arithmetic. The numbers do not
+    depend on the number of threads.
+
+    Args:
+        compressed: a checkpoint of ours, or such a model in memory, which is changed in place.
+        bits: 8, one scale a row (torchao's symmetric int8, weights only), or 4, one scale a group of a row.
+        group_size: with 4 bits, the most weights that share a scale: 128, 64, 32 or 16. A matrix takes the largest of
+            these, up to it, that divides its rows; one that none divides takes 8 bits. None is 128.
+        device: where to load a checkpoint; None takes the GPU when there is one.
+        trust_remote_code: run modelling code that the checkpoint brings, where it is loaded here.
+
+    Returns the model, with `quantized` and without the perplexities that were measured of the floats.
+
+    Raises InputError when bits or groups are not legal, torchao is not installed, or the model is not compressed, is
+    quantised already, or was opened with `stream`.
+    """
+    checked, size = check_quantizable(bits, group_size)
+    if isinstance(compressed, str | Path):
+        compressed = open_compressed(compressed, device=device, trust_remote_code=trust_remote_code)
+    model = compressed.model
+    if compressed.pages is not None:
+        raise InputError("A model that was opened with stream=True cannot be quantised; open it without.")
+    refuse_foreign(model, done="quantised")
+    refuse_quantized(model, "quantised again")
+    low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    if not low_rank:
+        raise InputError("The model has no low-rank layers; quantise a dense model with torchao itself.")
+    whole = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE]
+    names = [*low_rank, *whole]
+    for position, name in enumerate(names, start=1):
+        replace_linears(model, [name], quantized_of, checked, size)
+        progress("quantize", position, len(names))
+    keep_apart(model)
+    model.config.quantization_config = UniRankConfig(
+        ranks={name: module.rank for name, module in low_rank.items()},
+        biased=[name for name, module in low_rank.items() if module.added_bias],
+        form=compressed.plan.form,
+        bits=checked,
+        group_size=size,
+        whole=whole,
+    )
+    report = QuantizeReport.of(model, checked, size)
+    return dataclasses.replace(compressed, quantized=report, evaluations=())
