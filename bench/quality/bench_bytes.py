@@ -76,12 +76,11 @@ def main(argv: Sequence[str] | None = None, step: Step = in_a_process) -> int:
     checkpoints: Path = arguments.checkpoints or work / "checkpoints"
     for folder in (work, checkpoints):
         folder.mkdir(parents=True, exist_ok=True)
-    # Beside the model itself a dense one in the form that is quantised: nothing removed.
-    budgets = {f"{PRESET}-{100 * remove:g}": remove for remove in [0.0, *sorted(arguments.remove)]}
+    budgets = {f"{PRESET}-{100 * remove:g}": remove for remove in sorted(arguments.remove)}
     calibration = {"text": str(arguments.data / "wiki.valid.txt"), "windows": arguments.windows, "seed": 0, "clip": 2.0}
     calibration |= {"window": arguments.window, "gradient_windows": arguments.windows}
     common = {"model": arguments.model, "preset": PRESET}
-    made = {}
+    made: dict[str, dict[str, Any]] = {"dense": {}}
     for name, remove in budgets.items():
         job = common | {"step": "checkpoint", "remove": remove, "place": str(checkpoints / name)}
         job |= {"store": str(arguments.store or work / "store"), "calibration": calibration}
@@ -89,11 +88,11 @@ def main(argv: Sequence[str] | None = None, step: Step = in_a_process) -> int:
     texts = [str(arguments.data / "wiki.test.raw"), BUILTIN_HELD_OUT]
     protocol = {"texts": texts, "window": arguments.evaluation_window, "limit": arguments.limit}
     jobs, rows = {}, []
-    for name, remove in budgets.items():
-        for bits in (32, 16, 8, 4) if remove == 0 else (16, 8, 4):
+    for name, remove in {"dense": 0.0, **budgets}.items():
+        for bits in (16, 8, 4) if remove else (32, 16, 8, 4):
             label = f"{name}-{bits}"
-            source = str(checkpoints / name) if remove or bits < 16 else ""
-            jobs[label] = common | {"step": "row", "source": source, "bits": bits, "place": str(work / label)}
+            jobs[label] = common | {"step": "row", "bits": bits, "place": str(work / label)}
+            jobs[label] |= {"source": str(checkpoints / name) if remove else "", "dense": str(work / "dense-16")}
             record = kept(work / f"row-{label}.json", jobs[label] | protocol, step)
             rows.append({"row": label, "model": arguments.model, "remove": remove, "bits": bits} | made[name] | record)
     timing = {"step": "speed", "rows": jobs, "prompt": arguments.prompt, "steps": 16, "repeats": arguments.repeats}

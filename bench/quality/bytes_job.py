@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 
 import unirank
 from bench.pipeline.bench_inference import cache_of, decode, prefill
 from unirank.compression.card import PLAN_FILE
-from unirank.disk.files import write_json
+from unirank.disk.files import staged_directory, write_json
+from unirank.models.bits import check_bits
+from unirank.models.quantizing import empty, quantized_of, replace_linears
 from unirank.planning.ranks import fitting_multiple
 from unirank.recipes import preset
 from unirank.types import LinearSpec
 
 
 def checkpoint(job: dict[str, Any]) -> dict[str, Any]:
-    """`place` gets the model at `remove`, in float32; where it is already, it is looked at.
-
-    With `remove` 0 all linears stay dense: the dense model in the form that `unirank.quantize` takes.
-    """
+    """`place` gets the model at `remove`, in float32; where it is already, it is looked at."""
     place, remove = Path(job["place"]), job["remove"]
     recipe = preset(job["preset"])
     start = time.perf_counter()
@@ -37,14 +37,9 @@ def checkpoint(job: dict[str, Any]) -> dict[str, Any]:
         calibration = unirank.Calibration(**job["calibration"])
         loaded = unirank.load(job["model"], dtype="float32", device="cpu")
         store = unirank.analyze(loaded, job["store"], scheme=recipe.scheme, calibration=calibration)
-        if remove:
-            text = str(calibration.text)
-            workbench = unirank.make_workbench(loaded, store, text=text)
-            plan = unirank.plan(store, remove, preset=job["preset"], workbench=workbench)
-            made = unirank.apply(loaded, store, plan, refine=recipe.refine, windows=workbench.windows)
-        else:
-            made = unirank.apply(loaded, store, unirank.plan(store, 0.0))
-        made.save(place)
+        workbench = unirank.make_workbench(loaded, store, text=str(calibration.text))
+        plan = unirank.plan(store, remove, preset=job["preset"], workbench=workbench)
+        unirank.apply(loaded, store, plan, refine=recipe.refine, windows=workbench.windows).save(place)
     plan = unirank.open_compressed(place, device="cpu").plan
     if plan.remove != remove:
         sys.exit(f"{place} has {plan.remove} removed, not {remove}")
@@ -52,7 +47,7 @@ def checkpoint(job: dict[str, Any]) -> dict[str, Any]:
     multiple = fitting_multiple(linears, remove, recipe.multiple_of, form=recipe.form)
     asked = (recipe.scheme, recipe.allocator, recipe.form, multiple)
     got = (plan.scheme, plan.allocator, plan.form, plan.settings["multiple_of"])
-    if remove and got != asked:
+    if got != asked:
         sys.exit(f"{place} was made by {got}, and the preset {job['preset']} is {asked}: take another folder")
     return {"seconds": time.perf_counter() - start, "used": plan.used, "budget": plan.budget, "total": plan.total}
 
@@ -60,21 +55,12 @@ def checkpoint(job: dict[str, Any]) -> dict[str, Any]:
 def row(job: dict[str, Any]) -> dict[str, Any]:
     """Write the model of this row to `place`, open it from there, and measure bytes and perplexity.
 
-    `source`: a checkpoint of `checkpoint`, or "" for the plain dense model. `bits`: 32 and 16 are dtypes, 8 and 4
-    quantised weights beside bfloat16.
+    Keys of the job: `bits`, where 32 and 16 are dtypes, and 8 and 4 quantised weights beside bfloat16; `source`, a
+    checkpoint of `checkpoint`, or "" for the dense model; `dense`, where that is in bfloat16, for 8 and 4 bits of it.
     """
     place, bits = Path(job["place"]), job["bits"]
-    dtype = "float32" if bits == 32 else "bfloat16"
     if not place.is_dir():
-        if job["source"]:
-            made: Any = unirank.open_compressed(job["source"], dtype=dtype, device="cpu")
-            if bits < 16:
-                made = unirank.quantize(made, bits=bits)
-            made.save(place)
-        else:
-            dense = unirank.load(job["model"], dtype=dtype, device="cpu")
-            dense.model.save_pretrained(place)
-            dense.tokenizer.save_pretrained(place)
+        _write(job, place, bits, "float32" if bits == 32 else "bfloat16")
     model, tokenizer = opened(place, job)
     record: dict[str, Any] = {
         "disk_bytes": sum(path.stat().st_size for path in place.glob("*.safetensors")),
@@ -87,13 +73,36 @@ def row(job: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _write(job: dict[str, Any], place: Path, bits: int, dtype: str) -> None:
+    if job["source"]:
+        compressed = unirank.open_compressed(job["source"], dtype=dtype, device="cpu")
+        (compressed if bits >= 16 else unirank.quantize(compressed, bits=bits)).save(place)
+        return
+    dense = unirank.load(job["model"] if bits >= 16 else job["dense"], dtype=dtype, device="cpu")
+    with staged_directory(place) as folder:
+        if bits >= 16:
+            dense.model.save_pretrained(folder)
+            dense.tokenizer.save_pretrained(folder)
+        else:
+            _replace(dense, bits, quantized_of)
+            save_model(dense.model, str(folder / "model.safetensors"))
+
+
 def opened(place: Path, job: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer in `place`, in the dtype that it has there."""
     if job["source"]:
         compressed = unirank.open_compressed(place, device="cpu")
         return compressed.model.eval(), compressed.tokenizer
-    dense = unirank.load(str(place), device="cpu")
+    dense = unirank.load(str(place if job["bits"] >= 16 else job["dense"]), device="cpu")
+    if job["bits"] < 16:
+        _replace(dense, job["bits"], empty)
+        load_model(dense.model, place / "model.safetensors")
     return dense.model.eval(), dense.tokenizer
+
+
+def _replace(dense: unirank.LoadedModel, bits: int, make: Any) -> None:
+    """What `unirank.quantize` does to low-rank linears, to the dense ones in their places."""
+    replace_linears(dense.model, [spec.name for spec in dense.linears], make, *check_bits(bits, None))
 
 
 def memory_bytes(model: torch.nn.Module) -> int:
