@@ -7,13 +7,14 @@ any rank, form or none, become one product down and one up for each member.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from unirank.errors import InputError
-from unirank.models.matrices import Matrix
+from unirank.models.matrices import Matrix, read_matrix
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Member:
         """M of the share."""
         if self.place is not None:
             return len(self.place)
-        return (self.up or self.down).rows
+        return (self.up or self.down).shape[0]
 
 
 def member(name: str, rank: int | None, pieces: Mapping[str, torch.Tensor], share: Share) -> Member:
@@ -71,16 +72,16 @@ def member(name: str, rank: int | None, pieces: Mapping[str, torch.Tensor], shar
     (None: dense) or the shape that the engine expects.
     """
     if rank is None:
-        down = _matrix(name, "weight", pieces, (share.total, share.inputs))
+        down = _matrix(name, "", pieces, (share.total, share.inputs))
         return Member(_own(down, share), bias=_bias(name, pieces, share))
     guard = pieces.get("weight")
-    if guard is None or guard.numel() != 1 or guard.item() != rank:
-        found = "nothing" if guard is None else f"rank {guard.item()}" if guard.numel() == 1 else "a dense matrix"
+    found = "nothing" if guard is None else "a dense matrix" if guard.dim() > 1 else f"rank {guard[0].item()}"
+    if found != f"rank {rank}":
         raise InputError(f"{name} has rank {rank} in quantization_config, and the checkpoint's weights hold {found}.")
     place = pieces.get("place")
     made = share.total - rank if place is not None else share.total
-    right = _matrix(name, "right.weight", pieces, (rank, share.inputs))
-    left = _matrix(name, "left.weight", pieces, (made, rank))
+    right = _matrix(name, "right.", pieces, (rank, share.inputs))
+    left = _matrix(name, "left.", pieces, (made, rank))
     bias = _bias(name, pieces, share)
     if place is None:
         return Member(_columns(right, share), _own_rows(left, share), bias=bias)
@@ -95,11 +96,11 @@ def member(name: str, rank: int | None, pieces: Mapping[str, torch.Tensor], shar
 
 
 def _matrix(name: str, part: str, pieces: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Matrix:
-    found = Matrix.of(pieces, part)
+    found = read_matrix(pieces, part, shape[1])
     if found is None:
-        raise InputError(f"{name}.{part} is missing from the checkpoint, which is damaged or not of this model.")
+        raise InputError(f"The checkpoint has no weights for {name}.{part}weight; it is damaged, or of another model.")
     if found.shape != shape:
-        raise InputError(f"{name}.{part} has the shape {found.shape} in the checkpoint, expected {shape}.")
+        raise InputError(f"{name}.{part}weight has the shape {found.shape} in the checkpoint, expected {shape}.")
     return found
 
 
@@ -138,25 +139,22 @@ class Layout:
 
 def layout(members: Sequence[Member]) -> Layout:
     """The layout of a layer that stands for `members`, in their order."""
-    firsts, at = [], 0
-    for each in members:
-        firsts.append(at)
-        at += each.down.rows
-    inner = tuple((first, each.down.rows) for first, each in zip(firsts, members, strict=True) if each.up is not None)
+    counts = [each.down.shape[0] for each in members]
+    firsts = [0, *itertools.accumulate(counts)]
+    inner = tuple(
+        (first, count) for first, count, each in zip(firsts, counts, members, strict=False) if each.up is not None
+    )
     if all(each.up is not None and each.place is None for each in members):
         return Layout(inner, None)
     if len(members) == 1 and members[0].up is None:
         return Layout(inner, None)
-    gathers, above = [], at  # ups lie above all of h
-    for first, each in zip(firsts, members, strict=True):
-        count = each.down.rows
+    gathers, above = [], firsts[-1]  # ups lie above all of h
+    for first, count, each in zip(firsts, counts, members, strict=False):
+        own = torch.arange(first, first + count)
         if each.up is None:
-            gathers.append(torch.arange(first, first + count))
+            gathers.append(own)
             continue
-        made = torch.arange(above, above + each.up.rows)
-        above += each.up.rows
-        if each.place is None:
-            gathers.append(made)
-        else:
-            gathers.append(torch.cat((torch.arange(first, first + count), made))[each.place.cpu()])
+        made = torch.arange(above, above + each.up.shape[0])
+        above += each.up.shape[0]
+        gathers.append(made if each.place is None else torch.cat((own, made))[each.place.cpu()])
     return Layout(inner, torch.cat(gathers))

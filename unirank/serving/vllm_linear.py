@@ -5,6 +5,7 @@ goes to the parameter of its name, with the member of a fused layer that it belo
 so the parameters are empty at first and only collect; when all is read, they become the products of `members`.
 """
 
+# vLLM is not installed where types are checked.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
@@ -28,14 +29,16 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from unirank.errors import InputError
-from unirank.models.matrices import Matrix
+from unirank.models.bits import unpack
+from unirank.models.matrices import Matrix, stacked
 from unirank.models.quantizer import METHOD, UniRankConfig
 from unirank.serving.members import Member, Share, layout, member
 
 # The tensors of one linear in a checkpoint. A bias that the dense linear lacks has a name of its own here, for vLLM
 # drops a `bias` that its layer does not have.
-_PARTS = ("weight", "place", "left.weight", "left.bias", "right.weight", "added_bias")
 _ADDED = "added_bias"
+_MATRIX = ("weight", "quantized", "scale")
+_PARTS = ("place", "left.bias", _ADDED, *(f"{at}{part}" for at in ("", "left.", "right.") for part in _MATRIX))
 
 
 class VllmConfig(QuantizationConfig):
@@ -43,7 +46,8 @@ class VllmConfig(QuantizationConfig):
 
     def __init__(self, config: UniRankConfig) -> None:
         super().__init__()
-        self.ranks: dict[str, int] = dict(config.ranks)
+        whole = dict.fromkeys(config.whole)  # dense linears whose weights are whole numbers with scales
+        self.ranks: dict[str, int | None] = whole | config.ranks
         self._pivoted, self._biased = config.form == "pivoted", list(config.biased)
         self.waiting: set[str] = set(self.ranks)  # linears that no layer was built for
 
@@ -91,9 +95,10 @@ class VllmConfig(QuantizationConfig):
             return None
         parent, _, last = prefix.rpartition(".")
         names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
-        ranks = {name: self.ranks.get(name) for name in names}
-        self.waiting -= ranks.keys()
-        return UnquantizedLinearMethod() if set(ranks.values()) == {None} else LowRankMethod(self, ranks)
+        self.waiting.difference_update(names)
+        if not any(name in self.ranks for name in names):
+            return UnquantizedLinearMethod()
+        return LowRankMethod(self, {name: self.ranks.get(name) for name in names})
 
 
 class LowRankMethod(LinearMethodBase):
@@ -105,7 +110,7 @@ class LowRankMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -115,7 +120,6 @@ class LowRankMethod(LinearMethodBase):
     ) -> None:
         del input_size_per_partition, output_partition_sizes, input_size, output_size, extra_weight_attrs
         layer.pieces = {}
-        dtypes = {"weight": torch.int64, "place": torch.int32}
         for part in _PARTS:
             holder: nn.Module = layer
             *path, leaf = part.split(".")
@@ -123,37 +127,39 @@ class LowRankMethod(LinearMethodBase):
                 if not hasattr(holder, step):
                     holder.add_module(step, nn.Module())
                 holder = holder.get_submodule(step)
-            empty = nn.Parameter(torch.empty(0, dtype=dtypes.get(part, params_dtype)), requires_grad=False)
+            empty: Any = nn.Parameter(torch.empty(0, dtype=_DTYPES.get(leaf, params_dtype)), requires_grad=False)
             empty.weight_loader = _collector(layer.pieces, part)
             holder.register_parameter(leaf, empty)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises InputError where the checkpoint does not hold what its configuration says."""
         if self._config.waiting and get_pp_group().world_size == 1:
-            raise InputError(f"vLLM's model has no linear {min(self._config.waiting)}, which quantization_config names.")
+            raise InputError(
+                f"vLLM's model has no linear {min(self._config.waiting)}, which quantization_config names."
+            )
         device, dtype = layer.left.weight.device, layer.params_dtype
         members = self._members(layer)
         found = layout(members)
-        layer.down = _holder(Matrix.stack([each.down for each in members]), device, dtype)
-        layer.ups = nn.ModuleList(_holder(each.up, device, dtype) for each in members if each.up is not None)
-        for product in (layer.down, *layer.ups):
-            self._product.process_weights_after_loading(product)
+        downs = [part.to(device, dtype) for part in stacked([each.down for each in members])]
+        ups = [each.up.to(device, dtype) for each in members if each.up is not None]
+        layer.downs = nn.ModuleList(Product(part, self._product) for part in downs)
+        layer.ups = nn.ModuleList(Product(part, self._product) for part in ups)
         layer.inner = found.inner
         gather = None if found.gather is None else found.gather.to(device)
         layer.register_buffer("gather", gather, persistent=False)
         self._biases(layer, members, device, dtype)
-        del layer.left, layer.right, layer.place, layer.pieces
-        delattr(layer, _ADDED)
+        for name in {part.partition(".")[0] for part in _PARTS} | {"pieces"}:
+            delattr(layer, name)
         layer.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x `[..., N]` -> `[..., M]`, the process's share of each."""
         flat = x.reshape(-1, x.shape[-1])
-        h = self._product.apply(layer.down, flat)
+        h = _joined([down(flat) for down in layer.downs])
         parts = [] if layer.gather is None and layer.inner else [h]
         for up, (first, count) in zip(layer.ups, layer.inner, strict=True):
-            parts.append(self._product.apply(up, h if count == h.shape[1] else h[:, first : first + count].contiguous()))
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            parts.append(up(h if count == h.shape[1] else h[:, first : first + count].contiguous()))
+        y = _joined(parts)
         if layer.gather is not None:
             y = y.index_select(1, layer.gather)
         if layer.own_bias is not None:
@@ -195,7 +201,8 @@ class LowRankMethod(LinearMethodBase):
             first += each.outputs
 
 
-_ORDER = {"q": 0, "k": 1, "v": 2, None: 0}
+_DTYPES = {"weight": torch.int64, "place": torch.int32, "quantized": torch.int8, "scale": torch.float32}
+_ORDER: dict[Any, int] = {"q": 0, "k": 1, "v": 2, None: 0}
 
 
 def _collector(pieces: dict[Any, dict[str, torch.Tensor]], part: str) -> Any:
@@ -207,12 +214,32 @@ def _collector(pieces: dict[Any, dict[str, torch.Tensor]], part: str) -> Any:
     return keep
 
 
-def _holder(matrix: Matrix, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A module with that weight, as vLLM's own method of products wants it."""
-    holder = nn.Module()
-    weight = matrix.weight.to(device=device, dtype=dtype, memory_format=torch.contiguous_format)
-    holder.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    return holder
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+class Product(nn.Module):
+    """`x W^T`, by vLLM's own choice of kernel; whole numbers become the input's dtype first."""
+
+    def __init__(self, matrix: Matrix, method: UnquantizedLinearMethod) -> None:
+        super().__init__()
+        self._method, self._columns, self._bits = method, matrix.shape[1], matrix.bits
+        self._group, self._by_row = matrix.group, matrix.group == matrix.shape[1]
+        self.weight = nn.Parameter(matrix.packed(), requires_grad=False)
+        self.register_buffer("scale", matrix.scale, persistent=False)
+        if matrix.bits is None:
+            method.process_weights_after_loading(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[T, N]` -> `[T, M]`."""
+        if self._bits is None:
+            return self._method.apply(self, x)
+        scale: Any = self.scale
+        numbers = self.weight if self._bits == 8 else unpack(self.weight, self._columns)
+        # A row's one scale can wait for the product, but not in float16, whose range the sums would leave.
+        if self._by_row and x.dtype != torch.float16:
+            return nn.functional.linear(x, numbers.to(x.dtype)) * scale[:, 0].to(x.dtype)
+        return nn.functional.linear(x, (numbers * scale.repeat_interleave(self._group, 1)).to(x.dtype))
 
 
 def _share(layer: Any, shard: Any) -> Share:
@@ -223,9 +250,9 @@ def _share(layer: Any, shard: Any) -> Share:
         columns = None if size == 1 else (rank * count, count)
         return Share(layer.output_size, layer.input_size, columns=columns)
     parts = _parts(layer)
-    chosen = parts if shard is None else [parts[_ORDER.get(shard, shard)]]
+    index: Any = _ORDER.get(shard, shard)
     spans, offset = [], 0
-    for whole, own, copies in chosen:
+    for whole, own, copies in parts if shard is None else [parts[index]]:
         spans.append((offset + rank // copies * own, own))
         offset += whole
     return Share(offset, layer.input_size, spans=None if size == 1 else tuple(spans))

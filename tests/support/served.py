@@ -1,0 +1,121 @@
+"""Checkpoints for an engine, and what the engine and transformers make of the same tokens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as T
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+import unirank
+from tests.support.architectures import build
+from unirank.models.loading import describe
+from unirank.types import DENSE, Form, LinearSpec, Rank
+
+# vLLM's attention on a CPU wants heads of 32 and more.
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+OLD = {"hidden_size": 128, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
+HEADS = {"head_dim": 32}
+SLIDING = {"sliding_window": 8}
+
+# Whether `vllm serve` takes them through its own model code or through its backend for transformers is vLLM's matter.
+SERVED: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (T.LlamaConfig, SIZES | {"tie_word_embeddings": True}),
+    "llama, biases": (T.LlamaConfig, SIZES | {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (T.MistralConfig, SIZES | SLIDING | HEADS),
+    "qwen2": (T.Qwen2Config, SIZES),
+    "qwen3": (T.Qwen3Config, SIZES | HEADS),
+    "gemma2": (T.Gemma2Config, SIZES | HEADS | SLIDING),
+    "gemma3": (T.Gemma3TextConfig, SIZES | HEADS | SLIDING),
+    "phi3": (T.Phi3Config, SIZES),
+    "gpt-neox": (T.GPTNeoXConfig, SIZES),
+    "olmo2": (T.Olmo2Config, SIZES),
+    "starcoder2": (T.Starcoder2Config, SIZES),
+    "smollm3": (T.SmolLM3Config, SIZES),
+    "granite": (T.GraniteConfig, SIZES),
+    "cohere": (T.CohereConfig, SIZES),
+    "stablelm": (T.StableLmConfig, SIZES),
+    "glm4": (T.Glm4Config, SIZES | HEADS),
+    "phi": (T.PhiConfig, SIZES),
+    "opt": (T.OPTConfig, SIZES | {"ffn_dim": 192, "word_embed_proj_dim": 128}),
+    "falcon": (T.FalconConfig, SIZES),
+    "bloom": (T.BloomConfig, {"hidden_size": 128, "n_layer": 2, "n_head": 4}),
+    "gpt2": (T.GPT2Config, OLD),
+    "gptj": (T.GPTJConfig, OLD | {"rotary_dim": 16}),
+}
+
+
+def mixed_ranks(linears: Sequence[LinearSpec]) -> dict[str, Rank]:
+    """Ranks that differ within every group of an engine, with a dense linear in some, and the first three dense."""
+    steps = (24, 7, 48, None, 16, 33, 1, 63, 60)
+    ranks: dict[str, Rank] = {}
+    for index, spec in enumerate(linears):
+        rank = None if index < 3 else steps[index % len(steps)]
+        ranks[spec.name] = DENSE if rank is None else min(rank, spec.k - 1)
+    return ranks
+
+
+def write_checkpoint(
+    folder: Path,
+    architecture: str,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Path,
+    *,
+    form: Form,
+    scheme: str = "whiten",
+    dtype: torch.dtype = torch.float32,
+) -> unirank.CompressedModel:
+    """Compress a tiny model of that architecture with mixed ranks, and save it."""
+    model = build(*SERVED[architecture]).to(dtype)
+    compressed = unirank.compress(
+        model,
+        ranks=mixed_ranks(describe(model, tokenizer).linears),
+        scheme=scheme,
+        form=form,
+        tokenizer=tokenizer,
+        calibration=unirank.Calibration(text=str(text), windows=4, window=32, batch=4),
+    )
+    compressed.save(folder)
+    return compressed
+
+
+def of_transformers(folder: Path, prompts: Sequence[Sequence[int]], dtype: str) -> list[list[float]]:
+    """Log-probability of every token but the first, of each prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, :-1].float()
+        found.append(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0].tolist())
+    return found
+
+
+def of_vllm(folder: Path, prompts: Sequence[Sequence[int]], dtype: str, **options: Any) -> list[list[float]]:
+    """The same of vLLM, in this process."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {"enforce_eager": True, "distributed_executor_backend": "uni"} | options
+    engine = LLM(str(folder), dtype=dtype, max_model_len=64, max_num_seqs=4, skip_tokenizer_init=True, **options)
+    try:
+        wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        answers = engine.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], wanted, use_tqdm=False)
+        return [
+            [at[token].logprob for at, token in zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)]
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
+    finally:
+        del engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
