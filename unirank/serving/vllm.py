@@ -4,6 +4,7 @@ vLLM calls `register` in each of its processes (entry point group `vllm.general_
 `quant_method` then selects unirank, with no flag. Nothing of vLLM is imported before that call.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 
