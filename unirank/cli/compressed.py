@@ -135,10 +135,12 @@ def finetune_command(
 def quantize_command(
     model: options.Compressed,
     out: Annotated[Path, options.out("Directory of the quantised checkpoint.")],
-    bits: Annotated[int, options.option("Bits of a weight: 8, one scale a row, or 4, one scale a group of it.")] = 8,
+    bits: Annotated[int, options.option("Bits of a weight: 8 or 4.")] = 8,
     group_size: Annotated[
         int | None,
-        options.option("With --bits 4: the most weights that share a scale, 128, 64, 32 or 16. Default: 128."),
+        options.option(
+            "The most weights that share a scale: 128, 64, 32 or 16. Default: a row with 8 bits, 128 with 4."
+        ),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,

@@ -13,8 +13,9 @@ from unirank.errors import InputError
 from unirank.models.bits import Bits, check_bits
 from unirank.models.file_names import keep_apart
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.pivoting import one_thread
 from unirank.models.quantizer import UniRankConfig
-from unirank.models.quantizing import quantized_of, refuse_quantized, replace_linears, require_torchao
+from unirank.models.quantizing import quantized_of, refuse_quantized, require_torchao
 from unirank.models.wrappers import refuse_foreign
 from unirank.progress import OnProgress, silent
 from unirank.types import DENSE
@@ -41,14 +42,16 @@ def quantize(
 
     It is the last step: what is quantised is neither trained nor healed. Both matrices of every low-rank linear are
     quantised, in either form, and the decoder's linears that stayed dense. Embeddings, head, norms and biases stay.
-    Weights become floats again when they are multiplied, so it saves memory and not arithmetic. The numbers do not
-    depend on the number of threads.
+    `right` goes first, and `left` is fitted to it as it was stored (**choice**: this takes the part of the error in the
+    span of `right` away, for any input). Weights become floats again when they are multiplied, so it saves memory and
+    not arithmetic. The numbers do not depend on the number of threads.
 
     Args:
         compressed: a checkpoint of ours, or such a model in memory, which is changed in place.
-        bits: 8, one scale a row (torchao's symmetric int8, weights only), or 4, one scale a group of a row.
-        group_size: with 4 bits, the most weights that share a scale: 128, 64, 32 or 16. A matrix takes the largest of
-            these, up to it, that divides its rows; one that none divides takes 8 bits. None is 128.
+        bits: 8 or 4, symmetric.
+        group_size: the most weights that share a scale: 128, 64, 32 or 16. A matrix takes the largest of these, up to
+            it, that divides its rows; one that none divides takes one scale a row, and 8 bits. None is one scale a row
+            with 8 bits, and 128 with 4.
         device: where to load a checkpoint; None takes the GPU when there is one.
         trust_remote_code: run modelling code that the checkpoint brings, where it is loaded here.
 
@@ -71,7 +74,13 @@ def quantize(
     whole = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE]
     names = [*low_rank, *whole]
     for position, name in enumerate(names, start=1):
-        replace_linears(model, [name], quantized_of, checked, size)
+        linear = model.get_submodule(name)
+        if isinstance(linear, LowRankLinear):
+            right = quantized_of(linear.right, checked, size)
+            fitted = _fitted(linear.left.weight, linear.right.weight, right.dense_weight(torch.float32))
+            linear.put_quantized(quantized_of(linear.left, checked, size, fitted), right)
+        else:
+            model.set_submodule(name, quantized_of(linear, checked, size))
         progress("quantize", position, len(names))
     keep_apart(model)
     model.config.quantization_config = UniRankConfig(
@@ -84,3 +93,18 @@ def quantize(
     )
     report = QuantizeReport.of(model, checked, size)
     return dataclasses.replace(compressed, quantized=report, evaluations=())
+
+
+def _fitted(left: torch.Tensor, right: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """The `left` float64 `[M, R]` with `left stored` nearest to `left right`; as it was where `stored` has no rank R.
+
+    `stored`, `[R, N]`, is `right + E`. With P the projection on its rows, the error `left E` becomes `left E (I - P)`.
+    """
+    with one_thread(left.device):
+        stored = stored.double()
+        factor, failed = torch.linalg.cholesky_ex(stored @ stored.T)
+        if bool(failed):
+            return left.double()
+        turned = torch.cholesky_solve(stored @ right.double().T, factor).T  # [R, R], near the identity
+        fitted = left.double() @ turned
+    return fitted if bool(fitted.isfinite().all()) else left.double()

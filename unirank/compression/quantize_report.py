@@ -22,7 +22,7 @@ class QuantizeReport:
 
     Attributes:
         bits: that were asked for.
-        group_size: with 4 bits, the most weights that share a scale; with 8, None: every row has one.
+        group_size: the most weights that share a scale; None where every row has one.
         matrices: that were quantised.
         of_8_bits: those of them that have 8 bits; with 4, those whose rows no group divides.
         bytes_before: of the same model with floats.
@@ -63,10 +63,10 @@ class QuantizeReport:
 
     def described(self) -> str:
         """Bits, groups and bytes in one line."""
-        if self.bits == 8:
-            how = "8 bits, one scale a row"
-        else:
-            how = f"4 bits, a scale for up to {self.group_size} weights of a row"
-            if self.of_8_bits:
-                how += f"; {self.of_8_bits} of {self.matrices} matrices, whose rows no group divides, 8 bits a row"
-        return f"{how} (torchao, weights only); {self.bytes_before:,} to {self.bytes_after:,} bytes"
+        scales = "one scale a row"
+        if self.group_size is not None:
+            scales = f"one scale for up to {self.group_size} weights, or a row that no group divides"
+        how = f"{self.bits} bits, {scales}"
+        if self.bits == 4 and self.of_8_bits:
+            how += f" ({self.of_8_bits} of {self.matrices} matrices, which have 8 bits)"
+        return f"{how} by torchao; {self.bytes_before:,} to {self.bytes_after:,} bytes"

@@ -16,7 +16,7 @@ from unirank.models.folder import ADAPTER, CONFIG, adapter_message
 from unirank.models.low_rank import count_parameters, count_target, make_low_rank
 from unirank.models.places import places_of
 from unirank.models.quantizer import METHOD, UniRankConfig
-from unirank.models.quantizing import empty, replace_linears
+from unirank.models.quantizing import put_empty
 from unirank.models.sources import read_config, skeleton_of
 from unirank.models.structure import find_linears
 from unirank.rank_plan import RankPlan
@@ -68,7 +68,7 @@ def read_resaved(
     report = TruncateReport(total, used, before, count_parameters(model), low, len(linears) - low)
     quantized = None
     if named.bits is not None:
-        replace_linears(model, named.names, empty, named.bits, named.group_size)
+        put_empty(model, named.names, named.bits, named.group_size)
         quantized = QuantizeReport.of(model, named.bits, named.group_size)
     return plan or found, report, quantized
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from unirank.errors import InputError
 
 Bits = Literal[8, 4]
-# Weights of 4 bits that share a scale: the largest that divides a row. (**choice**: each scale costs 16 bits or 32)
+# Weights that share a scale: the largest that divides a row. (**choice**: each scale costs 16 bits or 32)
 GROUPS = (128, 64, 32, 16)
 
 
 def check_bits(bits: Any, group_size: Any, *, where: str = "") -> tuple[Bits, int | None]:
-    """`bits` and `group_size`, which is the largest of `GROUPS` where it is None and there are groups.
+    """`bits` and `group_size`, which stays None with 8 bits (one scale a row), and is 128 with 4 where it is None.
 
     Args:
         where: what stands before the names in an error.
@@ -24,28 +24,21 @@ def check_bits(bits: Any, group_size: Any, *, where: str = "") -> tuple[Bits, in
     """
     if type(bits) is not int or bits not in (8, 4):
         raise InputError(f"{where}bits = {bits!r} is not legal; legal values: 8, 4.")
-    if bits == 8:
-        if group_size is not None:
-            raise InputError(
-                f"{where}group_size = {group_size!r} is for 4 bits; with 8, every row has one scale, so leave it out."
-            )
-        return 8, None
     if group_size is not None and (type(group_size) is not int or group_size not in GROUPS):
         legal = ", ".join(map(str, GROUPS))
         raise InputError(f"{where}group_size = {group_size!r} is not legal; legal values: {legal}.")
-    return 4, group_size or GROUPS[0]
+    return (8, group_size) if bits == 8 else (4, group_size or GROUPS[0])
 
 
 def layout(bits: Bits, group_size: int | None, columns: int) -> tuple[Bits, int]:
     """Bits of a matrix with rows of so many `columns`, and how many of them share a scale.
 
-    Of 8 bits a row has one scale. Of 4 bits, the group is the largest of `GROUPS`, up to `group_size`, that divides a
-    row; a row that none divides gets 8 bits and one scale (**choice**: few rows are so, and one scale is little for 4).
+    The group is the largest of `GROUPS`, up to `group_size`, that divides a row; without `group_size` it is a row. A
+    row that none divides gets one scale, and 8 bits (**choice**: one scale is too little for 4).
     """
-    if bits == 4:
-        for group in GROUPS:
-            if group <= (group_size or GROUPS[0]) and columns % group == 0:
-                return 4, group
+    for group in GROUPS:
+        if group_size is not None and group <= group_size and columns % group == 0:
+            return bits, group
     return 8, columns
 
 

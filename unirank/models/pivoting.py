@@ -36,7 +36,7 @@ def pivot(left: torch.Tensor, right: torch.Tensor) -> Pivoted:
     `left @ right` alone up to ties, for `a` does: the method's QR of `right` is not needed.
     """
     rank, dtype = left.shape[1], left.dtype
-    with _one_thread(left.device):
+    with one_thread(left.device):
         a, order = dominant_rows(left.double())
         pivots = left.double()[order[:rank]] @ right.double()
         b = pivots.to(dtype)
@@ -87,8 +87,8 @@ def _fitted(rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tenso
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """MKL's LU splits sums by the number of threads, so that bits would depend on it."""
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, one thread inside: MKL's LU splits sums by the number of threads, so that bits would depend on it."""
     before = torch.get_num_threads()
     try:
         if device.type == "cpu":

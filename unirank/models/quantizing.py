@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from typing import Any
@@ -17,8 +17,6 @@ from unirank.models.low_rank import LowRankLinear
 from unirank.models.quantized import KINDS, QuantizedLinear
 from unirank.models.structure import weight_of
 
-_Make = Callable[[nn.Module, Bits, int | None], QuantizedLinear]
-
 
 def require_torchao() -> None:
     """Raise InputError unless torchao is there."""
@@ -26,7 +24,7 @@ def require_torchao() -> None:
         with _quiet():
             import torchao.quantization  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name != "torchao":
+        if not str(error.name).startswith("torchao"):
             raise
         raise InputError(
             "Quantised weights need torchao; install the extra: pip install 'unirank[quantize]'."
@@ -47,10 +45,10 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def replace_linears(model: nn.Module, names: Iterable[str], make: _Make, bits: Bits, group_size: int | None) -> None:
-    """Put what `make` gives in the place of both matrices of every low-rank linear in `names`, and of every other one.
+def put_empty(model: nn.Module, names: Iterable[str], bits: Bits, group_size: int | None) -> None:
+    """Put empty quantised linears in the place of both matrices of every low-rank linear in `names`, and of the others.
 
-    `make` is `empty` or `quantized_of`. Raises InputError when there is no such linear.
+    Raises InputError when there is no such linear.
     """
     for name in names:
         try:
@@ -58,9 +56,9 @@ def replace_linears(model: nn.Module, names: Iterable[str], make: _Make, bits: B
         except AttributeError as error:
             raise InputError(f"{type(model).__name__} has no linear {name}, which is to be quantised.") from error
         if isinstance(linear, LowRankLinear):
-            linear.put_quantized(*(make(inner, bits, group_size) for inner in (linear.left, linear.right)))
+            linear.put_quantized(*(empty(inner, bits, group_size) for inner in (linear.left, linear.right)))
         elif isinstance(linear, nn.Linear | Conv1D):
-            model.set_submodule(name, make(linear, bits, group_size))
+            model.set_submodule(name, empty(linear, bits, group_size))
         else:
             raise InputError(f"{name} is a {type(linear).__name__}, not a linear, so it cannot be quantised.")
 
@@ -75,18 +73,24 @@ def empty(linear: nn.Module, bits: Bits, group_size: int | None) -> QuantizedLin
 
 
 @torch.no_grad()
-def quantized_of(linear: nn.Module, bits: Bits, group_size: int | None) -> QuantizedLinear:
-    """`linear`, quantised by torchao from its weight in float32, with the scales as they are stored."""
+def quantized_of(
+    linear: nn.Module, bits: Bits, group_size: int | None, weight: torch.Tensor | None = None
+) -> QuantizedLinear:
+    """`linear`, quantised by torchao from its weight in float32, with the scales as they are stored.
+
+    Args:
+        weight: `[M, N]`, in the place of its own.
+    """
     from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
 
     made = empty(linear, bits, group_size)
-    weight = weight_of(linear).float()
+    weight = (weight_of(linear) if weight is None else weight).float()
     if made.in_features == 1:
         weight = weight.expand(-1, 2)  # torchao 0.18 fails at rows of one number; twice the same has the same scale
-    shape: dict[str, Any] = {"granularity": PerAxis(0)} if made.bits == 8 else {"granularity": PerGroup(made.group)}
+    shape = PerAxis(0) if made.group == made.in_features else PerGroup(made.group)
     holder = nn.Linear(*weight.shape[::-1], bias=False, device="meta")  # torchao takes modules
     holder.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    quantize_(holder, IntxWeightOnlyConfig(weight_dtype=KINDS[made.bits], scale_dtype=made.scale.dtype, **shape))
+    quantize_(holder, IntxWeightOnlyConfig(KINDS[made.bits], shape, scale_dtype=made.scale.dtype))
     found: Any = holder.weight
     numbers = found.qdata[:, : made.in_features]
     made.quantized.copy_(numbers if made.bits == 8 else pack(numbers))
