@@ -22,7 +22,7 @@ from bench.pipeline.bench_inference import cache_of, decode, prefill
 from unirank.compression.card import PLAN_FILE
 from unirank.disk.files import staged_directory, write_json
 from unirank.models.bits import check_bits
-from unirank.models.quantizing import empty, quantized_of, replace_linears
+from unirank.models.quantizing import empty, quantized_of
 from unirank.planning.ranks import fitting_multiple
 from unirank.recipes import preset
 from unirank.types import LinearSpec
@@ -101,8 +101,10 @@ def opened(place: Path, job: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _replace(dense: unirank.LoadedModel, bits: int, make: Any) -> None:
-    """What `unirank.quantize` does to low-rank linears, to the dense ones in their places."""
-    replace_linears(dense.model, [spec.name for spec in dense.linears], make, *check_bits(bits, None))
+    """What `unirank.quantize` does to the linears of a compressed model, to those that it would compress."""
+    for spec in dense.linears:
+        linear = dense.model.get_submodule(spec.name)
+        dense.model.set_submodule(spec.name, make(linear, *check_bits(bits, None)))
 
 
 def memory_bytes(model: torch.nn.Module) -> int:
