@@ -51,8 +51,8 @@ class UniRankConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
         if unknown := sorted(others.keys() - {"quant_method"}):
             raise InputError(
-                f"quantization_config has {unknown[0]!r}, which this unirank does not know; the checkpoint is of a newer "
-                "one: update unirank."
+                f"quantization_config has {unknown[0]!r}, which this unirank does not know; the checkpoint is of a "
+                "newer one: update unirank."
             )
         if ranks is not None and not isinstance(ranks, Mapping):
             raise InputError(f"quantization_config.ranks must map names to ranks, got {type(ranks).__name__}.")
