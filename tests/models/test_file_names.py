@@ -141,6 +141,25 @@ def test_where_files_join_matrices_a_compressed_model_keeps_them_apart_and_a_den
     assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "whole"))
 
 
+def test_quantised_matrices_stay_apart_where_files_join_the_floats(
+    made: PreTrainedModel, tokenizer, calibration: unirank.Calibration, tmp_path: Path
+) -> None:
+    """Also in a layer in which all matrices that are joined stayed dense."""
+    linears = unirank.describe(made, tokenizer).linears
+    ranks: dict[str, Any] = {spec.name: 6 if spec.layer == 1 else "dense" for spec in linears}
+    compressed = unirank.compress(made, ranks=ranks, tokenizer=tokenizer, calibration=calibration)
+    quantised = unirank.quantize(compressed, 8)
+    quantised.save(tmp_path / "8")
+    assert "model.layers.0.self_attn.q_proj.quantized" in in_files(tmp_path / "8")
+    opened = unirank.open_compressed(tmp_path / "8", device="cpu")
+    assert torch.equal(logits(tmp_path / "8"), opened.model(IDS).logits)
+    with torch.no_grad():
+        assert torch.equal(logits(tmp_path / "8"), quantised.model(IDS).logits)
+    unirank.densify(opened.model).save_pretrained(tmp_path / "dense")
+    assert in_files(tmp_path / "dense")["model.layers.0.attn.qkv.weight"] == [96, 32]
+    torch.testing.assert_close(logits(tmp_path / "dense"), logits(tmp_path / "8"), rtol=1e-4, atol=1e-4)
+
+
 def test_tensors_that_are_joined_are_read_once_and_equal_transformers(made: PreTrainedModel) -> None:
     state = {name: tensor for name, tensor in made.state_dict().items() if name != "lm_head.weight"}
     expected = revert_weight_conversion(made, dict(state))

@@ -24,6 +24,7 @@ PAGES = (
     "docs/how-to-choose.md",
     "docs/finetuning.md",
     "docs/serving.md",
+    "docs/quantization.md",
     "docs/large-models.md",
 )
 
@@ -67,7 +68,7 @@ def test_the_pages_show_every_command() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_it_runs_as_written(page: str, workplace: Path, run_unirank: Run) -> None:
     ran, names = 0, {}  # a block may go on from the one before it
-    if page in ("docs/finetuning.md", "docs/serving.md"):
+    if page in ("docs/finetuning.md", "docs/serving.md", "docs/quantization.md"):
         calibration = library.Calibration(text="my-text.txt", windows=6, window=24, batch=2)
         library.compress("MODEL", 0.3, calibration=calibration).save("OUT")
     for kind, step in steps(page):

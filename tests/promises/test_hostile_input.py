@@ -243,7 +243,7 @@ def test_links_of_a_store_are_not_written_through(made: Path, tmp_path: Path) ->
     assert theirs.read_bytes() == b"years of work"
 
 
-COMMANDS = ("analyze", "plan", "compress", "finetune", "densify", "report", "diagnose", "eval", "info", "demo")
+COMMANDS = ("analyze", "plan", "compress", "finetune", "quantize", "densify", "report", "diagnose", "eval", "info")
 words = st.sampled_from(
     [
         "--remove",
@@ -264,7 +264,7 @@ words = st.sampled_from(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(command=st.sampled_from(COMMANDS[:-1]), arguments=st.lists(words | st.integers().map(str), max_size=5))
+@given(command=st.sampled_from(COMMANDS), arguments=st.lists(words | st.integers().map(str), max_size=5))
 def test_arguments(command: str, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     """Usage errors and our own errors only; no file appears."""
     place = tmp_path_factory.mktemp("arguments")

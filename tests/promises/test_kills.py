@@ -53,6 +53,7 @@ STAGES: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["heal", "BASE/small", "--calib", "BASE/words.txt", "-o", "healed", "--device", "cpu", *HEALING],
         ("healed",),
     ),
+    "quantize": (["quantize", "BASE/small", "-o", "eight", "--device", "cpu"], ("eight",)),
     "densify": (["densify", "BASE/small", "-o", "plain", "--device", "cpu"], ("plain",)),
     "report": (["report", "BASE/small", "-o", "page.html", "--store", "BASE/store"], ("page.html",)),
 }
@@ -194,7 +195,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file
     commands.close()
 
 
-# Of each kind, for each stage: with 3, 54 kills, half of them in the middle of a write, and as many other harms.
+# Of each kind, for each stage: with 3, 66 kills, half of them in the middle of a write, and as many other harms.
 TRIES = int(os.environ.get("UNIRANK_HARMS", "3"))
 
 

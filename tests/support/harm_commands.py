@@ -26,7 +26,7 @@ from unirank.cli import main
 torch.set_num_threads(1)
 # What a command imports late, imported early: a child should spend its time at work.
 LATE = (peft.PeftModel, transformers.Trainer, transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast)
-LATE += (unirank.finetune, unirank.heal, unirank.densify, unirank.evaluate)
+LATE += (unirank.finetune, unirank.heal, unirank.quantize, unirank.densify, unirank.evaluate)
 
 
 def after_calls(count: int, act: Callable[[], object]) -> list[int]:

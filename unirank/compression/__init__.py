@@ -2,8 +2,8 @@
 
 In: a `LoadedModel`, its store, a `RankPlan`.
 Out: the same model with `LowRankLinear`s (truncation, or refine, the second pass), counted again
-from its modules; a directory that transformers loads (checkpoint, card); a plain one again
-(densified).
+from its modules; a directory that transformers loads (checkpoint, card); the same with weights of
+few bits (quantization); a plain one again (densified).
 
 Here one may replace modules, and write checkpoints through `disk`. No rank is decided here.
 

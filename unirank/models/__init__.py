@@ -2,8 +2,8 @@
 
 In: a name or a path; a model in memory.
 Out: `LoadedModel` (loading), its targets (structure), layers left on the disk (streamed), what is no such model and
-why (folder, sources, wrappers), `LowRankLinear` (low_rank), and the bridge by which transformers builds them
-(quantizer).
+why (folder, sources, wrappers), `LowRankLinear` (low_rank), `QuantizedLinear` (quantized), and the bridge by which
+transformers builds them (quantizer).
 
 Here one may touch modules and their parameters. Nothing here knows of calibration, ranks or
 budgets, and nothing asks for a model's name: an architecture is understood by its structure.
