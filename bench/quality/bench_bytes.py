@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, step: Step = in_a_process) -> int:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of wiki.valid.txt and wiki.test.raw")
     parser.add_argument("--remove", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
     parser.add_argument("--speed", action="store_true", help="measure the speeds again, and nothing else")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of the speeds")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the speeds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     tiny = parser.add_argument_group("another model or protocol (its figures are not those of the page)")
