@@ -27,7 +27,7 @@ def test_it_quantises_and_every_command_reads_the_result(
     out = tmp_path / "small-8"
     code, said, err = run_unirank("quantize", small, "-o", out, "--device", "cpu")
     assert (code, err) == (0, "")
-    assert "8 bits, one scale a row by torchao" in " ".join(said.split())
+    assert "8 bits, one scale a row (torchao)" in " ".join(said.split())
     assert "from_pretrained" in said
     data = ["--text", text_file, "--window", 32, "--limit", 4, "--device", "cpu"]
     code, said, err = run_unirank("eval", out, "--against", small, *data, "--card", "--json")

@@ -257,7 +257,7 @@ def test_card_config_and_records_say_bits_and_bytes(made) -> None:
     assert report.bytes_after == stored_bytes(models["llama-8"].model) < report.bytes_before
     before = unirank.open_compressed(root / "llama", device="cpu").model
     assert abs(report.bytes_before - stored_bytes(before)) <= 8 * report.matrices  # the guards
-    assert f"| quantised | 8 bits, one scale a row by torchao; {report.bytes_before:,} to " in card
+    assert f"| quantised | 8 bits, one scale a row (torchao); {report.bytes_before:,} to " in card
     four = models["llama-4"].quantized
     assert four.bytes_after < report.bytes_after
     assert (

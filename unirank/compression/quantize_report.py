@@ -69,4 +69,4 @@ class QuantizeReport:
         how = f"{self.bits} bits, {scales}"
         if self.bits == 4 and self.of_8_bits:
             how += f" ({self.of_8_bits} of {self.matrices} matrices, which have 8 bits)"
-        return f"{how} by torchao; {self.bytes_before:,} to {self.bytes_after:,} bytes"
+        return f"{how} (torchao); {self.bytes_before:,} to {self.bytes_after:,} bytes"
