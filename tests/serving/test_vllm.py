@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import unirank
-from tests.support.served import SERVED, of_transformers, of_vllm, write_checkpoint
+from tests.support.served import SERVED, UNSERVED, of_transformers, of_vllm, write_checkpoint
 from unirank.types import FORMS, Form
 
 if importlib.util.find_spec("vllm") is None and not os.environ.get("UNIRANK_REQUIRE_VLLM"):
@@ -32,13 +32,16 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 PROMPTS = [[5, 17, 3, 80, 41, 9, 9, 22, 63, 50], [2, 90, 11], list(range(2, 40))]
+# By dtype, and of a model whose dense weights differ as much: vLLM's GELU and soft caps are other formulas.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.01}
+LOOSE = {"gemma2": 5e-3}
 
 # What is served: the architecture, the form, the dtype, the scheme ("afm" adds biases).
 PLAIN = [(name, form, "float32", "whiten") for name in SERVED for form in FORMS]
 OTHERS = [("llama", form, dtype, "whiten") for form in FORMS for dtype in ("bfloat16", "float16")]
 BIASED = [(name, form, "float32", "afm") for name in ("llama", "llama, biases", "gpt-neox") for form in FORMS]
 CASES = [*PLAIN, *OTHERS, *BIASED]
+REFUSED = [(name, "factors", "float32", "whiten") for name in UNSERVED]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, text_file: Path) -> Any:
     """Every case that is asked for, before vLLM runs: it changes the classes of transformers that it serves through."""
     folder, found = tmp_path_factory.mktemp("served"), {}
-    for index, case in enumerate(CASES):
+    for index, case in enumerate([*CASES, *REFUSED]):
         architecture, form, dtype, scheme = case
         out = folder / str(index)
         write_checkpoint(out, architecture, tokenizer, text_file, form=form, scheme=scheme, dtype=getattr(torch, dtype))
@@ -69,7 +72,7 @@ def off(ours: list[list[float]], theirs: list[list[float]]) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(case))
 def test_vllm_says_what_transformers_says(case: tuple[str, Form, str, str], made: Any) -> None:
     folder, theirs = made[case].folder, made[case].logprobs
-    assert off(of_vllm(folder, PROMPTS, case[2]), theirs) < TOLERANCE[case[2]]
+    assert off(of_vllm(folder, PROMPTS, case[2]), theirs) < LOOSE.get(case[0], TOLERANCE[case[2]])
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -140,8 +143,46 @@ def test_a_dense_checkpoint_is_not_taken_for_ours(made: Any, tmp_path: Path) -> 
         of_vllm(out, PROMPTS, "float32", quantization="unirank")
 
 
+@pytest.mark.parametrize("architecture", ["bloom", "falcon, groups"])
+def test_an_order_that_is_not_known_is_refused(architecture: str, made: Any) -> None:
+    """q, k and v lie by head in one matrix, and vLLM reorders the dense one while it reads."""
+    with pytest.raises(Exception, match="unirank densify"):
+        of_vllm(made[architecture, "factors", "float32", "whiten"].folder, PROMPTS, "float32")
+
+
 def test_compiled_as_by_default(made: Any) -> None:
     """vLLM compiles the whole graph and fails where it breaks."""
     case = ("llama", "pivoted", "float32", "whiten")
     said = of_vllm(made[case].folder, PROMPTS, "float32", enforce_eager=False)
+    assert off(said, made[case].logprobs) < TOLERANCE["float32"]
+
+
+def test_an_adapter_on_top(made: Any, tmp_path: Path) -> None:
+    """A LoRA adapter of the dense model's names (q, o and up) is added to what the factors make."""
+    folder, torch_seed = made["llama", "pivoted", "float32", "whiten"].folder, torch.Generator().manual_seed(3)
+    model = unirank.densify(AutoModelForCausalLM.from_pretrained(folder))
+    tensors = {}
+    targets = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+    for name in (f"model.layers.{layer}.{target}" for layer in range(2) for target in targets):
+        weight = model.get_parameter(f"{name}.weight")
+        down = torch.randn(8, weight.shape[1], generator=torch_seed) * 0.1
+        up = torch.randn(weight.shape[0], 8, generator=torch_seed) * 0.1
+        tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        weight.data += up @ down
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": [t.split(".")[1] for t in targets]}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    model.save_pretrained(tmp_path / "tuned")
+    said = of_vllm(folder, PROMPTS, "float32", adapter, enable_lora=True, max_lora_rank=8)
+    assert off(said, of_transformers(tmp_path / "tuned", PROMPTS, "float32")) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(
+    "case", [("llama", "pivoted", "float32", "afm"), ("phi3", "factors", "float32", "whiten")], ids=", ".join
+)
+def test_split_over_two_processes(case: tuple[str, Form, str, str], made: Any) -> None:
+    """Tensor parallelism of 2: heads, columns and rows are split, biases are added once."""
+    said = of_vllm(made[case].folder, PROMPTS, "float32", tensor_parallel_size=2, distributed_executor_backend="mp")
     assert off(said, made[case].logprobs) < TOLERANCE["float32"]

@@ -24,7 +24,9 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-OLD = {"hidden_size": 128, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
+# Classes without key-value heads of their own: a stray number in config.json misleads vLLM.
+EQUAL = SIZES | {"num_key_value_heads": 4}
+OLD = {"num_key_value_heads": 4, "hidden_size": 128, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
 HEADS = {"head_dim": 32}
 SLIDING = {"sliding_window": 8}
 
@@ -38,7 +40,7 @@ SERVED: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "gemma2": (T.Gemma2Config, SIZES | HEADS | SLIDING),
     "gemma3": (T.Gemma3TextConfig, SIZES | HEADS | SLIDING),
     "phi3": (T.Phi3Config, SIZES),
-    "gpt-neox": (T.GPTNeoXConfig, SIZES),
+    "gpt-neox": (T.GPTNeoXConfig, EQUAL),
     "olmo2": (T.Olmo2Config, SIZES),
     "starcoder2": (T.Starcoder2Config, SIZES),
     "smollm3": (T.SmolLM3Config, SIZES),
@@ -47,11 +49,15 @@ SERVED: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "stablelm": (T.StableLmConfig, SIZES),
     "glm4": (T.Glm4Config, SIZES | HEADS),
     "phi": (T.PhiConfig, SIZES),
-    "opt": (T.OPTConfig, SIZES | {"ffn_dim": 192, "word_embed_proj_dim": 128}),
-    "falcon": (T.FalconConfig, SIZES),
-    "bloom": (T.BloomConfig, {"hidden_size": 128, "n_layer": 2, "n_head": 4}),
+    "opt": (T.OPTConfig, EQUAL | {"ffn_dim": 192, "word_embed_proj_dim": 128}),
+    "falcon": (T.FalconConfig, EQUAL),
     "gpt2": (T.GPT2Config, OLD),
     "gptj": (T.GPTJConfig, OLD | {"rotary_dim": 16}),
+}
+# q, k and v of every head, or group of heads, together in one matrix.
+UNSERVED: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "bloom": (T.BloomConfig, {"hidden_size": 128, "n_layer": 2, "n_head": 4, "num_key_value_heads": 4}),
+    "falcon, groups": (T.FalconConfig, SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
 
 
@@ -76,7 +82,7 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
 ) -> unirank.CompressedModel:
     """Compress a tiny model of that architecture with mixed ranks, and save it."""
-    model = build(*SERVED[architecture]).to(dtype)
+    model = build(*(SERVED | UNSERVED)[architecture]).to(dtype)
     compressed = unirank.compress(
         model,
         ranks=mixed_ranks(describe(model, tokenizer).linears),
@@ -101,16 +107,22 @@ def of_transformers(folder: Path, prompts: Sequence[Sequence[int]], dtype: str) 
     return found
 
 
-def of_vllm(folder: Path, prompts: Sequence[Sequence[int]], dtype: str, **options: Any) -> list[list[float]]:
-    """The same of vLLM, in this process."""
+def of_vllm(
+    folder: Path, prompts: Sequence[Sequence[int]], dtype: str, adapter: Path | None = None, **options: Any
+) -> list[list[float]]:
+    """The same of vLLM, in this process; with a LoRA adapter on top."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
     options = {"enforce_eager": True, "distributed_executor_backend": "uni"} | options
-    engine = LLM(str(folder), dtype=dtype, max_model_len=64, max_num_seqs=4, skip_tokenizer_init=True, **options)
-    try:
+    engine = None
+    try:  # what an engine that did not start leaves behind would change the next one's results
+        engine = LLM(str(folder), dtype=dtype, max_model_len=64, max_num_seqs=4, skip_tokenizer_init=True, **options)
         wanted = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        answers = engine.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], wanted, use_tqdm=False)
+        on_top = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+        inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = engine.generate(inputs, wanted, use_tqdm=False, lora_request=on_top)
         return [
             [at[token].logprob for at, token in zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)]
             for answer, prompt in zip(answers, prompts, strict=True)

@@ -139,7 +139,7 @@ def quantize_command(
     group_size: Annotated[
         int | None,
         options.option(
-            "The most weights that share a scale: 128, 64, 32 or 16. Default: a row with 8 bits, 128 with 4."
+            "The most weights that share a scale: 128, 64, 32 or 16. Default: a row with 8 bits (pivoted: 32), 128 with 4."
         ),
     ] = None,
     dtype: options.Dtype = "auto",

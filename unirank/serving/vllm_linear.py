@@ -50,6 +50,8 @@ class VllmConfig(QuantizationConfig):
         self.ranks: dict[str, int | None] = whole | config.ranks
         self._pivoted, self._biased = config.form == "pivoted", list(config.biased)
         self.waiting: set[str] = set(self.ranks)  # linears that no layer was built for
+        self.model = ""  # the type that config.json names
+        self.in_order = False  # whether a matrix of q, k and v in one has them one after the other
 
     def get_name(self) -> str:
         return METHOD
@@ -72,6 +74,15 @@ class VllmConfig(QuantizationConfig):
             raise InputError(f"The checkpoint's quant_method is {config.get('quant_method')!r}, not {METHOD!r}.")
         return cls(UniRankConfig(**{key: value for key, value in config.items() if key != "quant_method"}))
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Note of which model the checkpoint is."""
+        del model_name, revision
+        if hf_config is not None:
+            self.model = hf_config.model_type
+            self.in_order = self.model in _IN_ORDER
+            if self.model == "falcon":  # one key head for all queries is the last but one, else they are by group
+                self.in_order = hf_config.multi_query and not hf_config.new_decoder_architecture
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Name the linears as the modules of vLLM's model are named."""
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
@@ -93,12 +104,24 @@ class VllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
-        parent, _, last = prefix.rpartition(".")
-        names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
+        names = self._names(prefix)
         self.waiting.difference_update(names)
         if not any(name in self.ranks for name in names):
             return UnquantizedLinearMethod()
+        if isinstance(layer, QKVParallelLinear) and len(names) == 1 and not self.in_order:
+            raise InputError(
+                f"{names[0]} holds q, k and v in one matrix, whose order in a {self.model or 'model'} unirank does not "
+                "know; make a dense checkpoint for vLLM: unirank densify."
+            )
         return LowRankMethod(self, {name: self.ranks.get(name) for name in names})
+
+    def _names(self, prefix: str) -> list[str]:
+        """The linears of the checkpoint that a layer of vLLM stands for."""
+        parent, _, last = prefix.rpartition(".")
+        fused = self.packed_modules_mapping.get(last) or _FUSED.get(last, [last])
+        names = [f"{parent}.{name}" for name in fused]
+        # Some models have in one matrix what others fuse under the same name.
+        return names if any(name in self.ranks for name in names) else [prefix]
 
 
 class LowRankMethod(LinearMethodBase):
@@ -177,6 +200,8 @@ class LowRankMethod(LinearMethodBase):
         order = sorted(pieces, key=lambda shard: _ORDER.get(shard, shard if isinstance(shard, int) else 0))
         if len(order) != len(names):
             raise InputError(f"The checkpoint has weights for {len(order)} of the linears {', '.join(names)}.")
+        if self._config.model in _TRANSPOSED:
+            _turn_back(pieces)
         return [
             member(name, self._ranks[name], pieces[shard], _share(layer, shard))
             for name, shard in zip(names, order, strict=True)
@@ -201,6 +226,11 @@ class LowRankMethod(LinearMethodBase):
             first += each.outputs
 
 
+# What vLLM's models fuse, where they do not say so themselves.
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+# Model types that store q, k and v of all heads one after the other, and whose weights vLLM takes for `Conv1D`'s.
+_IN_ORDER = ("phi3", "gpt2")
+_TRANSPOSED = ("gpt2",)
 _DTYPES = {"weight": torch.int64, "place": torch.int32, "quantized": torch.int8, "scale": torch.float32}
 _ORDER: dict[Any, int] = {"q": 0, "k": 1, "v": 2, None: 0}
 
@@ -212,6 +242,14 @@ def _collector(pieces: dict[Any, dict[str, torch.Tensor]], part: str) -> Any:
         pieces.setdefault(shard, {})[part] = tensor
 
     return keep
+
+
+def _turn_back(pieces: dict[Any, dict[str, torch.Tensor]]) -> None:
+    """Undo what vLLM does to a `Conv1D`; factors are stored as every linear's."""
+    for tensors in pieces.values():
+        for name in ("left.weight", "right.weight"):
+            if name in tensors and tensors[name].dim() == 2:
+                tensors[name] = tensors[name].t()
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
