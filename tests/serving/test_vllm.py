@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import unirank
-from tests.support.served import SERVED, UNSERVED, of_transformers, of_vllm, write_checkpoint
+from tests.support.served import SERVED, UNSERVED, of_transformers, of_vllm, with_adapter, write_checkpoint
 from unirank.types import FORMS, Form
 
 if importlib.util.find_spec("vllm") is None and not os.environ.get("UNIRANK_REQUIRE_VLLM"):
@@ -41,6 +41,7 @@ PLAIN = [(name, form, "float32", "whiten") for name in SERVED for form in FORMS]
 OTHERS = [("llama", form, dtype, "whiten") for form in FORMS for dtype in ("bfloat16", "float16")]
 BIASED = [(name, form, "float32", "afm") for name in ("llama", "llama, biases", "gpt-neox") for form in FORMS]
 CASES = [*PLAIN, *OTHERS, *BIASED]
+QUANTISED = [(form, bits) for form in FORMS for bits in (8, 4)]
 REFUSED = [(name, "factors", "float32", "whiten") for name in UNSERVED]
 
 
@@ -61,6 +62,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
         out = folder / str(index)
         write_checkpoint(out, architecture, tokenizer, text_file, form=form, scheme=scheme, dtype=getattr(torch, dtype))
         found[case] = Made(out, of_transformers(out, PROMPTS, dtype))
+    for form, bits in QUANTISED:
+        out = folder / f"{form}-{bits}"
+        unirank.quantize(found["llama", form, "float32", "whiten"].folder, bits).save(out)
+        found[form, bits] = Made(out, of_transformers(out, PROMPTS, "float32"))
     return found
 
 
@@ -73,6 +78,18 @@ def off(ours: list[list[float]], theirs: list[list[float]]) -> float:
 def test_vllm_says_what_transformers_says(case: tuple[str, Form, str, str], made: Any) -> None:
     folder, theirs = made[case].folder, made[case].logprobs
     assert off(of_vllm(folder, PROMPTS, case[2]), theirs) < LOOSE.get(case[0], TOLERANCE[case[2]])
+
+
+def test_compiled_as_by_default(made: Any) -> None:
+    """vLLM compiles the whole graph and fails where it breaks."""
+    case = ("llama", "pivoted", "float32", "whiten")
+    said = of_vllm(made[case].folder, PROMPTS, "float32", enforce_eager=False)
+    assert off(said, made[case].logprobs) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(("form", "bits"), QUANTISED)
+def test_quantised_weights_are_multiplied_as_torchao_does(form: Form, bits: int, made: Any) -> None:
+    assert off(of_vllm(made[form, bits].folder, PROMPTS, "float32"), made[form, bits].logprobs) < TOLERANCE["float32"]
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -150,13 +167,6 @@ def test_an_order_that_is_not_known_is_refused(architecture: str, made: Any) -> 
         of_vllm(made[architecture, "factors", "float32", "whiten"].folder, PROMPTS, "float32")
 
 
-def test_compiled_as_by_default(made: Any) -> None:
-    """vLLM compiles the whole graph and fails where it breaks."""
-    case = ("llama", "pivoted", "float32", "whiten")
-    said = of_vllm(made[case].folder, PROMPTS, "float32", enforce_eager=False)
-    assert off(said, made[case].logprobs) < TOLERANCE["float32"]
-
-
 def test_an_adapter_on_top(made: Any, tmp_path: Path) -> None:
     """A LoRA adapter of the dense model's names (q, o and up) is added to what the factors make."""
     folder, torch_seed = made["llama", "pivoted", "float32", "whiten"].folder, torch.Generator().manual_seed(3)
@@ -175,8 +185,9 @@ def test_an_adapter_on_top(made: Any, tmp_path: Path) -> None:
     about = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": [t.split(".")[1] for t in targets]}
     (adapter / "adapter_config.json").write_text(json.dumps(about))
     model.save_pretrained(tmp_path / "tuned")
-    said = of_vllm(folder, PROMPTS, "float32", adapter, enable_lora=True, max_lora_rank=8)
-    assert off(said, of_transformers(tmp_path / "tuned", PROMPTS, "float32")) < TOLERANCE["float32"]
+    for prompt, (tokens, said) in zip(PROMPTS, with_adapter(folder, PROMPTS, adapter, 6), strict=True):
+        (wanted,) = of_transformers(tmp_path / "tuned", [[*prompt, *tokens]], "float32")
+        assert off([said], [wanted[-len(tokens) :]]) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize(

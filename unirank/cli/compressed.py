@@ -139,7 +139,8 @@ def quantize_command(
     group_size: Annotated[
         int | None,
         options.option(
-            "The most weights that share a scale: 128, 64, 32 or 16. Default: a row with 8 bits (pivoted: 32), 128 with 4."
+            "The most weights that share a scale: 128, 64, 32 or 16. Default: 128 with 4 bits; with 8 a row's, "
+            "or 32 of a pivoted model."
         ),
     ] = None,
     dtype: options.Dtype = "auto",
