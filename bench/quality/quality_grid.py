@@ -142,7 +142,8 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         "seed); the plan (what `lems` measured is kept for the next budget: 0 where another row of the same scheme and "
         "seed paid); truncation or the second pass; healing; distillation. Rows of one thread ran beside others, so "
         "their seconds only compare stages. Form: a rank costs R (M + N) parameters as factors, and R (M + N - R) "
-        "pivoted. Perplexity: mean over seeds, with the range; else the largest."
+        "pivoted; ranks are any whole numbers (`--multiple-of 1`). Perplexity: mean over seeds, with the range; "
+        "else the largest."
     )
     return "\n".join(lines) + "\n"
 

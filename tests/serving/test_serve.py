@@ -54,12 +54,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that answers, with every default of `vllm serve` but the dtype and the length."""
+    """A server that answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = Path(sys.executable).with_name("vllm")
     command = [program, "serve", checkpoint, "--port", str(port), "--dtype", "float32", "--max-model-len", "256"]
+    command += ["--enforce-eager"]  # compiling every layer, for their ranks differ, takes five minutes on two cores
     log = tmp_path_factory.mktemp("log") / "serve.txt"
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(_record_of_vllm(log.parent))}
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as server:

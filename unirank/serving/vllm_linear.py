@@ -48,6 +48,7 @@ class VllmConfig(QuantizationConfig):
         super().__init__()
         whole = dict.fromkeys(config.whole)  # dense linears whose weights are whole numbers with scales
         self.ranks: dict[str, int | None] = whole | config.ranks
+        self.bits = config.bits
         self._pivoted, self._biased = config.form == "pivoted", list(config.biased)
         self.waiting: set[str] = set(self.ranks)  # linears that no layer was built for
         self.model = ""  # the type that config.json names
@@ -150,7 +151,9 @@ class LowRankMethod(LinearMethodBase):
                 if not hasattr(holder, step):
                     holder.add_module(step, nn.Module())
                 holder = holder.get_submodule(step)
-            empty: Any = nn.Parameter(torch.empty(0, dtype=_DTYPES.get(leaf, params_dtype)), requires_grad=False)
+            guard = part == "weight" or (leaf == "weight" and self._config.bits is not None)
+            kind = torch.int64 if guard else _DTYPES.get(leaf, params_dtype)
+            empty: Any = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
             empty.weight_loader = _collector(layer.pieces, part)
             holder.register_parameter(leaf, empty)
 
@@ -160,7 +163,7 @@ class LowRankMethod(LinearMethodBase):
             raise InputError(
                 f"vLLM's model has no linear {min(self._config.waiting)}, which quantization_config names."
             )
-        device, dtype = layer.left.weight.device, layer.params_dtype
+        device, dtype = layer.left.bias.device, layer.params_dtype
         members = self._members(layer)
         found = layout(members)
         downs = [part.to(device, dtype) for part in stacked([each.down for each in members])]
@@ -231,7 +234,7 @@ _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 # Model types that store q, k and v of all heads one after the other, and whose weights vLLM takes for `Conv1D`'s.
 _IN_ORDER = ("phi3", "gpt2")
 _TRANSPOSED = ("gpt2",)
-_DTYPES = {"weight": torch.int64, "place": torch.int32, "quantized": torch.int8, "scale": torch.float32}
+_DTYPES = {"place": torch.int32, "quantized": torch.int8, "scale": torch.float32}  # what vLLM expects to read
 _ORDER: dict[Any, int] = {"q": 0, "k": 1, "v": 2, None: 0}
 
 
