@@ -102,3 +102,13 @@ def test_the_sentences_follow_from_the_figures() -> None:
     other = bytes_page.findings(rows_of(FIGURES | {(0.4, 16): (90.0, 12.0, 100.0)}))
     assert "is at no ratio both larger and worse" in other[0]
     assert "with no weights faster" in bytes_page.findings(rows_of(FIGURES | {(0.4, 16): (90.0, 12.0, 104.0)}))[5]
+
+
+def test_the_rows_of_the_readme_are_those_of_the_page() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "bytes.md").read_text().splitlines()
+    record = json.loads((root / "docs" / "bytes.json").read_text())
+    assert len([line for line in page if line.startswith("| ")]) == 1 + len(record["rows"])
+    table = (root / "README.md").read_text().split("| removed | weights |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 6
+    assert [line for line in table if line not in page] == []
