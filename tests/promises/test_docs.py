@@ -75,7 +75,8 @@ def test_every_page_stands_in_the_site_and_on_its_first_page() -> None:
 def test_figures_of_the_guide_stand_in_the_results() -> None:
     """docs/how-to-choose.md quotes; what is generated again must be quoted again."""
     guide = re.sub(r"^    .*$|`[^`]*`", "", (DOCS / "how-to-choose.md").read_text(), flags=re.M)
-    results = "".join((DOCS / name).read_text() for name in ("results.md", "finetuning-results.md", "inference.md", "bytes.md"))
+    pages = ("results.md", "finetuning-results.md", "inference.md", "bytes.md")
+    results = "".join((DOCS / name).read_text() for name in pages)
     measured = set(re.findall(r"\d+\.\d+", results))
     quoted = re.findall(r"\d+\.\d+", guide)
     assert len(quoted) > 30
