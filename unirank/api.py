@@ -245,7 +245,8 @@ def plan(
         settings: score settings of the allocators that rank components; None is UniRank.
         options: the allocator's own options by name.
         min_rank: least rank of a matrix.
-        multiple_of, form: as in `compress`.
+        multiple_of: as in `compress`.
+        form: as in `compress`.
         workbench: the dense model and calibration windows, for allocators that measure (`swift`, `lems`, `ara`); see
             `unirank.make_workbench`. The model is left as it was found.
         against: instead of `workbench`, the dense model that the store was made from; other allocators do not load it.

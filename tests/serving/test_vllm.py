@@ -151,6 +151,15 @@ def test_what_is_damaged_or_foreign_is_one_sentence(damage: str, made: Any, tmp_
         of_vllm(out, PROMPTS, "float32")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_added_bias_that_is_missing_is_one_sentence(form: Form, made: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made["llama", form, "float32", "afm"].folder, out)
+    change_tensors(out, lambda t: t.pop(f"{Q1}.left.bias" if form == "factors" else f"{Q1}.bias"))
+    with pytest.raises(Exception, match=f"no bias for {Q1}"):
+        of_vllm(out, PROMPTS, "float32")
+
+
 def test_a_dense_checkpoint_is_not_taken_for_ours(made: Any, tmp_path: Path) -> None:
     """--quantization unirank on a checkpoint of no method."""
     out = tmp_path / "dense"

@@ -49,7 +49,7 @@ class VllmConfig(QuantizationConfig):
         whole = dict.fromkeys(config.whole)  # dense linears whose weights are whole numbers with scales
         self.ranks: dict[str, int | None] = whole | config.ranks
         self.bits = config.bits
-        self._pivoted, self._biased = config.form == "pivoted", list(config.biased)
+        self._pivoted, self.biased = config.form == "pivoted", list(config.biased)
         self.waiting: set[str] = set(self.ranks)  # linears that no layer was built for
         self.model = ""  # the type that config.json names
         self.in_order = False  # whether a matrix of q, k and v in one has them one after the other
@@ -87,17 +87,17 @@ class VllmConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Name the linears as the modules of vLLM's model are named."""
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
-        self._biased = hf_to_vllm_mapper.apply_list(self._biased)
+        self.biased = hf_to_vllm_mapper.apply_list(self.biased)
         self.waiting = set(self.ranks)
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """Renames the biases that compression added, so that vLLM keeps them."""
         from vllm.model_executor.models.utils import WeightsMapper
 
-        if not (self._pivoted and self._biased):
+        if not (self._pivoted and self.biased):
             return WeightsMapper()
         # A model's body may read the names again, without the prefix that its head took off.
-        ends = {name[match.start() :] for name in self._biased for match in re.finditer(r"(?<![^.])(?=[^.])", name)}
+        ends = {name[match.start() :] for name in self.biased for match in re.finditer(r"(?<![^.])(?=[^.])", name)}
         ends = {end for end in ends if re.search(r"\.\d+\.", end)}
         pattern = re.compile(rf"^({'|'.join(map(re.escape, sorted(ends)))})\.bias$")
         return WeightsMapper(orig_to_new_regex={pattern: rf"\1.{_ADDED}"})
@@ -201,14 +201,16 @@ class LowRankMethod(LinearMethodBase):
             raise InputError(f"The checkpoint has no weights for {' and '.join(self._ranks)}.")
         names = list(self._ranks)
         order = sorted(pieces, key=lambda shard: _ORDER.get(shard, shard if isinstance(shard, int) else 0))
-        if len(order) != len(names):
+        if len(order) != len(names) or any(isinstance(shard, tuple) for shard in order):
             raise InputError(f"The checkpoint has weights for {len(order)} of the linears {', '.join(names)}.")
         if self._config.model in _TRANSPOSED:
             _turn_back(pieces)
-        return [
-            member(name, self._ranks[name], pieces[shard], _share(layer, shard))
-            for name, shard in zip(names, order, strict=True)
-        ]
+        members = []
+        for name, shard in zip(names, order, strict=True):
+            members.append(member(name, self._ranks[name], pieces[shard], _share(layer, shard)))
+            if members[-1].bias is None and name in self._config.biased:
+                raise InputError(f"The checkpoint has no bias for {name}, which quantization_config.biased names.")
+        return members
 
     @staticmethod
     def _biases(layer: Any, members: list[Member], device: torch.device, dtype: torch.dtype) -> None:
