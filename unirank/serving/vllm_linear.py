@@ -44,8 +44,10 @@ _PARTS = ("place", "left.bias", _ADDED, *(f"{at}{part}" for at in ("", "left.", 
 class VllmConfig(QuantizationConfig):
     """`quantization_config` of a compressed checkpoint, as vLLM asks for it."""
 
-    def __init__(self, config: UniRankConfig) -> None:
+    def __init__(self, config: UniRankConfig | None = None) -> None:
         super().__init__()
+        if config is None:  # what vLLM does where it is told the method and the checkpoint names none
+            raise InputError(f"The checkpoint has no quantization_config of {METHOD}; leave --quantization out.")
         whole = dict.fromkeys(config.whole)  # dense linears whose weights are whole numbers with scales
         self.ranks: dict[str, int | None] = whole | config.ranks
         self.bits = config.bits
