@@ -129,3 +129,9 @@ def _check_alone(ctx: typer.Context, flag: str, others: tuple[str, ...]) -> None
         if source is not None and source.name == "COMMANDLINE":
             hint = "--set" if name == "set_" else "--" + name.replace("_", "-")
             raise typer.BadParameter(f"it does not go with {flag}.", ctx=ctx, param_hint=hint)
+
+
+def keep_source(out: Path, model: str | Path, what: str) -> None:
+    """Raise InputError where a checkpoint would replace the one that it is made of; `what`: "that is healed"."""
+    if out.resolve() == Path(model).resolve():
+        raise InputError(f"The output {out} is the checkpoint {what}; choose another.")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from unirank.cli import options, views
+from unirank.cli.arguments import keep_source
 from unirank.cli.terminal import run_session
 from unirank.errors import InputError
 from unirank.finetuning.settings import Finetune
@@ -117,8 +118,7 @@ def finetune_command(
             **chosen,
         )
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
-        if out.resolve() == Path(model).resolve():
-            raise InputError(f"The output {out} is the checkpoint that is fine-tuned; choose another.")
+        keep_source(out, model, "that is fine-tuned")
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         compressed = open_compressed(model, dtype=dtype, device=device, **trust)
         folder = work or beside(out, "-training")
@@ -158,8 +158,7 @@ def quantize_command(
     with run_session(as_json) as session:
         check_quantizable(bits, group_size)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
-        if out.resolve() == Path(model).resolve():
-            raise InputError(f"The output {out} is the checkpoint that is quantised; choose another.")
+        keep_source(out, model, "that is quantised")
         compressed = open_compressed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         made = quantize(compressed, bits, group_size=group_size, progress=session.progress)
         made.save(out, overwrite=overwrite)
@@ -186,8 +185,7 @@ def densify_command(
 
     with run_session(as_json) as session:
         check_output(out, marker=PROVENANCE_FILE, overwrite=overwrite)
-        if out.resolve() == Path(model).resolve():
-            raise InputError(f"The output {out} is the checkpoint itself; choose another.")
+        keep_source(out, model, "itself")
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         stream = read_record(Path(model), **trust).quantized is None  # which is read as a whole
         compressed = open_compressed(model, dtype=dtype, device=device, **trust, stream=stream)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from unirank.cli import options, views
-from unirank.cli.arguments import read_shares
+from unirank.cli.arguments import keep_source, read_shares
 from unirank.cli.terminal import run_session
-from unirank.errors import InputError
 from unirank.finetuning.settings import Heal
 
 _D = Heal()
@@ -124,8 +123,7 @@ def heal_command(
         given["shares"] = None if calib_shares is None else read_shares(calib_shares)
         calibration = Calibration(**{name: value for name, value in given.items() if value is not None})  # pyright: ignore[reportArgumentType] - each has its own type
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
-        if out.resolve() == Path(model).resolve():
-            raise InputError(f"The output {out} is the checkpoint that is healed; choose another.")
+        keep_source(out, model, "that is healed")
         watch = Stopwatch()
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         compressed = open_compressed(model, dtype=dtype, device=device, stream=stream, **trust)

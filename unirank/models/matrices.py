@@ -65,13 +65,16 @@ class Matrix:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """`[M, N]` as numbers of `dtype`."""
-        if self.scale is None:
-            return self.weight.to(dtype)
-        return (self.weight * self.scale.repeat_interleave(self.group, 1).float()).to(dtype)
+        return self.weight.to(dtype) if self.scale is None else meant(self.weight, self.scale, dtype)
 
     def packed(self) -> torch.Tensor:
         """The numbers as they take least memory."""
         return pack(self.weight) if self.bits == 4 else self.weight
+
+
+def meant(numbers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`numbers[m, n] scale[m, n // group]`, `[M, N]`, computed in float32, as `dtype`."""
+    return (numbers * scale.repeat_interleave(numbers.shape[1] // scale.shape[1], 1).float()).to(dtype)
 
 
 def read_matrix(tensors: Mapping[str, torch.Tensor], name: str, columns: int) -> Matrix | None:

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from unirank.errors import InputError
 from unirank.models.bits import unpack
-from unirank.models.matrices import Matrix, stacked
+from unirank.models.matrices import Matrix, meant, stacked
 from unirank.models.quantizer import METHOD, UniRankConfig
 from unirank.serving.members import Member, Share, layout, member
 
@@ -269,7 +269,7 @@ class Product(nn.Module):
     def __init__(self, matrix: Matrix, method: UnquantizedLinearMethod) -> None:
         super().__init__()
         self._method, self._columns, self._bits = method, matrix.shape[1], matrix.bits
-        self._group, self._by_row = matrix.group, matrix.group == matrix.shape[1]
+        self._by_row = matrix.group == matrix.shape[1]
         self.weight = nn.Parameter(matrix.packed(), requires_grad=False)
         self.register_buffer("scale", matrix.scale, persistent=False)
         if matrix.bits is None:
@@ -284,7 +284,7 @@ class Product(nn.Module):
         # A row's one scale can wait for the product, but not in float16, whose range the sums would leave.
         if self._by_row and x.dtype != torch.float16:
             return nn.functional.linear(x, numbers.to(x.dtype)) * scale[:, 0].to(x.dtype)
-        return nn.functional.linear(x, (numbers * scale.repeat_interleave(self._group, 1)).to(x.dtype))
+        return nn.functional.linear(x, meant(numbers, scale, x.dtype))
 
 
 def _share(layer: Any, shard: Any) -> Share:
