@@ -22,6 +22,7 @@ ORDER = (
     "finetuning | report",
     "recipes",
     "job",
+    "tradeoff",
     "api",
     "serving | cli",
     "run",
