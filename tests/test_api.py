@@ -108,7 +108,7 @@ def test_ranks_from_anywhere(make_model, calibration, tmp_path: Path) -> None:
     for arguments in ({}, {"remove": 0.3, "ranks": plan}):
         with pytest.raises(InputError, match="Exactly one of remove= and ranks= is needed"):
             unirank.plan(store, **arguments)
-        with pytest.raises(InputError, match="Exactly one of remove= and ranks= is needed"):
+        with pytest.raises(InputError, match="Exactly one of remove=, ranks= and target= is needed"):
             unirank.compress("nowhere", **arguments)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -12,12 +11,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration, calibration_of
 from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
 from unirank.distributed import rank
 from unirank.errors import InputError, StoreError
+from unirank.inputs import loaded_from, ranks_text
 from unirank.planning.imported_ranks import form_of, import_plan, read_rank_file, read_ranks
 from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
 from unirank.progress import OnProgress, silent
@@ -42,9 +42,23 @@ class _Scratch:
         self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
+class Chooser(Protocol):
+    """Finds how much to remove where the user said what must be reached instead (`unirank.tradeoff`)."""
+
+    @property
+    def whole_model_for(self) -> str:
+        """What needs the whole model in memory, in words; empty where nothing does."""
+        ...
+
+    def __call__(self, job: Job, loaded: LoadedModel, store: AnalysisStore) -> float:
+        """The fraction to remove; `loaded` is dense, and is dense again afterwards."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What `compress` was asked; `run` is the wiring of its stages. Fields are arguments of `compress`."""
+    """What `compress` was asked; `run` is the wiring of its stages. Fields are arguments of `compress`, but for
+    `choose`, which says what to remove once the store is there."""
 
     remove: float | None
     ranks: RankPlan | Mapping[str, Rank] | str | Path | None
@@ -54,6 +68,7 @@ class Job:
     calibration: Calibration | str | Path | None
     scheme_is_free: bool = False  # nobody asked for a scheme: that of a finished store will do
     form: Form | None = None  # asked for; None is the recipe's, or that of a plan that is given
+    choose: Chooser | None = None
     progress: OnProgress = silent
 
     def run(
@@ -88,7 +103,9 @@ class Job:
             if first_alone and rank() > 0:
                 scratch.remove()
                 return None
-            compressed = self.finish(loaded, store, copy=copy, work=work or scratch.path / "work")
+            compressed = self.settled(loaded, store).finish(
+                loaded, store, copy=copy, work=work or scratch.path / "work"
+            )
         except BaseException:
             scratch.remove()
             raise
@@ -102,19 +119,32 @@ class Job:
         """What needs calibration tokens after the analysis, in words; where ranks are given, no allocator does."""
         return self.recipe.needs_tokens_for if self.ranks is None else " and ".join(self.recipe.afterwards)
 
+    def settled(self, loaded: LoadedModel, store: AnalysisStore) -> Job:
+        """The job with its `remove`: as it is, or chosen."""
+        if self.choose is None:
+            return self
+        return dataclasses.replace(self, remove=self.choose(self, loaded, store), choose=None)
+
     def check(self, *, stream: bool = False, dry_run: bool = False) -> None:
         """Raise InputError for what can be known to be wrong before a model is loaded."""
-        if (self.remove is None) == (self.ranks is None):
-            got = "neither" if self.remove is None else "both"
-            raise InputError(f"Exactly one of remove= and ranks= is needed; {got} was given.")
+        given = {"remove": self.remove, "ranks": self.ranks, "target": self.choose}
+        named = [f"{name}=" for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            got = " and ".join(named) if named else "none of them"
+            raise InputError(f"Exactly one of remove=, ranks= and target= is needed; {got} was given.")
         if self.form is not None:
             check_form(self.form)
-        if self.remove is not None:
+        if self.ranks is None:
             self._check_budget(())
         elif isinstance(self.ranks, str | os.PathLike):
             read_rank_file(Path(self.ranks))
-        for name, given in (("stream", stream), ("dry_run", dry_run)):
-            if given and self.tokens_for:
+        for name, asked in (("stream", stream), ("dry_run", dry_run)):
+            if asked and self.choose is not None and self.choose.whole_model_for:
+                raise InputError(
+                    f"{name}=True covers analysis and truncation; {self.choose.whole_model_for} would run the whole "
+                    f"model. Leave out {name}=True, or say what to remove with remove=."
+                )
+            if asked and self.tokens_for:
                 raise InputError(
                     f"{name}=True covers analysis and truncation; {self.tokens_for} would run the whole model. "
                     f"Leave out {name}=True, or take preset='unirank', which does neither."
@@ -125,16 +155,18 @@ class Job:
         loaded.require_dense()
         if self.tokens_for:
             loaded.require_whole(self.tokens_for.capitalize())
-        if self.remove is not None:
+        if self.choose is not None and self.choose.whole_model_for:
+            loaded.require_whole(self.choose.whole_model_for.capitalize())
+        if self.ranks is None:
             self._check_budget(loaded.linears)
         if self.ranks is not None:
             read_ranks(loaded.linears, ranks_text(self.ranks), form=self.form)
 
     def _check_budget(self, linears: Sequence[LinearSpec]) -> None:
-        assert self.remove is not None
+        """Of what is still to be chosen, all but the fraction itself can be checked."""
         check_request(
             linears,
-            self.remove,
+            self.remove or 0.0,
             allocator=self.recipe.allocator,
             min_rank=self.min_rank,
             multiple_of=self._multiple_for(linears),
@@ -146,9 +178,8 @@ class Job:
         """What ranks will be multiples of."""
         if self.multiple_of is not None:
             return self.multiple_of
-        assert self.remove is not None
         form = self.form or self.recipe.form
-        return fitting_multiple(linears, self.remove, self.recipe.multiple_of, min_rank=self.min_rank, form=form)
+        return fitting_multiple(linears, self.remove or 0.0, self.recipe.multiple_of, min_rank=self.min_rank, form=form)
 
     def analyze(self, loaded: LoadedModel, place: Path, *, overwrite: bool = False) -> AnalysisStore:
         """The store at `place`: as it is when finished and no other calibration is asked for; else made, or resumed.
@@ -336,40 +367,3 @@ def _is_text_of(store: AnalysisStore, text: str, loaded: LoadedModel) -> bool:
     from unirank.analysis.redraw import is_text_of
 
     return is_text_of(loaded, store, text)
-
-
-def ranks_text(ranks: RankPlan | Mapping[str, Rank] | str | Path) -> str:
-    """Ranks as JSON text, as `import_plan` reads it."""
-    if isinstance(ranks, RankPlan):
-        return ranks.to_json()
-    if isinstance(ranks, Mapping):
-        return json.dumps({"ranks": dict(ranks)})
-    return read_rank_file(Path(ranks))
-
-
-def loaded_from(
-    model: str | Path | PreTrainedModel | LoadedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    dtype: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    stream: bool = False,
-) -> LoadedModel:
-    if isinstance(model, LoadedModel):
-        return model
-    from unirank.models.loading import describe, load
-
-    if isinstance(model, str | Path):
-        return load(
-            str(model),
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            stream=stream,
-        )
-    if tokenizer is None:
-        raise InputError("A model in memory needs its tokenizer=: unirank.compress(model, remove, tokenizer=...).")
-    return describe(model, tokenizer)

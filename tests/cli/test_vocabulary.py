@@ -125,7 +125,7 @@ def test_help_has_groups_and_the_common_options_come_first(run_unirank: Run) -> 
         ("Calibration.gradient_windows must be at least 1", "--gradients must be at least 1"),
         ("a shorter Calibration.window", "a shorter --window"),
         ("Finetune.window = 100 is not legal", "--window = 100 is not legal"),
-        ("Exactly one of remove= and ranks= is needed; both were given.", "--remove and --ranks is needed"),
+        ("Exactly one of remove=, ranks= and target= is needed; remove= and ranks= was given.", "--remove, --ranks and --target is needed"),
         ("a lower Heal.lr may help", "a lower --lr may help"),
         ("remove = 1.5 is not legal", "remove = 1.5 is not legal"),
         ("sha256=abc is", "sha256=abc is"),

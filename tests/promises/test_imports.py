@@ -13,7 +13,7 @@ ROOT = Path(unirank.__file__).parent
 # Rooms and root modules from left to right. Within a group the order is that of the names: each may import those before
 # it. `|` stands between rooms that never import each other.
 ORDER = (
-    "errors, progress, provenance",
+    "errors, progress, provenance, looks",
     "disk, types, reference, distributed, ops",
     "models | layerwise | rank_plan",
     "text",
@@ -21,7 +21,7 @@ ORDER = (
     "planning | compression | diagnosis",
     "finetuning | report",
     "recipes",
-    "job",
+    "inputs, job",
     "tradeoff",
     "api",
     "serving | cli",

@@ -183,18 +183,26 @@ def _with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
 def calibration_windows(
     tokens: torch.Tensor, *, windows: int, window: int, seed: int, bos: int | None = None, name: str = "text"
 ) -> torch.Tensor:
-    """Windows at uniformly random positions: int64 `[windows, window]`.
+    """Windows at uniformly random positions (`window_starts`): int64 `[windows, window]`.
 
-    Positions are `torch.randint(0, len - window, (windows,))` under `torch.Generator` seed `seed` (method 8).
+    Raises InputError when the text is shorter than a window.
+    """
+    starts = window_starts(tokens, windows=windows, window=window, seed=seed, name=name)
+    length = window - (bos is not None)  # BOS counts as one token of the window
+    return _with_bos(torch.stack([tokens[start : start + length] for start in starts]), bos)
+
+
+def window_starts(tokens: torch.Tensor, *, windows: int, window: int, seed: int, name: str = "text") -> list[int]:
+    """Where calibration windows begin: `torch.randint(0, len - window, (windows,))` under `torch.Generator` seed `seed`
+    (method 8).
+
     Raises InputError when the text is shorter than a window.
     """
     _check_length(tokens, window, window + 1, name)
     if windows < 1:
         raise InputError(f"windows = {windows} is not legal; at least 1 is needed.")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(tokens) - window, (windows,), generator=generator)
-    length = window - (bos is not None)  # BOS counts as one token of the window
-    return _with_bos(torch.stack([tokens[start : start + length] for start in starts.tolist()]), bos)
+    return torch.randint(0, len(tokens) - window, (windows,), generator=generator).tolist()
 
 
 def evaluation_windows(
