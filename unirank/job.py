@@ -210,28 +210,37 @@ class Job:
         free = self.scheme_is_free
         return dataclasses.replace(self.recipe, scheme=store.identity.scheme) if free else self.recipe
 
+    @property
+    def _text(self) -> str | None:
+        """The calibration text, where the user named one."""
+        return None if self.calibration is None else calibration_of(self.calibration).text
+
+    def workbench(self, loaded: LoadedModel, store: AnalysisStore) -> Workbench | None:
+        """For what runs the model after the analysis; None where nothing does."""
+        return workbench_for(loaded, store, self._text, self.progress) if self.tokens_for else None
+
+    def planned(self, store: AnalysisStore, workbench: Workbench | None) -> RankPlan:
+        """The ranks."""
+        if self.ranks is not None:
+            return import_plan(store, ranks_text(self.ranks), form=self.form)
+        assert self.remove is not None
+        return plan_ranks(
+            store,
+            self.remove,
+            allocator=self.recipe.allocator,
+            settings=self.recipe.settings,
+            min_rank=self.min_rank,
+            multiple_of=self._multiple_for(store.linears),
+            options=self.recipe.options,
+            workbench=workbench,
+            form=self._form,
+        )
+
     def finish(self, loaded: LoadedModel, store: AnalysisStore, *, copy: bool, work: Path) -> CompressedModel:
         """Plan, apply and heal. The model is changed in place unless `copy` is set, or it is needed for healing."""
         heals = self.recipe.heal
-        workbench = None
-        text = None if self.calibration is None else calibration_of(self.calibration).text
-        if self.tokens_for:
-            workbench = workbench_for(loaded, store, text, self.progress)
-        if self.ranks is not None:
-            ranks = import_plan(store, ranks_text(self.ranks), form=self.form)
-        else:
-            assert self.remove is not None
-            ranks = plan_ranks(
-                store,
-                self.remove,
-                allocator=self.recipe.allocator,
-                settings=self.recipe.settings,
-                min_rank=self.min_rank,
-                multiple_of=self._multiple_for(store.linears),
-                options=self.recipe.options,
-                workbench=workbench,
-                form=self._form,
-            )
+        workbench = self.workbench(loaded, store)
+        ranks = self.planned(store, workbench)
         windows = None if workbench is None else workbench.windows
         copy = copy or heals is not None
         compressed = apply(
@@ -242,7 +251,7 @@ class Job:
         from unirank.analysis.redraw import calibration_to_redraw
         from unirank.finetuning.healing import heal
 
-        tokens = calibration_to_redraw(store, text)
+        tokens = calibration_to_redraw(store, self._text)
         return heal(compressed, tokens, heals, work=work, against=loaded, progress=self.progress)
 
 
@@ -291,6 +300,7 @@ def apply(
         loaded.source,
         pages=loaded.pages,
         companions=loaded.companions,
+        store=store.path,
     )
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
+from statistics import median
 from typing import Any
 
+from unirank import looks
 from unirank.disk.strictjson import Damaged, entry, parse_object
 from unirank.errors import InputError
 from unirank.types import DENSE, FORMS, Form, LinearSpec, Rank, rank_cost
+
+_PLACE = re.compile(r"^(?P<layers>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,34 @@ class RankPlan:
             return f"{len(value)} values" if isinstance(value, list | dict) and len(value) > 10 else str(value)
 
         return ", ".join(f"{key} = {shown(value)}" for key, value in sorted(self.settings.items()))
+
+    def __repr__(self) -> str:
+        ranks = sorted(int(rank) for rank in self.ranks.values() if rank != DENSE)
+        dense = len(self.ranks) - len(ranks)
+        spread = f"ranks {ranks[0]} to {ranks[-1]}, median {median(ranks):g}; " if ranks else ""
+        removed = 1 - self.used / self.total if self.total else 0.0
+        settings = self.described_settings()
+        return looks.lines(
+            f"RankPlan: {removed:.2%} of {self.total:,} parameters removed, {len(self.ranks)} linears",
+            f"{self.used:,} kept, of a budget of {self.budget:,}; {self.described_form}",
+            f"allocator {self.allocator}, scheme {self.scheme}" + (f"; {settings}" if settings else ""),
+            f"{spread}{dense} stay dense",
+            "next: unirank.apply(loaded, store, plan); .ranks[name]; .to_json()",
+        )
+
+    def _repr_html_(self) -> str:
+        return looks.text(repr(self)) + self.heat_map()
+
+    def heat_map(self) -> str:
+        """The kept fraction of every linear's parameters, layer by projection, as an HTML table."""
+        cells = []
+        for name, rank in self.ranks.items():
+            m, n = self.shapes[name]
+            place = _PLACE.match(name)
+            layer, kind = (int(place["layer"]), place["kind"]) if place else (0, name)
+            said = rank if rank == DENSE else f"rank {rank}"
+            cells.append((layer, kind, self.rank_cost(name) / (m * n), f"{name}: {said} of {min(m, n)}"))
+        return looks.heat(cells)
 
     def renamed(self, places: Mapping[str, str]) -> RankPlan:
         """The same plan for a model in which linears have other names, `places[name]`."""

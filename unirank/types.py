@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from unirank import looks
 from unirank.disk.strictjson import Damaged, build, number
 from unirank.errors import InputError
 
@@ -135,6 +136,17 @@ class LoadedModel:
     # What `analysis.identity.weights_hash` found, by kind, with what tells whether it still holds.
     hashes: dict[str, tuple[Any, str]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        held = sum(parameter.numel() for parameter in self.model.parameters() if not parameter.is_meta)
+        streamed = "" if self.pages is None else "; the decoder layers stay in its files"
+        targets = sum(spec.params for spec in self.linears)
+        return looks.lines(
+            f"LoadedModel: {type(self.model).__name__} of {self.source}",
+            f"{held:,} parameters in memory, {str(self.model.dtype).removeprefix('torch.')}{streamed}",
+            f"{len(self.linears)} linears in {self.layer_count} decoder layers, {targets:,} parameters: the targets",
+            "next: unirank.analyze(loaded, STORE); unirank.compress(loaded, 0.2)",
+        )
+
     @property
     def device(self) -> torch.device:
         """Where tokens go: the device of the parameters in memory (in CpmAnt, layers that are not come first)."""
@@ -248,6 +260,15 @@ class Factors:
     mean: torch.Tensor | None = None
     curvature: torch.Tensor | None = None
     slope: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        (m, kept), n = self.left.shape, self.right.shape[1]
+        held = [name for name in ("mean", "curvature", "slope") if getattr(self, name) is not None]
+        return looks.lines(
+            f"Factors: {m} x {n}, {kept} of {len(self.energy)} components, {str(self.left.dtype)[6:]}",
+            f"effective rank {effective_rank(self.energy):.1f}; damping {self.damping:g}",
+            f"with {', '.join(held)}" if held else "",
+        )
 
 
 def effective_rank(weights: torch.Tensor) -> float:

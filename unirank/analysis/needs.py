@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from unirank import looks
 from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, texts_of, windows_of, with_clip
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.identity import Identity, make_identity
@@ -48,6 +49,15 @@ class Needs:
     available_disk: int
     layers: int
     device: str
+
+    def __repr__(self) -> str:
+        return looks.lines(
+            f"Needs: {'it fits' if self.fits else 'it does not fit'}; about {self.seconds:,.0f} s on {self.device}",
+            f"memory: {gib(self.memory)} of {gib(self.available_memory)}; whole {gib(self.whole_memory)}, "
+            f"streamed {gib(self.stream_memory)}",
+            f"disk: {gib(self.disk)} of {gib(self.available_disk)}",
+            f"from the work on one of {self.layers} layers",
+        )
 
     @property
     def fits(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from unirank.analysis import shown
 from unirank.analysis.identity import Identity
 from unirank.analysis.kept_numbers import kept_numbers
 from unirank.analysis.manifest import MANIFEST, Weights, identity_differences, read_manifest, write_manifest
@@ -29,7 +30,6 @@ from unirank.layerwise.recording import Streams
 from unirank.types import CosineStat, Factors, Form, Gradient, LinearSpec
 
 _OPTIONAL = ("mean", "curvature", "slope")
-_COSINES = ("attention", "mlp", "block")
 Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
 _MEASURED = r"measured-[a-z0-9-]+\.json"
@@ -50,6 +50,12 @@ class AnalysisStore:
     identity: Identity
     linears: tuple[LinearSpec, ...]
     full: bool = True
+
+    def __repr__(self) -> str:
+        return shown.as_lines(self)
+
+    def _repr_html_(self) -> str:
+        return shown.as_html(self)
 
     @property
     def layer_count(self) -> int:
@@ -232,7 +238,7 @@ class AnalysisStore:
         for layer in range(self.layer_count):
             with self._open(layer) as file:
                 stats = entry(file.header, "cosines", dict)
-                found.append({key: CosineStat.from_dict(entry(stats, key, dict)) for key in _COSINES})
+                found.append({key: CosineStat.from_dict(entry(stats, key, dict)) for key in shown.COSINES})
         return found
 
     def energies(self) -> dict[str, torch.Tensor]:

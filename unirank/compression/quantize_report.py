@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from unirank import looks
 from unirank.disk.strictjson import Damaged, entry
 from unirank.errors import InputError
 from unirank.models.bits import Bits, check_bits
@@ -35,6 +36,14 @@ class QuantizeReport:
     of_8_bits: int
     bytes_before: int
     bytes_after: int
+
+    def __repr__(self) -> str:
+        size = "a row" if self.group_size is None else f"up to {self.group_size} weights"
+        return looks.lines(
+            f"QuantizeReport: {self.bits} bits, one scale for {size}; {self.matrices} matrices",
+            f"{looks.megabytes(self.bytes_before)} to {looks.megabytes(self.bytes_after)}",
+            f"{self.of_8_bits} matrices have 8 bits",
+        )
 
     @classmethod
     def of(cls, model: PreTrainedModel, bits: Bits, group_size: int | None) -> QuantizeReport:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unirank import looks
 from unirank.analysis.redraw import check_model
 from unirank.analysis.store import AnalysisStore
 from unirank.disk.strictjson import Damaged, entry
@@ -50,6 +51,14 @@ class TruncateReport:
     model_after: int
     low_rank: int
     dense: int
+
+    def __repr__(self) -> str:
+        return looks.lines(
+            f"TruncateReport: {self.removed_of_targets:.2%} of the decoder linears removed",
+            f"decoder linears: {self.targets_before:,} to {self.targets_after:,} parameters",
+            f"whole model: {self.model_before:,} to {self.model_after:,} parameters ({self.removed_of_model:.2%} less)",
+            f"{self.low_rank} matrices low-rank, {self.dense} dense",
+        )
 
     @property
     def removed_of_targets(self) -> float:
@@ -98,14 +107,20 @@ def truncate(
             for spec in specs:
                 rank = plan.ranks[spec.name]
                 if rank != DENSE:
-                    _put(loaded, store, spec, int(rank), plan.form)
+                    put_factors(loaded, store, spec, int(rank), plan.form)
                 done += 1
                 progress("truncate", done, len(loaded.linears))
     return settle(loaded, plan, model_before)
 
 
-def _put(loaded: LoadedModel, store: AnalysisStore, spec: LinearSpec, rank: int, form: Form) -> None:
-    """Put the first components of one linear in its place; where layers are paged, they stay in the store."""
+@torch.no_grad()
+def put_factors(loaded: LoadedModel, store: AnalysisStore, spec: LinearSpec, rank: int, form: Form) -> None:
+    """Put the first components of one linear in its place; where layers are paged, they stay in the store.
+
+    Where the linear has a bias, that goes along, and is what a scheme with means adds to.
+
+    Raises NonFiniteError like `truncate`.
+    """
     mean = store.input_mean(spec)
     weight = weight_of(loaded.model.get_submodule(spec.name))
     low = make_low_rank(loaded.model, spec.name, rank, add_bias=mean is not None, form=form)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from unirank import looks
 from unirank.analysis.redraw import check_model, redrawn_windows
 from unirank.analysis.store import AnalysisStore
 from unirank.diagnosis.correlation import LEAST, LEVEL, Correlation, spearman
@@ -106,6 +107,15 @@ class Diagnosis:
     damping: Damping
     geometry: tuple[Geometry, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        firm = [f"{reading.name}: {reading.energy.verdict}" for reading in self.readings if not reading.mixed]
+        return looks.lines(
+            f"Diagnosis: {len(self.readings)} readings of the claim, {len(self.missing)} missing",
+            *firm[:4],
+            f"{self.damping.damped} of {self.damping.matrices} matrices damped",
+            "next: .summary(), .readings, .as_dict()",
+        )
 
     def summary(self) -> str:
         """The claim in two sentences: over one kind of sublayer, and over both."""

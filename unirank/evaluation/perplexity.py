@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unirank import looks
 from unirank.disk.strictjson import Damaged, build
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.low_rank import count_parameters
@@ -45,6 +46,15 @@ class EvalReport:
     bos: bool
     dtype: str
     parameters: int
+
+    def __repr__(self) -> str:
+        behind = ", each behind a BOS" if self.bos else ""
+        return looks.lines(
+            f"EvalReport: perplexity {self.perplexity:.2f} ({self.nll:.4f} nats a token)",
+            f"on {self.text} (sha256 {self.text_sha256[:12]})",
+            f"{self.windows} windows of {self.window} tokens{behind}; {self.predicted_tokens:,} tokens predicted",
+            f"{self.parameters:,} parameters, {self.dtype}",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

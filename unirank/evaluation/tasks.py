@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unirank import looks
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.embeddings import embedding_rows
 from unirank.models.wrappers import runnable
@@ -58,6 +59,16 @@ class TaskReport:
     batch: int
     limit: int | None
     dtype: str
+
+    def __repr__(self) -> str:
+        rows = [f"{one.task} {one.metric}: {one.value:.4f}" for one in self.results]
+        more = [f"and {len(rows) - 5} more"] if len(rows) > 6 else []
+        some = "" if self.limit is None else f", the first {self.limit} documents"
+        return looks.lines(
+            f"TaskReport: {len(rows)} metrics of lm-eval {self.lm_eval}, {self.dtype}{some}",
+            *(rows[:5] + more if more else rows),
+            "next: .results, .as_dict()",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from unirank import looks
 from unirank.errors import InputError
 from unirank.models.bits import Bits, check_bits
 from unirank.types import FORMS, Form
@@ -76,6 +77,14 @@ class UniRankConfig(QuantizationConfigMixin):
             raise InputError(f"quantization_config.whole must be a list of linears without a rank, got {whole!r}.")
         if whole:
             self.whole = list(whole)
+
+    def __repr__(self) -> str:
+        bits = "" if self.bits is None else f"; weights of {self.bits} bits"
+        return looks.lines(
+            f"UniRankConfig: {len(self.ranks)} low-rank linears, {self.form}{bits}",
+            f"{len(self.biased)} with an added bias; {len(self.whole)} quantised without a rank",
+            "next: .ranks, .to_dict()",
+        )
 
     @property
     def names(self) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from unirank import ops
+from unirank import looks, ops
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError
 from unirank.planning.score import Components, ScoreSettings, marginal_cost
@@ -24,6 +24,10 @@ class Workbench:
     loaded: LoadedModel
     windows: torch.Tensor
     progress: OnProgress = silent
+
+    def __repr__(self) -> str:
+        count, length = self.windows.shape
+        return looks.lines(f"Workbench: {count} windows of {length} tokens for {self.loaded.source}")
 
 
 @dataclass(frozen=True)
