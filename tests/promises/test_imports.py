@@ -13,7 +13,7 @@ ROOT = Path(unirank.__file__).parent
 # Rooms and root modules from left to right. Within a group the order is that of the names: each may import those before
 # it. `|` stands between rooms that never import each other.
 ORDER = (
-    "errors, progress, provenance, looks",
+    "errors, progress, costs, estimate, display, provenance, looks",
     "disk, types, reference, distributed, ops",
     "models | layerwise | rank_plan",
     "text",
