@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.analysis.identity import Identity
-from unirank.compression import shown
 from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, is_card, render_card
+from unirank.compression.evaluations import evaluation_of, read_evaluations, with_newest
 from unirank.compression.quantize_report import QuantizeReport
 from unirank.compression.resaved import read_resaved
 from unirank.compression.trainings import check_training
 from unirank.compression.truncation import TruncateReport
 from unirank.disk.files import check_output, staged_directory, write_json, write_text
 from unirank.disk.hashing import sha256_files
-from unirank.disk.strictjson import Damaged, entry, number, read_object
+from unirank.disk.strictjson import Damaged, entry, read_object
 from unirank.errors import InputError
-from unirank.evaluation.perplexity import EvalReport, evaluate, generate
+from unirank.evaluation.perplexity import EvalReport
+from unirank.evaluation.speed import Speed
 from unirank.models.companions import read_companions, write_companions
 from unirank.models.loading import load_paged, load_pretrained
 from unirank.models.places import places_of
 from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
-from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
-from unirank.text.windows import BUILTIN_HELD_OUT
 from unirank.types import Companions, Paging
 
 
@@ -51,30 +50,6 @@ class CompressedModel:
         default=None, repr=False, compare=False
     )  # of the dense model, or the checkpoint
     scratch: object = field(default=None, repr=False, compare=False)  # a temporary store that lives as long as this
-    store: Path | None = field(default=None, compare=False)  # of the analysis, where it was or may still be
-
-    def __repr__(self) -> str:
-        return shown.as_lines(self)
-
-    def _repr_html_(self) -> str:
-        return shown.as_html(self)
-
-    def generate(self, prompt: str, *, tokens: int = 40) -> str:
-        """Greedy continuation of `prompt` by at most `tokens` tokens: `unirank.generate` of this model."""
-        return generate(self.model, self.tokenizer, prompt, tokens=tokens)
-
-    def evaluate(
-        self,
-        text: str | Path = BUILTIN_HELD_OUT,
-        *,
-        window: int | None = None,
-        limit: int | None = None,
-        split: str | None = None,
-        progress: OnProgress = silent,
-    ) -> EvalReport:
-        """Perplexity on `text`: `unirank.evaluate` of this model, with its arguments and errors."""
-        asked: dict[str, Any] = {"window": window, "limit": limit, "split": split, "progress": progress}
-        return evaluate(self.model, self.tokenizer, text=str(text), **asked)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
@@ -168,7 +143,7 @@ def read_record(path: Path, *, trust_remote_code: bool = False) -> Record:
         plan, report, quantized = read_resaved(path, plan, trust_remote_code=trust_remote_code)
     if not (path / PROVENANCE_FILE).is_file():
         assert report is not None
-        return Record(plan, report, None, "", None, _evaluations(path), quantized, {})
+        return Record(plan, report, None, "", None, read_evaluations(path), quantized, {})
     try:
         known = read_object(path / PROVENANCE_FILE)
         report = TruncateReport.from_dict(entry(known, "report", dict))
@@ -185,7 +160,7 @@ def read_record(path: Path, *, trust_remote_code: bool = False) -> Record:
             entry(files, name, str)
     except Damaged as error:
         raise InputError(f"{path / PROVENANCE_FILE} is missing or damaged: {error}.") from error
-    return Record(plan, report, identity, source, training, _evaluations(path), quantized, files)
+    return Record(plan, report, identity, source, training, read_evaluations(path), quantized, files)
 
 
 def check_weights(path: Path, record: Record) -> None:
@@ -202,22 +177,6 @@ def check_weights(path: Path, record: Record) -> None:
             )
 
 
-def _evaluations(path: Path) -> tuple[Mapping[str, Any], ...]:
-    file = path / EVALUATIONS_FILE
-    if not file.is_file():
-        return ()
-    try:
-        return tuple(
-            {
-                "report": asdict(EvalReport.from_dict(entry(one, "report", dict))),
-                "dense": None if entry(one, "dense", int, float, type(None)) is None else number(one["dense"], "dense"),
-            }
-            for one in entry(read_object(file), "evaluations", list)
-        )
-    except Damaged as error:
-        raise InputError(f"{file} is damaged: {error}.") from error
-
-
 def check_card(path: Path) -> None:
     """Raise InputError where the model card in `path` is not one of ours, which a new one may replace."""
     file = path / "README.md"
@@ -230,28 +189,38 @@ def check_card(path: Path) -> None:
 
 
 def add_evaluation(
-    path: Path, report: EvalReport, *, dense: EvalReport | None = None, trust_remote_code: bool = False
+    path: Path,
+    report: EvalReport,
+    *,
+    dense: EvalReport | None = None,
+    speed: tuple[Speed, Speed] | None = None,
+    sample: tuple[str, str, str] | None = None,
+    card: bool = True,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Write a perplexity into the checkpoint at `path`, and its model card again with it.
+    """Write what was measured into the checkpoint at `path`; no file of its weights is opened.
 
-    It takes the place of an earlier one on the same windows.
+    It takes the place of what was measured on the same text before.
 
     Args:
-        report: of this checkpoint.
+        report: perplexity of this checkpoint.
         dense: of the model it was made from, on the same windows.
+        speed: tokens a second of the dense model and of this one, measured in the same call.
+        sample: a prompt, and how the dense model and this one go on.
+        card: write the model card again too, with the perplexities.
         trust_remote_code: run modelling code that the checkpoint brings, where its records are gone.
 
-    Raises InputError when `path` is no checkpoint, or has a model card of somebody else; WriteError when the disk
-    refuses.
+    Raises InputError when `path` is no checkpoint, or has a model card of somebody else that would be replaced;
+    WriteError when the disk refuses.
     """
     record = read_record(path, trust_remote_code=trust_remote_code)
-    check_card(path)
-    added = {"report": asdict(report), "dense": None if dense is None else dense.perplexity}
-    same = ("text_sha256", "window", "windows", "dtype")
-    kept = [old for old in record.evaluations if any(old["report"][key] != added["report"][key] for key in same)]
-    record = replace(record, evaluations=(*kept, added))
+    if card:
+        check_card(path)
+    added = evaluation_of(report, dense=dense, speed=speed, sample=sample)
+    record = replace(record, evaluations=with_newest(record.evaluations, added))
     write_json(path / EVALUATIONS_FILE, {"evaluations": list(record.evaluations)})
-    write_text(path / "README.md", _card(record))
+    if card:
+        write_text(path / "README.md", _card(record))
 
 
 def open_compressed(
