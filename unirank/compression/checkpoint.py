@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.analysis.identity import Identity
+from unirank.compression import shown
 from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, is_card, render_card
 from unirank.compression.evaluations import evaluation_of, read_evaluations, with_newest
 from unirank.compression.quantize_report import QuantizeReport
@@ -21,14 +22,16 @@ from unirank.disk.files import check_output, staged_directory, write_json, write
 from unirank.disk.hashing import sha256_files
 from unirank.disk.strictjson import Damaged, entry, read_object
 from unirank.errors import InputError
-from unirank.evaluation.perplexity import EvalReport
+from unirank.evaluation.perplexity import EvalReport, evaluate, generate
 from unirank.evaluation.speed import Speed
 from unirank.models.companions import read_companions, write_companions
 from unirank.models.loading import load_paged, load_pretrained
 from unirank.models.places import places_of
 from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
+from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
+from unirank.text.windows import BUILTIN_HELD_OUT
 from unirank.types import Companions, Paging
 
 
@@ -50,6 +53,30 @@ class CompressedModel:
         default=None, repr=False, compare=False
     )  # of the dense model, or the checkpoint
     scratch: object = field(default=None, repr=False, compare=False)  # a temporary store that lives as long as this
+    store: Path | None = field(default=None, compare=False)  # of the analysis, where it was or may still be
+
+    def __repr__(self) -> str:
+        return shown.as_lines(self)
+
+    def _repr_html_(self) -> str:
+        return shown.as_html(self)
+
+    def generate(self, prompt: str, *, tokens: int = 40) -> str:
+        """Greedy continuation of `prompt` by at most `tokens` tokens: `unirank.generate` of this model."""
+        return generate(self.model, self.tokenizer, prompt, tokens=tokens)
+
+    def evaluate(
+        self,
+        text: str | Path = BUILTIN_HELD_OUT,
+        *,
+        window: int | None = None,
+        limit: int | None = None,
+        split: str | None = None,
+        progress: OnProgress = silent,
+    ) -> EvalReport:
+        """Perplexity on `text`: `unirank.evaluate` of this model, with its arguments and errors."""
+        asked: dict[str, Any] = {"window": window, "limit": limit, "split": split, "progress": progress}
+        return evaluate(self.model, self.tokenizer, text=str(text), **asked)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
