@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unirank.compression.checkpoint import PROVENANCE_FILE, CompressedModel
 from unirank.disk.files import check_output, staged_directory, write_json
+from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.models.companions import write_companions
 from unirank.models.file_names import join_again
@@ -22,14 +23,15 @@ from unirank.models.low_rank import LowRankLinear, weight_product
 from unirank.models.quantizing import floats_of, quantized_linears
 from unirank.models.shards import save_model
 from unirank.models.wrappers import refuse_foreign, unwrapped
-from unirank.progress import OnProgress, silent
+from unirank.progress import Progress
 from unirank.types import Paging
 
 _WORK = torch.float32
 
 
+@shows_progress
 @torch.no_grad()
-def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: OnProgress = silent) -> PreTrainedModel:
+def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: Progress = None) -> PreTrainedModel:
     """Replace, in place, every `LowRankLinear` by a dense linear that holds the product; returns the model.
 
     Its size is the original's, and so is its speed; only its outputs are the compressed model's, to rounding. The
@@ -58,7 +60,7 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: On
         model.set_submodule(name, floats_of(linear, model.dtype, conv=conv))
     for position, (name, module) in enumerate(low_rank.items(), start=1):
         model.set_submodule(name, _dense(name, module, isinstance(skeleton.get_submodule(name), Conv1D), pages))
-        progress("densify", position, len(low_rank))
+        told(progress)("densify", position, len(low_rank))
     for name, expected in skeleton.named_modules():
         linear = model.get_submodule(name)
         if isinstance(expected, nn.Linear) and expected.bias is not None and linear.bias is None:

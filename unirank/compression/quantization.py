@@ -9,6 +9,7 @@ import torch
 
 from unirank.compression.checkpoint import CompressedModel, open_compressed
 from unirank.compression.quantize_report import QuantizeReport
+from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.models.bits import Bits, check_bits
 from unirank.models.file_names import keep_apart
@@ -17,7 +18,7 @@ from unirank.models.pivoting import one_thread
 from unirank.models.quantizer import UniRankConfig
 from unirank.models.quantizing import quantized_of, refuse_quantized, require_torchao
 from unirank.models.wrappers import refuse_foreign
-from unirank.progress import OnProgress, silent
+from unirank.progress import Progress
 from unirank.types import DENSE
 
 _PIVOTED_GROUP = 32
@@ -30,6 +31,7 @@ def check_quantizable(bits: int, group_size: int | None) -> tuple[Bits, int | No
     return checked
 
 
+@shows_progress
 @torch.no_grad()
 def quantize(
     compressed: CompressedModel | str | Path,
@@ -38,7 +40,7 @@ def quantize(
     group_size: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> CompressedModel:
     """Store the decoder's weights as whole numbers of `bits` bits with scales, by torchao (the extra `quantize`).
 
@@ -86,7 +88,7 @@ def quantize(
             linear.put_quantized(quantized_of(linear.left, checked, size, fitted), right)
         else:
             model.set_submodule(name, quantized_of(linear, checked, size))
-        progress("quantize", position, len(names))
+        told(progress)("quantize", position, len(names))
     keep_apart(model)
     model.config.quantization_config = UniRankConfig(
         ranks={name: module.rank for name, module in low_rank.items()},

@@ -14,6 +14,7 @@ from unirank import looks
 from unirank.analysis.redraw import check_model
 from unirank.analysis.store import AnalysisStore
 from unirank.disk.strictjson import Damaged, entry
+from unirank.display import shows_progress, told
 from unirank.errors import InputError, NonFiniteError, UnirankError
 from unirank.models.file_names import keep_apart
 from unirank.models.low_rank import (
@@ -26,7 +27,7 @@ from unirank.models.low_rank import (
 )
 from unirank.models.quantizer import UniRankConfig
 from unirank.models.structure import weight_of
-from unirank.progress import OnProgress, silent
+from unirank.progress import Progress
 from unirank.rank_plan import RankPlan
 from unirank.types import DENSE, Form, LinearSpec, LoadedModel
 
@@ -85,10 +86,9 @@ class TruncateReport:
         return report
 
 
+@shows_progress
 @torch.no_grad()
-def truncate(
-    loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progress: OnProgress = silent
-) -> TruncateReport:
+def truncate(loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progress: Progress = None) -> TruncateReport:
     """Replace, in place, every linear that `plan` gives a rank by the first components of `store`.
 
     Linears that the plan keeps dense are not touched, bit for bit; biases are kept. Of a model that was loaded with
@@ -109,7 +109,7 @@ def truncate(
                 if rank != DENSE:
                     put_factors(loaded, store, spec, int(rank), plan.form)
                 done += 1
-                progress("truncate", done, len(loaded.linears))
+                told(progress)("truncate", done, len(loaded.linears))
     return settle(loaded, plan, model_before)
 
 

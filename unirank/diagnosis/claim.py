@@ -19,8 +19,9 @@ from unirank.analysis.redraw import check_model, redrawn_windows
 from unirank.analysis.store import AnalysisStore
 from unirank.diagnosis.correlation import LEAST, LEVEL, Correlation, spearman
 from unirank.diagnosis.spectra import SECOND_MOMENT, Geometry, Group, stream_spectra, weight_energies
+from unirank.display import shows_progress, told
 from unirank.errors import InputError, NonFiniteError
-from unirank.progress import OnProgress, silent
+from unirank.progress import Progress
 from unirank.types import SUBLAYERS, LinearSpec, LoadedModel, Sublayer, effective_rank
 
 _WINDOWS = 8
@@ -140,6 +141,7 @@ def _count(correlations: Sequence[Correlation]) -> str:
     return f"of {len(correlations)} readings {confirm} confirm it, {deny} deny it and {rest} show no relation"
 
 
+@shows_progress
 def diagnose(
     store: AnalysisStore,
     loaded: LoadedModel | None = None,
@@ -148,7 +150,7 @@ def diagnose(
     windows: int | None = None,
     permutations: int = 10_000,
     seed: int = 0,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> Diagnosis:
     """Correlate every reading of effective rank that can be made with the store's cosines; list those that cannot.
 
@@ -202,7 +204,7 @@ def diagnose(
     if scheme == "svd":
         table.add_linears("weights", store.linears, energies, last)
     elif loaded is not None:
-        table.add_linears("weights", store.linears, weight_energies(loaded, progress), last)
+        table.add_linears("weights", store.linears, weight_energies(loaded, told(progress)), last)
     else:
         table.miss("weights", _NO_MODEL)
     if scheme == "svd":
@@ -218,7 +220,7 @@ def diagnose(
     else:
         chosen = token_windows[:windows]
         spectra: dict[tuple[Group, str], dict[tuple[int, Sublayer], torch.Tensor]] = {}
-        for layer, found in stream_spectra(loaded, chosen, calibration.batch, progress):
+        for layer, found in stream_spectra(loaded, chosen, calibration.batch, told(progress)):
             for sublayer, seen in found.items():
                 geometry.append(seen.geometry)
                 for key, spectrum in seen.spectra.items():

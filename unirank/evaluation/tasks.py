@@ -18,10 +18,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank import looks
+from unirank.display import shows_progress, told
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.embeddings import embedding_rows
 from unirank.models.wrappers import runnable
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, Progress
 from unirank.text.windows import check_tokens
 
 # Where lm-eval draws its own bars. They would overwrite ours, and no argument turns them off.
@@ -129,6 +130,7 @@ class Tasks:
         return objects
 
 
+@shows_progress
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,7 +139,7 @@ def run_tasks(
     fewshot: int | None = None,
     limit: int | None = None,
     batch: int = 8,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> TaskReport:
     """Run tasks of lm-eval on `model`, dense or compressed, with lm-eval's own conventions and seeds.
 
@@ -156,7 +158,7 @@ def run_tasks(
             raise InputError(f"{name} = {value} is not legal; it is at least {least}.")
     model = runnable(model)
     chosen = tasks if isinstance(tasks, Tasks) else Tasks(tasks)
-    with _quiet(), _bars(progress):
+    with _quiet(), _bars(told(progress)):
         objects = chosen.load(fewshot)
         padded = padding_tokenizer(tokenizer, model)
         network = _model_class()(pretrained=model, tokenizer=padded, batch_size=batch)

@@ -24,6 +24,7 @@ from unirank.compression.checkpoint import CompressedModel, open_compressed
 from unirank.disk.files import locked
 from unirank.disk.strictjson import Damaged
 from unirank.disk.tensorfile import open_tensors, write_tensors
+from unirank.display import shows_progress, told
 from unirank.errors import InputError, UnirankError
 from unirank.finetuning.adapters import adapted
 from unirank.finetuning.block import Block, Healed, Look
@@ -37,7 +38,7 @@ from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import layers_of
 from unirank.models.loading import describe, load
 from unirank.models.low_rank import align_weights, count_target
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, Progress
 from unirank.provenance import device_name, versions
 from unirank.types import LoadedModel
 
@@ -45,6 +46,7 @@ _RECIPE = "heal.json"
 _TRAIN = "train"
 
 
+@shows_progress
 def heal(
     compressed: CompressedModel | str | Path,
     calibration: Calibration | str | Path | None = None,
@@ -56,7 +58,7 @@ def heal(
     store: AnalysisStore | str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> CompressedModel:
     """Refine a compressed model by gradient, layer by layer; ranks and parameter count stay exactly as they are.
 
@@ -120,13 +122,12 @@ def heal(
         claim(work, _RECIPE, recipe, "healing")
         layers = []
         if settings.passes:
-            layers = _Run(dense, own, drawn, calibration, settings, work, metric, progress).heal()
+            layers = _Run(dense, own, drawn, calibration, settings, work, metric, told(progress)).heal()
         distilled = None
         if settings.distill_steps:
             held_out, seed, bf16 = torch.cat(drawn.looks), calibration.seed, _computes_in_bf16(settings, own.device)
-            distilled = distill(
-                own.model, dense.model, drawn.train, held_out, settings, work, seed=seed, bf16=bf16, progress=progress
-            )
+            asked: dict[str, Any] = {"seed": seed, "bf16": bf16, "progress": told(progress)}
+            distilled = distill(own.model, dense.model, drawn.train, held_out, settings, work, **asked)
     targets = sum(count_target(own.model.get_submodule(name)) for name in compressed.plan.ranks)
     if targets != compressed.plan.used:
         raise UnirankError(f"The modules hold {targets} target parameters, the plan says {compressed.plan.used}.")

@@ -17,6 +17,7 @@ from unirank.compression.checkpoint import CompressedModel, open_compressed
 from unirank.disk.files import locked, write_json
 from unirank.disk.hashing import sha256_tensors
 from unirank.disk.tensorfile import read_tensors, write_tensors
+from unirank.display import shows_progress, told
 from unirank.errors import InputError, UnirankError
 from unirank.finetuning.adapters import (
     Factor,
@@ -35,7 +36,7 @@ from unirank.finetuning.work import check_work, claim
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
 from unirank.models.wrappers import require_in_memory, unwrapped
-from unirank.progress import OnProgress, silent
+from unirank.progress import Progress
 from unirank.provenance import device_name, versions
 from unirank.text.training_windows import Corpus, pack, read_corpus
 from unirank.text.windows import check_window
@@ -68,6 +69,7 @@ def loop_of(settings: Finetune, steps: int, device: torch.device) -> Loop:
     )
 
 
+@shows_progress
 def finetune(
     compressed: CompressedModel | str | Path,
     data: str,
@@ -78,7 +80,7 @@ def finetune(
     split: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
     teacher: PreTrainedModel | str | None = None,
 ) -> CompressedModel:
     """Fine-tune a compressed model with LoRA on its factors; ranks and parameter count stay exactly as they are.
@@ -130,9 +132,8 @@ def finetune(
             folder = work / f"{phase}-{stage}"
             if not (folder / _ADAPTER).is_file():
                 loop = loop_of(settings, steps, model.device)
-                entries = run(
-                    peft, train, held_out, folder, loop, teacher=guide, stage=f"fine-tune, {stage}", progress=progress
-                )
+                asked: dict[str, Any] = {"stage": f"fine-tune, {stage}", "progress": told(progress)}
+                entries = run(peft, train, held_out, folder, loop, teacher=guide, **asked)
                 write_json(folder / _LOG, {"log": [{"phase": phase, **entry} for entry in entries]})
                 write_tensors(folder / _ADAPTER, get_state(peft), {"phase": stage})
             log += json.loads((folder / _LOG).read_text())["log"]
