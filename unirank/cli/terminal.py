@@ -1,4 +1,4 @@
-"""What every command shares: where its output goes, progress bars, Ctrl-C, and how errors end it."""
+"""What every command shares: where its output goes, the progress display, Ctrl-C, and how errors end it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from unirank.display import display, process_number
 from unirank.errors import InputError, UnirankError, is_out_of_memory
-from unirank.progress import OnProgress, silent
-
-
-def _process() -> int | None:
-    """This process's number under torchrun, else None. (`unirank.distributed` would import torch.)"""
-    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+from unirank.progress import OnProgress
 
 
 class Session:
@@ -37,7 +33,7 @@ class Session:
         self._result = record, renderables
 
     def print(self) -> None:
-        """Print the result. Only when the progress bars are gone, whose last redraw would wipe lines out."""
+        """Print the result. Only when the progress display is gone, whose last redraw would wipe lines out."""
         if self._result is None:
             return
         record, renderables = self._result
@@ -53,7 +49,7 @@ class Session:
 
 @contextmanager
 def run_session(as_json: bool, *, parallel: bool = False, models: bool = True) -> Iterator[Session]:
-    """Progress bars while a command runs; Ctrl-C ends it with one sentence and code 130.
+    """A progress display while a command runs; Ctrl-C ends it with one sentence and code 130.
 
     Args:
         parallel: the command may be run by torchrun; process 0 shows progress and result.
@@ -61,7 +57,7 @@ def run_session(as_json: bool, *, parallel: bool = False, models: bool = True) -
 
     Raises InputError under torchrun where the command is not `parallel`.
     """
-    process = _process()
+    process = process_number()
     if process is not None and not parallel:
         raise InputError("torchrun is for `unirank analyze` and `unirank compress`; run this command by itself.")
     if models:
@@ -71,7 +67,7 @@ def run_session(as_json: bool, *, parallel: bool = False, models: bool = True) -
     getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
     errors = Console(stderr=True)
     try:
-        with bars(errors, enabled=not process and not as_json and errors.is_terminal) as progress:
+        with display(None if errors.is_terminal and not as_json else False, console=errors) as progress:
             session = Session(as_json, progress)
             yield session
         if not process:
@@ -98,7 +94,7 @@ def exit_codes() -> Iterator[None]:
             sentence, code = f"Out of memory: {(str(error).splitlines() or ['no room.'])[0]} {_LESS}", 1
         else:
             raise
-    process = _process()
+    process = process_number()
     who = "" if process is None else f"process {process}: "
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {who}{escape(sentence)}")
     raise SystemExit(code)
@@ -142,31 +138,3 @@ def _was_interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
-
-
-@contextmanager
-def bars(console: Console, *, enabled: bool = True) -> Iterator[OnProgress]:
-    """Draw one bar per stage, with the time spent and the time left."""
-    if not enabled:
-        yield silent
-        return
-    from rich import progress as rich
-
-    columns = (
-        rich.SpinnerColumn(finished_text="[green]✓"),
-        rich.TextColumn("{task.description:<30}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-        rich.TextColumn("left"),
-        rich.TimeRemainingColumn(),
-    )
-    with rich.Progress(*columns, console=console, transient=False) as progress:
-        tasks: dict[str, rich.TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield report
