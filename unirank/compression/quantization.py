@@ -19,9 +19,18 @@ from unirank.models.quantizer import UniRankConfig
 from unirank.models.quantizing import quantized_of, refuse_quantized, require_torchao
 from unirank.models.wrappers import refuse_foreign
 from unirank.progress import Progress
-from unirank.types import DENSE
+from unirank.types import DENSE, Form
 
 _PIVOTED_GROUP = 32
+
+
+def groups_of(bits: int, group_size: int | None, form: Form) -> tuple[Bits, int | None]:
+    """Bits, and the most weights that share a scale (None: a row), of a model whose low-rank matrices have that form.
+
+    Raises InputError unless they are legal.
+    """
+    checked, size = check_bits(bits, group_size)
+    return checked, _PIVOTED_GROUP if size is None and form == "pivoted" else size
 
 
 def check_quantizable(bits: int, group_size: int | None) -> tuple[Bits, int | None]:
@@ -78,8 +87,7 @@ def quantize(
         raise InputError("The model has no low-rank layers; quantise a dense model with torchao itself.")
     whole = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE]
     names = [*low_rank, *whole]
-    if size is None and compressed.plan.form == "pivoted":
-        size = _PIVOTED_GROUP
+    _, size = groups_of(checked, size, compressed.plan.form)
     for position, name in enumerate(names, start=1):
         linear = model.get_submodule(name)
         if isinstance(linear, LowRankLinear):

@@ -96,26 +96,56 @@ def evaluate(
         NonFiniteError: the loss of a window is NaN or infinity; names the window.
     """
     model = runnable(model)
+    prepared = prepare(model, tokenizer, text=text, window=window, limit=limit, split=split)
+    return prepared.measure(model, stage=stage, progress=progress)
+
+
+@dataclass(frozen=True)
+class EvalWindows:
+    """A text, cut into the windows of a perplexity: made once, for several models of one tokenizer."""
+
+    name: str
+    sha256: str
+    windows: torch.Tensor  # int64 [W, T]
+    bos: bool
+
+    def measure(
+        self, model: PreTrainedModel, *, stage: str = "perplexity", progress: OnProgress = silent
+    ) -> EvalReport:
+        """Perplexity of `model`. Raises NonFiniteError like `evaluate`."""
+        predicted = self.windows.numel() - len(self.windows)
+        nll = total_nll(model, self.windows, stage=stage, progress=progress) / predicted
+        return EvalReport(
+            perplexity=math.exp(nll),
+            nll=nll,
+            text=self.name,
+            text_sha256=self.sha256,
+            window=self.windows.shape[1],
+            windows=len(self.windows),
+            predicted_tokens=predicted,
+            bos=self.bos,
+            dtype=str(model.dtype).removeprefix("torch."),
+            parameters=count_parameters(model),
+        )
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str = BUILTIN_HELD_OUT,
+    window: int | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+) -> EvalWindows:
+    """The windows on which `evaluate` measures. Arguments, and InputError, as there."""
     window = fitting_window(model, WINDOW) if window is None else window
     check_window(model, window)
     content = read_text(text, tokenizer, split=split, held_out=True)
     tokens = tokenize(tokenizer, content, model)
     bos = bos_of(tokenizer, model)
     windows = evaluation_windows(tokens, window=window, limit=limit, bos=bos, name=content.name)
-    predicted = windows.numel() - len(windows)
-    nll = total_nll(model, windows, stage=stage, progress=progress) / predicted
-    return EvalReport(
-        perplexity=math.exp(nll),
-        nll=nll,
-        text=content.name,
-        text_sha256=content.sha256,
-        window=window,
-        windows=len(windows),
-        predicted_tokens=predicted,
-        bos=bos is not None,
-        dtype=str(model.dtype).removeprefix("torch."),
-        parameters=count_parameters(model),
-    )
+    return EvalWindows(content.name, content.sha256, windows, bos is not None)
 
 
 @torch.no_grad()
