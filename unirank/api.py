@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.store import AnalysisStore, open_store
+from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.inputs import loaded_from, ranks_text
 from unirank.job import Job, analyze_for, require, with_gradients, workbench_for
 from unirank.planning.imported_ranks import import_plan
 from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
-from unirank.progress import OnProgress, silent
+from unirank.progress import Progress, silent
 from unirank.rank_plan import RankPlan
 from unirank.recipes import recipe
+from unirank.stages import announce_analysis, announce_planning
 from unirank.types import Form, LoadedModel, Rank
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from unirank.planning.score import ScoreSettings
 
 
+@shows_progress
 def compress(
     model: str | Path | PreTrainedModel | LoadedModel,
     remove: float | None = None,
@@ -54,7 +58,7 @@ def compress(
     trust_remote_code: bool = False,
     stream: bool = False,
     copy: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> CompressedModel:
     """Compress a causal language model by low-rank decomposition, at an exact parameter budget.
 
@@ -83,6 +87,8 @@ def compress(
         store: where to keep the analysis (resumed when interrupted, reused for other ratios); None keeps none.
         tokenizer: needed when `model` is a `PreTrainedModel`.
         copy: compress a copy of a model in memory, which then stays dense.
+        progress: a function `(stage, done, total)` that is told; None draws stages and the time left in terminals and
+            notebooks, True also writes lines to stderr elsewhere, False does nothing.
 
     `dtype`, `device`, `revision`, `trust_remote_code` and `stream` are for a path or name: see `unirank.load`.
 
@@ -99,7 +105,7 @@ def compress(
         calibration=calibration,
         scheme_is_free=preset is None and scheme is None,
         form=form,
-        progress=progress,
+        progress=told(progress),
     )
     compressed = job.run(
         model,
@@ -116,6 +122,7 @@ def compress(
     return compressed
 
 
+@shows_progress
 def analyze(
     model: str | Path | PreTrainedModel | LoadedModel,
     store: str | Path,
@@ -132,7 +139,7 @@ def analyze(
     revision: str | None = None,
     trust_remote_code: bool = False,
     stream: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> AnalysisStore:
     """Calibrate and decompose every layer of `model` into the directory `store`; what is there is resumed.
 
@@ -147,7 +154,7 @@ def analyze(
             runs; None is a quarter of the memory that is free. It changes no byte of the store.
         overwrite: replace a store of something else.
 
-    What loads the model, and `tokenizer`, are as in `compress`.
+    What loads the model, `tokenizer` and `progress` are as in `compress`.
 
     Raises:
         InputError: unknown scheme, unusable text, an output directory that is not a store.
@@ -157,6 +164,8 @@ def analyze(
     """
     chosen = recipe(preset, scheme=scheme)
     asked = calibration_of(calibration)
+    report, shares = told(progress), gradients_from is not None
+    announce_analysis(report, None, chosen, asked, gradients_are_given=shares)
     loaded = loaded_from(
         model,
         tokenizer,
@@ -165,7 +174,9 @@ def analyze(
         revision=revision,
         trust_remote_code=trust_remote_code,
         stream=stream,
+        progress=report,
     )
+    announce_analysis(report, loaded, chosen, asked, gradients_are_given=shares)
     return analyze_for(
         loaded,
         Path(store),
@@ -174,10 +185,11 @@ def analyze(
         gradients_from=gradients_from,
         hidden_limit=hidden_limit,
         overwrite=overwrite,
-        progress=progress,
+        progress=report,
     )
 
 
+@shows_progress
 def dry_run(
     model: str | Path | LoadedModel,
     place: str | Path,
@@ -191,7 +203,7 @@ def dry_run(
     revision: str | None = None,
     trust_remote_code: bool = False,
     stream: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> Needs:
     """What an analysis, and with `remove` a compression, will need: memory, disk and time. Works on one layer.
 
@@ -211,11 +223,11 @@ def dry_run(
     asked = with_gradients(calibration_of(calibration), chosen)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "stream": True}
     loaded = loaded_from(model, None, dtype=dtype, device=device, **options)
-    return needs.dry_run(
-        loaded, Path(place), scheme=chosen.scheme, calibration=asked, stream=stream, remove=remove, progress=progress
-    )
+    more: dict[str, Any] = {"remove": remove, "progress": told(progress)}
+    return needs.dry_run(loaded, Path(place), scheme=chosen.scheme, calibration=asked, stream=stream, **more)
 
 
+@shows_progress
 def plan(
     store: AnalysisStore | str | Path,
     remove: float | None = None,
@@ -233,7 +245,7 @@ def plan(
     calibration: str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> RankPlan:
     """Ranks for every target of `store`, at most `floor((1 - remove) Σ M N)` parameters in total.
 
@@ -279,7 +291,14 @@ def plan(
     if workbench is None and against is not None and chosen.measures:
         analysis.require_complete()
         dtype = analysis.identity.model.dtype
-        loaded = loaded_from(against, None, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        report = told(progress)
+        announce_planning(report, None, chosen, analysis)
+        more: dict[str, Any] = {"trust_remote_code": trust_remote_code, "progress": report}
+        loaded = loaded_from(against, None, dtype=dtype, device=device, **more)
         text = None if calibration is None else os.fspath(calibration)
-        workbench = workbench_for(loaded, analysis, text, progress)
+        workbench = workbench_for(loaded, analysis, text, report)
+    if workbench is not None and workbench.progress is silent:
+        workbench = dataclasses.replace(workbench, progress=told(progress))
+    if workbench is not None and chosen.measures:
+        announce_planning(workbench.progress, workbench.loaded, chosen, analysis)
     return plan_ranks(analysis, remove, settings=chosen.settings, workbench=workbench, **request)

@@ -30,7 +30,7 @@ class Look:
     """A job at one moment.
 
     Attributes:
-        number, count: of the stage, from 1, and of all stages; 0 before the first report.
+        number, count: of the stage, from 1, and of all but those that were passed over; 0 before the first report.
         stage, done, total: as reported last.
         share: of the work that is done, in [0, 1]; never falls.
         elapsed: seconds.
@@ -61,6 +61,10 @@ class _Running:
     last: float | None = None  # when that was; None: not begun
     over: bool = False  # finished, or passed over
     announced: bool = True
+
+    @property
+    def passed_over(self) -> bool:
+        return self.over and self.last is None
 
     @property
     def worked(self) -> float:
@@ -126,16 +130,17 @@ class Estimate:
         now = self._clock()
         elapsed = now - self._start
         current = self._current
-        whole = sum(running.stage.work for running in self._stages)
-        left = sum(running.left for running in self._stages)
+        counted = [running for running in self._stages if not running.passed_over]
+        whole = sum(running.stage.work for running in counted)
+        left = sum(running.left for running in counted)
         if whole > 0 and current is not None:
             self._share = max(self._share, 1 - left / whole)
         seconds = None if current is None else self._left(current, now)
         if current is None:
-            return Look(0, len(self._stages), "", 0, 0, self._share, elapsed, None)
+            return Look(0, len(counted), "", 0, 0, self._share, elapsed, None)
         return Look(
-            self._stages.index(current) + 1,
-            len(self._stages),
+            counted.index(current) + 1,
+            len(counted),
             current.stage.name,
             current.done,
             current.total,
@@ -165,9 +170,9 @@ class Estimate:
             running.last = self._clock()  # it is gone on with; what ran in between is not its time
         self._current = running
 
-    def _speed(self, typical: bool = True) -> float | None:
+    def _speed(self) -> float | None:
         """Seconds a unit of all that ran; None while that is too little."""
-        ran = [running for running in self._stages if running.stage.typical or not typical]
+        ran = [running for running in self._stages if running.stage.typical and not running.passed_over]
         worked = sum(running.worked for running in ran)
         whole = sum(running.stage.work for running in ran)
         return sum(running.seconds for running in ran) / worked if worked > _KNOWN * whole else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from unirank.errors import InputError
 from unirank.planning.imported_ranks import read_rank_file
+from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
 from unirank.types import LoadedModel, Rank
 
@@ -34,13 +35,15 @@ def loaded_from(
     revision: str | None = None,
     trust_remote_code: bool = False,
     stream: bool = False,
+    progress: OnProgress = silent,
 ) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
     from unirank.models.loading import describe, load
 
     if isinstance(model, str | Path):
-        return load(
+        progress("load", 0, 1)
+        loaded = load(
             str(model),
             dtype=dtype,
             device=device,
@@ -48,6 +51,8 @@ def loaded_from(
             trust_remote_code=trust_remote_code,
             stream=stream,
         )
+        progress("load", 1, 1)
+        return loaded
     if tokenizer is None:
         raise InputError("A model in memory needs its tokenizer=: unirank.compress(model, remove, tokenizer=...).")
     return describe(model, tokenizer)

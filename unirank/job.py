@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration, calibration_of
 from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
+from unirank.display import shows_progress, told
 from unirank.distributed import rank
 from unirank.errors import InputError, StoreError
 from unirank.inputs import loaded_from, ranks_text
 from unirank.planning.imported_ranks import form_of, import_plan, read_rank_file, read_ranks
 from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, Progress, silent
 from unirank.rank_plan import RankPlan, check_form
 from unirank.recipes import Preset
+from unirank.stages import announce_job
 from unirank.types import Form, LinearSpec, LoadedModel, Rank
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Job:
     scheme_is_free: bool = False  # nobody asked for a scheme: that of a finished store will do
     form: Form | None = None  # asked for; None is the recipe's, or that of a plan that is given
     choose: Chooser | None = None
+    then: tuple[str, ...] = ()  # stages that the caller runs behind it, such as "save"
     progress: OnProgress = silent
 
     def run(
@@ -95,14 +98,17 @@ class Job:
             loading: of `unirank.load`.
         """
         self.check(stream=stream)
-        loaded = loaded_from(model, tokenizer, stream=stream, **loading)
+        self._announce(None)
+        loaded = loaded_from(model, tokenizer, stream=stream, progress=self.progress, **loading)
         self.check_model(loaded)
+        self._announce(loaded)
         scratch = _Scratch()
         try:
             store = self.analyze(loaded, place or scratch.path / "store", overwrite=overwrite)
             if first_alone and rank() > 0:
                 scratch.remove()
                 return None
+            self._announce(loaded, store)
             compressed = self.settled(loaded, store).finish(
                 loaded, store, copy=copy, work=work or scratch.path / "work"
             )
@@ -113,6 +119,11 @@ class Job:
             return dataclasses.replace(compressed, scratch=scratch)
         scratch.remove()
         return compressed
+
+    def _announce(self, loaded: LoadedModel | None, store: AnalysisStore | None = None) -> None:
+        """Tell who watches which stages come, as well as that is known by now."""
+        asked = calibration_of(self.calibration) if store is None else store.identity.calibration
+        announce_job(self.progress, loaded, self.recipe, asked, ranks_are_given=self.ranks is not None, then=self.then)
 
     @property
     def tokens_for(self) -> str:
@@ -255,6 +266,7 @@ class Job:
         return heal(compressed, tokens, heals, work=work, against=loaded, progress=self.progress)
 
 
+@shows_progress
 def apply(
     loaded: LoadedModel,
     store: AnalysisStore,
@@ -263,7 +275,7 @@ def apply(
     refine: Refine | None = None,
     windows: torch.Tensor | None = None,
     copy: bool = False,
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> CompressedModel:
     """Compress `loaded` in place by `plan`: from the factors of `store`, or with `refine` by a second pass.
 
@@ -289,7 +301,7 @@ def apply(
         report = truncate(loaded, store, plan, progress=progress)
     else:
         assert windows is not None
-        report = run_refine(loaded, store, plan, windows, refine, progress=progress)
+        report = run_refine(loaded, store, plan, windows, refine, progress=told(progress))
         plan = dataclasses.replace(plan, settings={**plan.settings, "refine": asdict(refine)})
     return CompressedModel(
         loaded.model,

@@ -13,14 +13,14 @@ ROOT = Path(unirank.__file__).parent
 # Rooms and root modules from left to right. Within a group the order is that of the names: each may import those before
 # it. `|` stands between rooms that never import each other.
 ORDER = (
-    "errors, progress, costs, estimate, display, provenance, looks",
-    "disk, types, reference, distributed, ops",
+    "errors, progress, estimate, display, provenance, looks",
+    "disk, types, reference, distributed, ops, costs",
     "models | layerwise | rank_plan",
     "text",
     "analysis | evaluation",
     "planning | compression | diagnosis",
     "finetuning | report",
-    "recipes",
+    "recipes, stages",
     "inputs, job",
     "tradeoff",
     "api",

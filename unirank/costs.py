@@ -1,0 +1,137 @@
+"""What the stages of a job cost, so that they can be announced before they begin: one table, measured.
+
+The unit is a multiplication with an addition of a forward pass. A forward pass over T tokens is `T` times the weights
+that it multiplies by, the decoder's linears and the head; attention itself, norms and softmax are in no figure. The
+table is from SmolLM2-135M, float32, CPU seconds on one thread (`bench/pipeline/bench_stages.py` measures the same with
+wall time). Another model, or a GPU, has other ratios: `unirank.estimate` corrects them while a job runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unirank.progress import Stage
+from unirank.types import LinearSpec, LoadedModel
+
+# Forward passes over the stage's tokens.
+_GRADIENTS = 5.2  # bench/README.md, "What two passes cost"
+_GRADIENTS_FORWARD, _GRADIENTS_HEAD = 0.17, 0.12  # shares of them: the first half of the steps, and the first one back
+_CALIBRATION = 2.0
+_SECOND_PASS = 2.9
+_HEALING = 5.0  # a pass, with its looks; at most 15 for three passes is what bench_heal.py asks for
+_DISTILLATION = 6.0  # a step: student forward and backward, teacher forward, AdamW
+_MEASURING = 1.3  # of the layers behind a linear, and of the head
+_EVALUATION = 1.1
+_BACKWARD = 3.5  # a training step
+# Times `M N min(M, N)` of every linear.
+_DECOMPOSITION = {"whiten": 10.0, "afm": 10.0, "kfac": 30.0}
+_DECOMPOSITION_OF_OTHERS = 15.0
+_FIT = 10.0
+# Times the parameters.
+_LOAD, _SAVE, _TRUNCATION = 200.0, 200.0, 30.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What costs depend on.
+
+    Attributes:
+        linears: layer, M and N of every target.
+        layers: how many decoder layers.
+        head: weights of the output head.
+        parameters: of the whole model.
+    """
+
+    linears: tuple[tuple[int, int, int], ...] = ()
+    layers: int = 0
+    head: int = 0
+    parameters: int = 0
+
+    @classmethod
+    def of(cls, loaded: LoadedModel | None) -> Sizes:
+        """Of a model; of None, which is not loaded yet, nothing: all its stages then cost 0."""
+        if loaded is None:
+            return cls()
+        config = loaded.model.config.get_text_config()
+        return cls.of_linears(loaded.linears, config.vocab_size * config.hidden_size)
+
+    @classmethod
+    def of_linears(cls, linears: Sequence[LinearSpec], head: int) -> Sizes:
+        shapes = tuple((spec.layer, spec.m, spec.n) for spec in linears)
+        return cls(shapes, linears[-1].layer + 1, head, sum(spec.params for spec in linears) + head)
+
+    @property
+    def targets(self) -> int:
+        return sum(m * n for _, m, n in self.linears)
+
+    @property
+    def cubes(self) -> float:
+        """`Σ M N min(M, N)`: what decompositions are in proportion to."""
+        return float(sum(m * n * min(m, n) for _, m, n in self.linears))
+
+    def forward(self, tokens: int) -> float:
+        """Of a forward pass."""
+        return float(tokens * (self.targets + self.head))
+
+
+def load(sizes: Sizes) -> Stage:
+    return Stage("load", _LOAD * sizes.parameters, typical=False)
+
+
+def save(sizes: Sizes) -> Stage:
+    return Stage("save", _SAVE * sizes.parameters, typical=False)
+
+
+def gradients(sizes: Sizes, tokens: int) -> Stage:
+    """The backward pass of an analysis: steps forward, the head with the first step back, steps back."""
+    steps = 1 / (2 * max(1, sizes.layers))
+    back = 1 - _GRADIENTS_FORWARD - _GRADIENTS_HEAD
+    first = back * steps / 0.5
+    parts = ((0.5, _GRADIENTS_FORWARD), (steps, _GRADIENTS_HEAD + first), (0.5 - steps, back - first))
+    return Stage("gradients", _GRADIENTS * sizes.forward(tokens), parts)
+
+
+def calibration(sizes: Sizes, scheme: str, tokens: int) -> Stage:
+    """Calibrate and decompose; the head does not run."""
+    passes = _CALIBRATION * float(tokens * sizes.targets)
+    return Stage("calibrate and decompose", passes + _DECOMPOSITION.get(scheme, _DECOMPOSITION_OF_OTHERS) * sizes.cubes)
+
+
+def measuring(sizes: Sizes, name: str, windows: int, tokens: int, linears: float = 1.0) -> Stage:
+    """Every linear alone in its place: the layers behind it run, and the head. Early ones cost more.
+
+    Args:
+        linears: the share that is measured.
+    """
+    layers = max(1, sizes.layers)
+    costs = [(layers - layer) / layers * sizes.targets + sizes.head for layer, _, _ in sizes.linears]
+    total = sum(costs)
+    parts = tuple((1 / len(costs) / windows, cost / total / windows) for cost in costs) * windows if costs else ()
+    return Stage(name, _MEASURING * linears * windows * tokens * total, parts)
+
+
+def evaluation(sizes: Sizes, name: str, tokens: int, times: float = 1.0) -> Stage:
+    return Stage(name, _EVALUATION * times * sizes.forward(tokens))
+
+
+def truncation(sizes: Sizes) -> Stage:
+    return Stage("truncate", _TRUNCATION * sizes.targets)
+
+
+def second_pass(sizes: Sizes, tokens: int) -> Stage:
+    return Stage("refine", _SECOND_PASS * float(tokens * sizes.targets) + _FIT * sizes.cubes)
+
+
+def healing(sizes: Sizes, tokens: int, passes: int) -> Stage:
+    return Stage("heal", _HEALING * passes * float(tokens * sizes.targets))
+
+
+def distillation(sizes: Sizes, steps: int, tokens: int) -> Stage:
+    """Args: `tokens` of a step."""
+    return Stage("distill", _DISTILLATION * steps * sizes.forward(tokens))
+
+
+def training(sizes: Sizes, name: str, steps: int, tokens: int) -> Stage:
+    """Args: `tokens` of a step."""
+    return Stage(name, _BACKWARD * steps * sizes.forward(tokens))
