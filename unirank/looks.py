@@ -70,7 +70,9 @@ def heat(cells: Iterable[tuple[int, str, float, str]]) -> str:
         row = "".join(_cell(*found[layer, kind]) if (layer, kind) in found else "<td></td>" for kind in kinds)
         rows.append(f'<tr><th scope="row">{layer}</th>{row}</tr>')
     return (
-        '<div class="scroll"><table class="heat"><caption class="soft">layer by projection</caption>'
+        # It can be wider than what it stands in, and takes the focus so that a keyboard can scroll it.
+        '<div class="scroll" tabindex="0" role="region" aria-label="layer by projection">'
+        '<table class="heat"><caption class="soft">layer by projection</caption>'
         f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 

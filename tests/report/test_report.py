@@ -21,9 +21,10 @@ from tests.support.command_line import Run
 from tests.support.tiny import WORDS, build
 from unirank.analysis.store import open_store
 from unirank.errors import InputError
+from unirank.looks import _cell, _luminance
 from unirank.report import svg
-from unirank.report.gather import Linear, gather
-from unirank.report.page import _cell, _luminance, page
+from unirank.report.gather import gather
+from unirank.report.page import page
 from unirank.report.plots import save_plots
 from unirank.report.write import write_report
 from unirank.types import effective_rank
@@ -136,7 +137,7 @@ def test_every_text_has_enough_contrast(folder: Path) -> None:
     for *ground, ink in cells:
         assert contrast(tuple(int(value) for value in ground), colour(ink)) >= 4.5
     for step in range(101):  # every shade, not only those of this model
-        shade = _cell(Linear("l", 0, "k", 4, 4, 1, step / 100))
+        shade = _cell(step / 100, "title")
         *ground, ink = re.findall(r"rgb\((\d+),(\d+),(\d+)\);color:#(\w+)", shade)[0]
         assert contrast(tuple(int(value) for value in ground), colour(ink)) >= 4.5
 
@@ -154,6 +155,7 @@ def test_the_command_on_the_page_makes_the_same_model(
     shutil.copy(tmp_path / "made" / "rank_plan.json", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    last = tmp_path
     for command in commands:
         words = shlex.split(unescape(command))
         assert run_unirank(*words[1:])[:3:2] == (0, "")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unirank.analysis.store import AnalysisStore
 from unirank.compression.checkpoint import Record, read_record
+from unirank.disk.files import bytes_on_disk
 from unirank.disk.strictjson import Damaged, entry, number, read_object
 from unirank.errors import InputError
+from unirank.evaluation.measured_curve import Curve
+from unirank.models.folder import CONFIG
 from unirank.rank_plan import RankPlan
 from unirank.types import DENSE, effective_rank
 
@@ -45,7 +50,17 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a page shows. `cosines`: layer -> "attention", "mlp", "block" -> mean; empty without a store."""
+    """What a page shows.
+
+    Attributes:
+        cosines: layer -> "attention", "mlp", "block" -> mean; empty without a store.
+        samples: prompts, and how the dense and the compressed model go on, of `unirank report --against`.
+        dtype: of the checkpoint's weights; "" where nothing says it.
+        bytes_before, bytes_after: of the dense weights in that dtype, and of the checkpoint's files of weights; None is
+            not known.
+        curve: perplexities of the same model at other fractions.
+        damping: of every linear, see `Factors.damping`; empty without a store.
+    """
 
     name: str
     record: Record
@@ -53,7 +68,12 @@ class ReportData:
     cosines: tuple[Mapping[str, float], ...]
     spectra: tuple[Spectrum, ...]
     grid: tuple[Mapping[str, Any], ...]
-    samples: tuple[tuple[str, str, str], ...]  # prompt, dense, compressed
+    samples: tuple[tuple[str, str, str], ...]
+    dtype: str = ""
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    curve: Curve | None = None
+    damping: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plan(self) -> RankPlan:
@@ -66,11 +86,13 @@ def gather(
     grid: Path | None,
     samples: tuple[tuple[str, str, str], ...] = (),
     *,
+    curve: Path | None = None,
     trust_remote_code: bool = False,
 ) -> ReportData:
     """Read what the report needs; `trust_remote_code` as in `open_compressed`.
 
-    Raises InputError when the checkpoint, store or grid is not what it should be, or the store is of another analysis.
+    Raises InputError when the checkpoint, store, grid or curve is not what it should be, the store is of another
+    analysis, or the curve of another model.
     """
     record = read_record(checkpoint, trust_remote_code=trust_remote_code)
     if store is not None and record.identity is None:
@@ -105,7 +127,49 @@ def gather(
         )
     cosines = () if store is None else tuple({k: s.mean for k, s in layer.items()} for layer in store.cosines())
     spectra = tuple(_spectra(linears, energies)) if energies else ()
-    return ReportData(checkpoint.name, record, tuple(linears), cosines, spectra, _rows(grid), samples)
+    dtype = _dtype(checkpoint, record)
+    return ReportData(
+        checkpoint.name or checkpoint.resolve().name,
+        record,
+        tuple(linears),
+        cosines,
+        spectra,
+        _rows(grid),
+        samples,
+        dtype=dtype,
+        bytes_before=record.report.model_before * getattr(torch, dtype).itemsize if dtype else None,
+        bytes_after=bytes_on_disk(checkpoint) or None,
+        curve=_curve(curve, checkpoint, record),
+        damping={} if store is None else store.damping(),
+    )
+
+
+def _dtype(checkpoint: Path, record: Record) -> str:
+    """That of the weights by config.json, or of the analysis; "" where neither names one."""
+    config: Mapping[str, Any] = {}
+    if (checkpoint / CONFIG).is_file():
+        try:
+            config = read_object(checkpoint / CONFIG)
+        except Damaged as error:
+            raise InputError(f"{checkpoint / CONFIG} is damaged: {error}.") from error
+    told = (config.get("dtype"), config.get("torch_dtype"), record.identity and record.identity.model.dtype)
+    return next((n for n in told if isinstance(n, str) and isinstance(getattr(torch, n, None), torch.dtype)), "")
+
+
+def _curve(file: Path | None, checkpoint: Path, record: Record) -> Curve | None:
+    if file is None:
+        return None
+    try:
+        curve = Curve.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The curve {file} cannot be read: {error}.") from error
+    before = record.report.model_before
+    if curve.dense.parameters != before:
+        raise InputError(
+            f"The curve {file} is of a model of {curve.dense.parameters:,} parameters; {checkpoint} was made from one "
+            f"of {before:,}; leave the curve out."
+        )
+    return curve
 
 
 def _spectra(linears: list[Linear], energies: Mapping[str, Any]) -> list[Spectrum]:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 340, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 12, 40
 _MARKS = ("circle", "square", "triangle")
+_FINE = (1, 1.5, 2, 3, 4, 5, 7)  # labels within a decade of a log axis
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A ring at a point of its own in a line chart, or a dashed line from top to bottom where `y` is None."""
+
+    x: float
+    y: float | None
+    label: str
 
 
 def lines(
@@ -19,16 +30,22 @@ def lines(
     y: str,
     log_y: bool = False,
     dots: bool = False,
+    mark: Mark | None = None,
 ) -> str:
     """A line chart of several curves with a legend below; `dots` marks the points."""
-    frame = _Frame([point for curve in curves.values() for point in curve], log_y=log_y)
+    points = [point for curve in curves.values() for point in curve]
+    if mark is not None:
+        points.append((mark.x, mark.y if mark.y is not None else points[0][1] if points else 1.0))
+    frame = _Frame(points, log_y=log_y)
     parts = []
     for index, curve in enumerate(curves.values()):
         path = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in curve if frame.shows(a, b))
         parts.append(f'<polyline class="s{index % 6} line" points="{path}"/>')
         if dots:
             parts += [_mark(0, frame.x(a), frame.y(b), f"s{index % 6}") for a, b in curve if frame.shows(a, b)]
-    return _chart(title, frame, parts, x, y) + _legend(list(curves))
+    if mark is not None:
+        parts.append(_ring(frame, mark))
+    return _chart(title, frame, parts, x, y) + _legend(list(curves), mark=mark)
 
 
 def scatter(
@@ -66,6 +83,10 @@ class _Axis:
         powers = range(math.ceil(self._low), math.floor(self._high) + 1)
         if len(powers) >= 2:
             return [(10.0**power, f"{10.0**power:g}" if power > -4 else f"1e{power}") for power in powers]
+        fine = [round(step * 10.0**power, 12) for power in _decades(self._low, self._high) for step in _FINE]
+        fine = [value for value in fine if self._low <= math.log10(value) <= self._high] if self._low > -9 else []
+        if len(fine) >= 3:
+            return [(value, f"{value:g}") for value in fine]
         return [(10**power, f"{10**power:.3g}") for power in _round_steps(self._low, self._high)]
 
 
@@ -86,12 +107,23 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
+def _decades(low: float, high: float) -> range:
+    return range(math.floor(low), math.floor(high) + 1)
+
+
 def _round_steps(low: float, high: float) -> list[float]:
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
     first = math.ceil(low / step)
     return [round(index * step, 12) for index in range(first, math.floor(high / step) + 1)]
+
+
+def _ring(frame: _Frame, mark: Mark) -> str:
+    hover, x = f"<title>{escape(mark.label)}</title>", frame.x(mark.x)
+    if mark.y is None or not frame.shows(mark.x, mark.y):
+        return f'<path class="here" stroke-dasharray="4 3" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}">{hover}</path>'
+    return f'<circle class="here" cx="{x:.1f}" cy="{frame.y(mark.y):.1f}" r="7">{hover}</circle>'
 
 
 def _mark(kind: int, x: float, y: float, style: str, text: str = "") -> str:
@@ -124,13 +156,19 @@ def _chart(title: str, frame: _Frame, parts: Sequence[str], x: str, y: str) -> s
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{body}</svg>'
 
 
-def _legend(labels: Sequence[str], *, marks: bool = False) -> str:
-    if len(labels) < 2:
+def _legend(labels: Sequence[str], *, marks: bool = False, mark: Mark | None = None) -> str:
+    if len(labels) < 2 and mark is None:
         return ""
     items = []
     for index, label in enumerate(labels):
-        key = _mark(index if marks else 0, 6, 6, f"s{index % 6}")
+        items.append((_mark(index if marks else 0, 6, 6, f"s{index % 6}"), label))
+    if mark is not None:
+        shape = '<circle class="here" cx="6" cy="6" r="4.5"/>'
         items.append(
-            f'<li><svg viewBox="0 0 12 12" width="12" height="12" aria-hidden="true">{key}</svg>{escape(label)}</li>'
+            (shape if mark.y is not None else '<path class="here" stroke-dasharray="3 2" d="M6 0V12"/>', mark.label)
         )
+    items = [
+        f'<li><svg viewBox="0 0 12 12" width="12" height="12" aria-hidden="true">{key}</svg>{escape(label)}</li>'
+        for key, label in items
+    ]
     return f'<ul class="legend">{"".join(items)}</ul>'
