@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from unirank.compression.truncation import TruncateReport, truncate
     from unirank.diagnosis.claim import Diagnosis, diagnose
     from unirank.diagnosis.correlation import spearman
-    from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, WriteError
+    from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, UnirankWarning, WriteError
     from unirank.evaluation.perplexity import EvalReport, evaluate, generate
     from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
     from unirank.finetuning.healing import heal
@@ -65,7 +65,7 @@ _HOME = {
     "compression.truncation": ("TruncateReport", "truncate"),
     "diagnosis.claim": ("Diagnosis", "diagnose"),
     "diagnosis.correlation": ("spearman",),
-    "errors": ("InputError", "NonFiniteError", "StoreError", "UnirankError", "WriteError"),
+    "errors": ("InputError", "NonFiniteError", "StoreError", "UnirankError", "UnirankWarning", "WriteError"),
     "evaluation.perplexity": ("EvalReport", "evaluate", "generate"),
     "evaluation.tasks": ("TaskReport", "Tasks", "run_tasks"),
     "finetuning.healing": ("heal",),
@@ -112,6 +112,7 @@ __all__ = [
     "TruncateReport",
     "UniRankConfig",
     "UnirankError",
+    "UnirankWarning",
     "WriteError",
     "__version__",
     "allocators",

@@ -1,4 +1,9 @@
-"""Errors that unirank raises on purpose; each message is one sentence with what was got and what is legal."""
+"""Errors that unirank raises on purpose, and its warnings; each says in a sentence what was got and what is legal."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -40,3 +45,15 @@ class WriteError(UnirankError):
 def first_line(error: BaseException) -> str:
     """What somebody else's error says, to be a part of a sentence of ours: its first line, or its class's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+
+
+class UnirankWarning(UserWarning):
+    """What was asked for is legal and rarely what one wants; says what would be better. The run goes on."""
+
+
+def warn(sentence: str) -> None:
+    """Warn by `sentence`. The line that is named is the one outside of unirank from which the call came."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "unirank":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, UnirankWarning, stacklevel=level)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unirank.errors import InputError
+from unirank.text.capacity import Supply, supply_of
 from unirank.text.mixture import SEPARATOR, interleaved, shared_out, sources_of
 from unirank.text.windows import BUILTIN, Text, bos_of, calibration_windows, check_window, read_text, tokenize
 from unirank.types import LoadedModel
@@ -167,11 +168,42 @@ def windows_of(loaded: LoadedModel, texts: Sequence[Text], calibration: Calibrat
 
     Raises InputError like `calibration_windows`, `check_window` and `shared_out`.
     """
+    return _drawn(loaded, texts, calibration)[0]
+
+
+def checked_windows(
+    loaded: LoadedModel, texts: Sequence[Text], calibration: Calibration, *, moments: bool = True
+) -> tuple[torch.Tensor, list[str]]:
+    """`windows_of`, for an analysis that is about to be made of them, and warnings for whoever makes it.
+
+    They tell of a text that is too short for so many windows and, with `moments`, of fewer tokens than the widest
+    linear has inputs. Raises InputError too where a text would have to give a window twice.
+    """
+    windows, supplies = _drawn(loaded, texts, calibration)
+    for supply in supplies:
+        supply.check()
+    notes = [supply.note for supply in supplies if supply.note]
+    widest = max(loaded.linears, key=lambda spec: spec.n)
+    tokens = sum(supply.distinct for supply in supplies)
+    if moments and tokens < widest.n:
+        needed = -(-widest.n // calibration.window)
+        longer = f" and a text of {widest.n:,} tokens" if sum(supply.tokens for supply in supplies) < widest.n else ""
+        notes.append(
+            f"Only {tokens:,} tokens calibrate, and the widest linear ({widest.name}) has {widest.n:,} inputs: what no "
+            f"token shows counts for nothing and is cut away. Needed are at least {needed:,} windows of "
+            f"{calibration.window}{longer} (Calibration.windows); several times as many are better."
+        )
+    return windows, notes
+
+
+def _drawn(loaded: LoadedModel, texts: Sequence[Text], calibration: Calibration) -> tuple[torch.Tensor, list[Supply]]:
+    """The windows, and what each text has for them."""
     check_window(loaded.model, calibration.window, "Calibration.window")
     bos = bos_of(loaded.tokenizer, loaded.model)
-    parts = []
+    parts, supplies = [], []
     for text, count in zip(texts, windows_each(texts, calibration), strict=True):
         tokens = tokenize(loaded.tokenizer, text, loaded.model)
         options = {"window": calibration.window, "seed": calibration.seed, "bos": bos, "name": text.name}
         parts.append(calibration_windows(tokens, windows=count, **options))
-    return interleaved(parts)
+        supplies.append(supply_of(tokens, windows=count, window=calibration.window, bos=bos, name=text.name))
+    return interleaved(parts), supplies

@@ -10,7 +10,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, texts_of, windows_of, with_clip
+from unirank.analysis.calibration import (
+    Calibration,
+    calibration_of,
+    checked_windows,
+    gradient_windows,
+    texts_of,
+    with_clip,
+)
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.gradient_pass import gradient_pass
 from unirank.analysis.identity import make_identity, weights_hash
@@ -20,7 +27,7 @@ from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import MANIFEST, AnalysisStore, create_or_resume, open_store
 from unirank.disk.files import check_output, locked
 from unirank.distributed import barrier, from_zero, process_group, rank, share, size
-from unirank.errors import InputError, StoreError
+from unirank.errors import InputError, StoreError, warn
 from unirank.layerwise.recording import Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.progress import OnProgress, silent
@@ -67,7 +74,7 @@ def fill_store(
     calibration = with_clip(asked, begun, source)
     backward = gradient_windows(calibration, chosen)
     texts = texts_of(loaded, calibration)
-    windows = windows_of(loaded, texts, calibration)
+    windows, notes = checked_windows(loaded, texts, calibration, moments=chosen.needs_moment)
     weights = weights_hash(loaded)
     identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256=weights)
 
@@ -94,6 +101,9 @@ def fill_store(
                 if source is not None:
                     store.share_gradients(source)
             barrier()
+            if rank() == 0 and not store.complete:
+                for note in notes:
+                    warn(note)
             scratch = place if _hidden_bytes(loaded, windows) > _limit(loaded, hidden_limit) else None
             _fill(store, loaded, windows, chosen, calibration, backward, scratch, progress)
             barrier()

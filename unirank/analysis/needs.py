@@ -14,13 +14,20 @@ import psutil
 import torch
 
 from unirank import looks
-from unirank.analysis.calibration import Calibration, calibration_of, gradient_windows, texts_of, windows_of, with_clip
+from unirank.analysis.calibration import (
+    Calibration,
+    calibration_of,
+    checked_windows,
+    gradient_windows,
+    texts_of,
+    with_clip,
+)
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.identity import Identity, make_identity
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import create_or_resume
-from unirank.errors import InputError
+from unirank.errors import InputError, warn
 from unirank.layerwise.backward import backward_layer, head_gradient
 from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import Recording, Streams, record
@@ -110,7 +117,9 @@ def dry_run(
     chosen = scheme_of(scheme)
     backward = gradient_windows(calibration, chosen)
     texts = texts_of(loaded, calibration)
-    windows = windows_of(loaded, texts, calibration)
+    windows, notes = checked_windows(loaded, texts, calibration, moments=chosen.needs_moment)
+    for note in notes:
+        warn(note)
     identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256="estimate")
     one = _work_on_first_layer(
         loaded, windows[: calibration.batch], chosen, identity, backward > 0, _existing(place), progress

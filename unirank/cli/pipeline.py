@@ -20,7 +20,7 @@ from unirank.cli.arguments import (
     read_refine,
     read_settings,
 )
-from unirank.cli.terminal import Session, run_session
+from unirank.cli.terminal import Session, in_flags, run_session
 
 if TYPE_CHECKING:
     from unirank.analysis.needs import Needs
@@ -75,6 +75,7 @@ def analyze_command(
 ) -> None:
     """Calibrate and decompose every layer, once for all ratios. Expensive; an interrupted run resumes."""
     import unirank
+    from unirank.analysis.deficient import as_record, deficient, told
 
     with run_session(as_json, parallel=True) as session:
         calibration = read_calibration(
@@ -93,11 +94,13 @@ def analyze_command(
             "identity": store.identity.as_dict(),
             "sha256": store.digest,
             "damping": views.damping_record(store),
+            "deficient": as_record(short := deficient(store)),
         }
         session.show(
             record,
             views.cosine_table(store),
             *views.damping_summary(store),
+            *([in_flags(told(short, len(store.linears)))] if short else []),
             f"Store: {out}. Next: unirank plan {out} --remove 0.2{_measuring(preset, model, calib)}",
         )
 

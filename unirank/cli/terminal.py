@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from unirank.cli.warned import warnings_in_yellow
 from unirank.display import display, process_number
 from unirank.errors import InputError, UnirankError, is_out_of_memory
 from unirank.progress import OnProgress
@@ -67,7 +68,10 @@ def run_session(as_json: bool, *, parallel: bool = False, models: bool = True) -
     getLogger("huggingface_hub").setLevel(ERROR)  # its retries without a network; the error itself is ours to tell
     errors = Console(stderr=True)
     try:
-        with display(None if errors.is_terminal and not as_json else False, console=errors) as progress:
+        with (
+            display(None if errors.is_terminal and not as_json else False, console=errors) as progress,
+            warnings_in_yellow(errors, in_flags, enabled=not process),
+        ):
             session = Session(as_json, progress)
             yield session
         if not process:
