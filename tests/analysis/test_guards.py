@@ -80,8 +80,8 @@ def test_a_window_is_never_given_twice_in_silence(
     make_model, tmp_path: Path, tokens: int, windows: int, said: str
 ) -> None:
     start = time.perf_counter()
+    text = words(tmp_path / "t.txt", tokens)
     with pytest.raises(unirank.InputError, match=said):
-        text = words(tmp_path / "t.txt", tokens)
         unirank.analyze(make_model(), tmp_path / "store", calibration=calibration(text, windows))
     assert time.perf_counter() - start < 5
     assert not (tmp_path / "store").exists()
