@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank import looks
 from unirank.disk.strictjson import Damaged, build
+from unirank.display import shows_progress, told
 from unirank.errors import InputError, NonFiniteError
 from unirank.models.low_rank import count_parameters
 from unirank.models.wrappers import runnable
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, Progress, silent
 from unirank.text.windows import (
     BUILTIN_HELD_OUT,
     bos_of,
@@ -70,6 +71,7 @@ class EvalReport:
         return report
 
 
+@shows_progress
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,7 +81,7 @@ def evaluate(
     limit: int | None = None,
     split: str | None = None,
     stage: str = "perplexity",
-    progress: OnProgress = silent,
+    progress: Progress = None,
 ) -> EvalReport:
     """Perplexity of `model` on `text`, by the conventions of method 7.
 
@@ -90,6 +92,7 @@ def evaluate(
         limit: use the first `limit` windows; None uses all.
         split: of a dataset; None is its own split for perplexity.
         stage: name in the progress report.
+        progress: see `unirank.compress`.
 
     Raises:
         InputError: the text is unusable or shorter than a window; the window is longer than the model's positions.
@@ -97,7 +100,7 @@ def evaluate(
     """
     model = runnable(model)
     prepared = prepare(model, tokenizer, text=text, window=window, limit=limit, split=split)
-    return prepared.measure(model, stage=stage, progress=progress)
+    return prepared.measure(model, stage=stage, progress=told(progress))
 
 
 @dataclass(frozen=True)
