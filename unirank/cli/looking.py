@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: `unirank diagnose`, `unirank eval`, `unirank info`."""
+"""The commands that look and change no weights: `unirank diagnose`, `unirank eval`, `unirank info`."""
 
 from __future__ import annotations
 
@@ -111,29 +111,48 @@ def evaluate_command(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    speed: Annotated[
+        bool | None,
+        options.option(
+            "Tokens a second too, of all models in turns, so all are in memory at once. Default: with --against.",
+            "--speed/--no-speed",
+        ),
+    ] = None,
     card: Annotated[
         bool,
         options.option(
             "Write the perplexity into the model card of MODEL, a compressed checkpoint.", "--card", group="Output"
         ),
     ] = False,
+    record: Annotated[
+        bool,
+        options.option(
+            "Keep the figures in MODEL, where that is a compressed checkpoint, beside its weights, and on its page.",
+            "--record/--no-record",
+            group="Output",
+        ),
+    ] = True,
     as_json: options.Json = False,
 ) -> None:
     """Perplexity, or tasks of lm-eval, of a dense or compressed model, with everything needed to compare it."""
-    from unirank.compression.checkpoint import add_evaluation, check_card, check_weights, read_record
-    from unirank.evaluation.perplexity import evaluate, generate
+    from unirank.compression.checkpoint import check_card, check_weights, read_record
+    from unirank.evaluation.side_by_side import measure
     from unirank.evaluation.tasks import Tasks, run_tasks
     from unirank.models.loading import load_pretrained
+    from unirank.report.keeping import keep_evaluation
 
     with run_session(as_json) as session:
         names = [model] if against is None else [against, model]
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         if card:
+            if not record:
+                raise InputError("--card is of what is recorded; leave out --no-record.")
             check_weights(Path(model), read_record(Path(model), trust_remote_code=trust_remote_code))
             check_card(Path(model))
         if tasks is not None:
             _refuse(
-                {"--text": text, "--split": split, "--window": window, "--prompt": prompt, "--card": card or None},
+                {"--text": text, "--split": split, "--window": window, "--prompt": prompt}
+                | {"--card": card or None, "--speed": speed or None},
                 "is of perplexity; leave out --tasks",
             )
             chosen = Tasks([name.strip() for name in tasks.split(",")], include=include_path)
@@ -146,28 +165,17 @@ def evaluate_command(
             session.show({"rows": records}, views.task_table(records))
             return
         _refuse({"--fewshot": fewshot, "--include-path": include_path, "--batch": batch}, "needs --tasks")
-        records, reports = [], []
-        for name in names:
-            network, tokenizer = load_pretrained(name, **loading)
-            report = evaluate(
-                network,
-                tokenizer,
-                text=options.BUILTIN_HELD_OUT if text is None else text,
-                window=window,
-                limit=limit,
-                split=split,
-                stage=f"perplexity, {Path(name).name}",
-                progress=session.progress,
-            )
-            reports.append(report)
-            record = {"model": name} | report.as_dict()
-            if prompt is not None:
-                record["sample"] = generate(network, tokenizer, prompt)
-            records.append(record)
-        if card:
-            measured = reports[0] if against else None
-            add_evaluation(Path(model), reports[-1], dense=measured, trust_remote_code=trust_remote_code)
-        session.show({"rows": records}, views.eval_table(records), *views.samples(records))
+        asked = {"text": options.BUILTIN_HELD_OUT if text is None else text, "window": window, "limit": limit}
+        asked |= {"split": split, "prompt": prompt, "speed": speed, "loading": loading}
+        found = measure(names, **asked, progress=session.progress)
+        records = [{"model": name} | one for name, one in zip(names, found.as_dicts(), strict=True)]
+        shown: dict[str, Any] = {"rows": records, "notes": list(found.notes)}
+        lines = [views.eval_table(records), *views.samples(records), *found.notes]
+        if record:
+            kept = keep_evaluation(Path(model), found, card=card, trust_remote_code=trust_remote_code)
+            shown |= kept.as_dict() | {"notes": [*found.notes, *kept.notes]}
+            lines += kept.lines(model)
+        session.show(shown, *lines)
 
 
 def _refuse(given: dict[str, Any], reason: str) -> None:

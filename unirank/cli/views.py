@@ -169,9 +169,12 @@ def load_hint(paths: Sequence[Path]) -> list[Any]:
 def eval_table(records: Sequence[dict[str, Any]]) -> Table:
     first = records[0]
     title = f"perplexity on {first['text']} (sha256 {first['text_sha256'][:12]}), windows of {first['window']} tokens"
-    table = _table(title, "model", "perplexity", "windows", "parameters", "dtype")
+    timed = ("tokens/s reading", "tokens/s writing") if "speed" in first else ()
+    table = _table(title, "model", "perplexity", "windows", "parameters", "dtype", *timed)
     for r in records:
-        table.add_row(r["model"], f"{r['perplexity']:.2f}", str(r["windows"]), f"{r['parameters']:,}", r["dtype"])
+        rates = (f"{r['speed'][phase]:,.1f}" for phase in ("prefill", "decode")) if timed else ()
+        cells = (f"{r['perplexity']:.2f}", str(r["windows"]), f"{r['parameters']:,}", r["dtype"])
+        table.add_row(r["model"], *cells, *rates)
     return table
 
 

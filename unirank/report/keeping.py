@@ -11,8 +11,7 @@ from unirank.compression.card import PLAN_FILE
 from unirank.compression.checkpoint import add_evaluation, check_weights, read_record
 from unirank.disk.strictjson import Damaged, read_object
 from unirank.errors import InputError, StoreError, WriteError
-from unirank.evaluation.perplexity import EvalReport
-from unirank.evaluation.speed import Speed
+from unirank.evaluation.side_by_side import Measured
 from unirank.models.folder import CONFIG
 from unirank.models.quantizer import METHOD
 from unirank.report.page import page_inputs
@@ -37,6 +36,11 @@ class Kept:
         page = None if self.page is None else str(self.page)
         return {"recorded": self.recorded, "page": page, "notes": list(self.notes)}
 
+    def lines(self, checkpoint: str) -> list[str]:
+        """For people."""
+        said = [f"Recorded in {checkpoint}."] if self.recorded else []
+        return [*said, *([f"Report: {self.page}"] if self.page is not None else []), *self.notes]
+
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a directory with a compressed checkpoint, as far as its small files say."""
@@ -50,23 +54,20 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def keep_evaluation(
-    checkpoint: Path,
-    report: EvalReport,
-    *,
-    against: EvalReport | None = None,
-    speed: tuple[Speed, Speed] | None = None,
-    sample: tuple[str, str, str] | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: Path, measured: Measured, *, card: bool = False, trust_remote_code: bool = False
 ) -> Kept:
     """Record what was measured of a checkpoint, and refresh the page beside it (OUT.html) where unirank wrote one.
 
     The weights' files are read, for their hashes, and not written. What cannot be recorded is a note, never an error:
-    the figures were printed. Nothing is done where `checkpoint` is no compressed checkpoint on this disk.
+    the figures were shown. Nothing is done where `checkpoint` is no compressed checkpoint on this disk.
 
     Args:
-        against: of the model beside it. It counts as the dense one where it has as many parameters as that had.
-        speed, sample: of that model and of the checkpoint, as in `add_evaluation`.
+        measured: of the checkpoint; of two models it is the second. The first counts as the dense model where it has
+            as many parameters as that had; else only what is of the checkpoint is recorded.
+        card: write the model card again too; then what cannot be written is an error.
         trust_remote_code: as in `open_compressed`.
+
+    With `card`, raises what `add_evaluation` raises.
     """
     if not is_checkpoint(checkpoint):
         return Kept()
@@ -74,22 +75,21 @@ def keep_evaluation(
     try:
         record = read_record(checkpoint, trust_remote_code=trust_remote_code)
         check_weights(checkpoint, record)
-        if against is not None and against.parameters != record.report.model_before:
-            notes.append(
-                f"Only what was measured of {checkpoint} is recorded: the other model has {against.parameters:,} "
-                f"parameters, and the dense one had {record.report.model_before:,}."
-            )
-            against, speed, sample = None, None, None
-        add_evaluation(
-            checkpoint,
-            report,
-            dense=against,
-            speed=speed,
-            sample=sample,
-            card=False,
-            trust_remote_code=trust_remote_code,
-        )
+        dense, speed, sample = None, None, None
+        if len(measured.reports) == 2:
+            other, before = measured.reports[0], record.report.model_before
+            if other.parameters == before:
+                dense, speed, sample = other, measured.speed_pair, measured.sample
+            else:
+                notes.append(
+                    f"Of the two, only the perplexity of {checkpoint} is recorded: the other model has "
+                    f"{other.parameters:,} parameters, and the dense one had {before:,}."
+                )
+        kept: dict[str, Any] = {"dense": dense, "speed": speed, "sample": sample, "card": card}
+        add_evaluation(checkpoint, measured.reports[-1], **kept, trust_remote_code=trust_remote_code)
     except (InputError, WriteError) as error:
+        if card:
+            raise
         return Kept(notes=(f"Not recorded in {checkpoint}: {error}",))
     refreshed = refresh_page(checkpoint, trust_remote_code=trust_remote_code)
     return replace(refreshed, recorded=True, notes=(*notes, *refreshed.notes))
