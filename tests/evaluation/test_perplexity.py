@@ -111,3 +111,12 @@ def test_a_text_shorter_than_a_window_is_an_error_with_both_lengths(tokenizer, t
 def test_an_illegal_argument_is_named(argument, value, tokenizer, text_file) -> None:
     with pytest.raises(InputError, match=f"{argument}.*{value}"):
         unirank.evaluate(build("llama"), tokenizer, **({"text": str(text_file), "window": 8} | {argument: value}))
+
+
+def test_a_limit_beyond_the_text_is_said(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
+    said = r"The text words\.txt gives 125 windows of 32 tokens, fewer than limit = 1000\."
+    with pytest.warns(unirank.UnirankWarning, match=said):
+        report = unirank.evaluate(build("llama"), tokenizer, text=str(text_file), window=32, limit=1000)
+    assert report.windows == 125
+    exactly = unirank.evaluate(build("llama"), tokenizer, text=str(text_file), window=32, limit=125)  # warns not
+    assert exactly == report

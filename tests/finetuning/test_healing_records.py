@@ -173,3 +173,14 @@ def test_windows_of_several_texts_are_shared_out(make_model, words, tmp_path: Pa
     ]
     assert counts == [[12, 4], [3, 1]]
     assert drawn.as_dict()["text"] == "w3.txt,w4.txt"
+
+
+def test_a_text_that_is_too_short_for_its_windows_is_said(make_model, words, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(" ".join(WORDS[2 + i % 94] for i in range(240)))
+    short = dataclasses.replace(words, text=str(tmp_path / "short.txt"))
+    with pytest.warns(
+        unirank.UnirankWarning, match="has 215 tokens, which is 8 windows of 24 side by side; 18 windows"
+    ):
+        draw(make_model(), short, None, 0.1)
+    with pytest.raises(unirank.InputError, match="at most 191 different windows of 24"):
+        draw(make_model(), dataclasses.replace(short, windows=400), None, 0.1)

@@ -279,6 +279,16 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(compressed, coun
         tuned(compressed, counting, work, dataclasses.replace(QUICK, distill=0.5), against=other)
 
 
+def test_a_text_that_is_read_over_and_over_is_said(compressed: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(WORDS[2 + 7 * i % 94] for i in range(6 * 24)))
+    settings = dataclasses.replace(QUICK, steps=6, batch=4)
+    said = r"gives 5 windows of 24 tokens to train on, and 6 steps of 4 read them 4\.8 times; beyond 4 times"
+    with pytest.warns(unirank.UnirankWarning, match=said):
+        tuned(compressed, short, tmp_path / "work", settings)
+    tuned(compressed, short, tmp_path / "other", dataclasses.replace(settings, steps=5))  # exactly 4 times
+
+
 def test_a_model_without_low_rank_layers_is_refused(compressed: Path) -> None:
     with pytest.raises(InputError, match="no low-rank layers"):
         adapted(build("llama"))

@@ -96,7 +96,7 @@ def test_a_matrix_of_fewer_components_than_the_multiple_stays_dense() -> None:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_file: Path) -> AnalysisStore:
     """Two layers of a Llama that is wide enough for ranks of 16."""
-    calibration = unirank.Calibration(text=str(text_file), windows=4, window=32, batch=2)
+    calibration = unirank.Calibration(text=str(text_file), windows=16, window=32, batch=2)
     return unirank.analyze(
         wide(tokenizer), tmp_path_factory.mktemp("wide") / "store", scheme="afm", calibration=calibration
     )

@@ -42,7 +42,7 @@ STARTS_WITHIN = 400  # seconds
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 at 30 % of its parameters removed, ranks mixed, the first layer dense."""
     folder = tmp_path_factory.mktemp("smollm2")
-    calibration = unirank.Calibration(windows=4, window=128)
+    calibration = unirank.Calibration(windows=12, window=128)
     loaded = unirank.load(embedded.NAME, dtype="float32", device="cpu")
     store = unirank.analyze(loaded, folder / "store", calibration=calibration)
     ranks: Any = dict(unirank.plan(store, 0.3, form="pivoted").ranks)

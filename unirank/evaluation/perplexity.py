@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unirank import looks
 from unirank.disk.strictjson import Damaged, build
 from unirank.display import shows_progress, told
-from unirank.errors import InputError, NonFiniteError
+from unirank.errors import InputError, NonFiniteError, warn
 from unirank.models.low_rank import count_parameters
 from unirank.models.wrappers import runnable
 from unirank.progress import OnProgress, Progress, silent
@@ -89,7 +89,7 @@ def evaluate(
         text: path or builtin name, see `read_text`.
         window: tokens a window, non-overlapping; a BOS counts as one of them. None is 1024, or as many as the model has
             positions where these are fewer.
-        limit: use the first `limit` windows; None uses all.
+        limit: use the first `limit` windows; None uses all. Warns where the text has fewer.
         split: of a dataset; None is its own split for perplexity.
         stage: name in the progress report.
         progress: see `unirank.compress`.
@@ -148,6 +148,8 @@ def prepare(
     tokens = tokenize(tokenizer, content, model)
     bos = bos_of(tokenizer, model)
     windows = evaluation_windows(tokens, window=window, limit=limit, bos=bos, name=content.name)
+    if limit is not None and len(windows) < limit:
+        warn(f"The text {content.name} gives {len(windows)} windows of {window} tokens, fewer than limit = {limit}.")
     return EvalWindows(content.name, content.sha256, windows, bos is not None)
 
 

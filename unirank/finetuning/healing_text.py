@@ -10,7 +10,8 @@ import torch
 
 from unirank.analysis.calibration import Calibration, texts_of, windows_each
 from unirank.disk.hashing import sha256_tensors
-from unirank.errors import InputError
+from unirank.errors import InputError, warn
+from unirank.text.capacity import supply_of
 from unirank.text.mixture import SEPARATOR, interleaved
 from unirank.text.windows import Text, bos_of, calibration_windows, check_window, read_text, tokenize
 from unirank.types import LoadedModel
@@ -54,12 +55,13 @@ def draw(loaded: LoadedModel, calibration: Calibration, second_text: str | None,
     The held-out windows come from the end of a text, that fraction of its tokens and at least a window: random
     positions in one text would overlap. As many windows of the second text join them; none of it is trained on.
 
-    Raises InputError like `texts_of`, `windows_each`, `check_window` and `calibration_windows`; for a text that gives
-    less than 2 windows.
+    Warns where what is trained on is too short for so many windows. Raises InputError like `texts_of`, `windows_each`,
+    `check_window` and `calibration_windows`; for a text that gives less than 2 windows, or has to give one twice.
     """
     check_window(loaded.model, calibration.window, "Calibration.window")
     texts = texts_of(loaded, calibration)
     second = None if second_text is None else read_text(second_text, loaded.tokenizer)
+    bos = bos_of(loaded.tokenizer, loaded.model)
     train, held = [], []
     for text, count in zip(texts, windows_each(texts, calibration), strict=True):
         if count < 2:
@@ -75,6 +77,11 @@ def draw(loaded: LoadedModel, calibration: Calibration, second_text: str | None,
                 f"needed for windows of {calibration.window} to train on and others that are held out."
             )
         away = min(count - 1, max(1, round(held_out * count)))
+        window = calibration.window
+        supply = supply_of(tokens[:-end], windows=count - away, window=window, bos=bos, name=text.name)
+        supply.check()
+        if supply.note:
+            warn(supply.note)
         train.append(_windows(loaded, tokens[:-end], calibration, count - away, text))
         held.append(_windows(loaded, tokens[-end:], calibration, away, text))
     looks = [interleaved(held)]

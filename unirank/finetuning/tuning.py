@@ -18,7 +18,7 @@ from unirank.disk.files import locked, write_json
 from unirank.disk.hashing import sha256_tensors
 from unirank.disk.tensorfile import read_tensors, write_tensors
 from unirank.display import shows_progress, told
-from unirank.errors import InputError, UnirankError
+from unirank.errors import InputError, UnirankError, warn
 from unirank.finetuning.adapters import (
     Factor,
     adapted,
@@ -42,6 +42,9 @@ from unirank.text.training_windows import Corpus, pack, read_corpus
 from unirank.text.windows import check_window
 from unirank.types import DENSE
 
+# How often a text may be read before that is worth a warning: up to 4 times it is nearly as good as new text
+# (Muennighoff and others 2023, arXiv 2305.16264).
+MOST_PASSES = 4
 _RECIPE = "finetune.json"
 _LOG, _ADAPTER = "log.json", "adapters.safetensors"  # of a finished phase; the second is written last
 
@@ -114,6 +117,13 @@ def finetune(
     names = adapted(model, dense=dense)
     corpus = read_corpus(data, compressed.tokenizer, split=split)
     train, held_out = split_windows(pack(corpus, compressed.tokenizer, model, window=settings.window), settings, corpus)
+    passes = settings.steps * settings.batch / len(train)
+    if passes > MOST_PASSES:
+        warn(
+            f"The training text {corpus.name} gives {len(train)} windows of {settings.window} tokens to train on, and "
+            f"{settings.steps} steps of {settings.batch} read them {passes:.3g} times; beyond {MOST_PASSES} times a "
+            "text teaches little more. Give more text, or fewer Finetune.steps."
+        )
     if teacher is not None:
         warnings.warn("finetune(teacher=) is called against now.", DeprecationWarning, stacklevel=2)
         against = teacher
