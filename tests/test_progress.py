@@ -147,6 +147,19 @@ def test_a_stage_takes_the_newer_announcement() -> None:
     assert (estimate.look().count, estimate.look().share) == (3, pytest.approx(0.2))
 
 
+def test_what_is_announced_while_a_stage_runs_comes_behind_it() -> None:
+    estimate = Estimate(Clock())
+    estimate.expect([Stage("load", 1), Stage("save", 1)])
+    estimate.report("load", 1, 1)
+    estimate.expect([Stage("left", 1), Stage("right", 1)])
+    seen = []
+    for stage in ("left", "right", "save"):
+        estimate.report(stage, 0, 1)
+        seen.append((estimate.look().number, estimate.look().count))
+        estimate.report(stage, 1, 1)
+    assert seen == [(2, 4), (3, 4), (4, 4)]
+
+
 def drawn(drawing: Terminal, console: Console) -> str:
     with console.capture() as captured:
         console.print(drawing._drawn())

@@ -8,11 +8,12 @@ wall time). Another model, or a GPU, has other ratios: `unirank.estimate` correc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from unirank.progress import Stage
-from unirank.types import LinearSpec, LoadedModel
+from unirank.types import LoadedModel
 
 # Forward passes over the stage's tokens.
 _GRADIENTS = 5.2  # bench/README.md, "What two passes cost"
@@ -54,12 +55,18 @@ class Sizes:
         if loaded is None:
             return cls()
         config = loaded.model.config.get_text_config()
-        return cls.of_linears(loaded.linears, config.vocab_size * config.hidden_size)
+        shapes = tuple((spec.layer, spec.m, spec.n) for spec in loaded.linears)
+        return cls._of(shapes, loaded.layer_count, config.vocab_size * config.hidden_size)
 
     @classmethod
-    def of_linears(cls, linears: Sequence[LinearSpec], head: int) -> Sizes:
-        shapes = tuple((spec.layer, spec.m, spec.n) for spec in linears)
-        return cls(shapes, linears[-1].layer + 1, head, sum(spec.params for spec in linears) + head)
+    def of_shapes(cls, shapes: Iterable[tuple[int, int]], config: Any) -> Sizes:
+        """Of matrices whose layers play no part: `(M, N)` each, and the configuration of the model."""
+        text = config.get_text_config()
+        return cls._of(tuple((0, m, n) for m, n in shapes), 1, text.vocab_size * text.hidden_size)
+
+    @classmethod
+    def _of(cls, linears: tuple[tuple[int, int, int], ...], layers: int, head: int) -> Sizes:
+        return cls(linears, layers, head, sum(m * n for _, m, n in linears) + head)
 
     @property
     def targets(self) -> int:

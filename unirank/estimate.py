@@ -97,14 +97,17 @@ class Estimate:
     def expect(self, stages: Sequence[Stage]) -> None:
         """Announce stages, in the order in which they will run; see `unirank.progress.expect`."""
         known = {running.stage.name: running for running in self._stages}
+        place = len(self._stages) if self._current is None else self._stages.index(self._current) + 1
         for stage in stages:
             if stage.name in known:
                 running = known[stage.name]
                 running.stage, running.announced = stage, True
                 if running.last is not None:
                     running.share = max(running.resumed, stage.share(running.done, running.total))
+                place = max(place, self._stages.index(running) + 1)
             else:
-                self._stages.append(_Running(stage))
+                self._stages.insert(place, _Running(stage))
+                place += 1
         self._told = None
 
     def report(self, stage: str, done: int, total: int) -> None:

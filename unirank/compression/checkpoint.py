@@ -29,7 +29,7 @@ from unirank.models.loading import load_paged, load_pretrained
 from unirank.models.places import places_of
 from unirank.models.shards import save_model
 from unirank.models.structure import require_plain
-from unirank.progress import OnProgress, silent
+from unirank.progress import Progress
 from unirank.rank_plan import RankPlan
 from unirank.text.windows import BUILTIN_HELD_OUT
 from unirank.types import Companions, Paging
@@ -72,7 +72,7 @@ class CompressedModel:
         window: int | None = None,
         limit: int | None = None,
         split: str | None = None,
-        progress: OnProgress = silent,
+        progress: Progress = None,
     ) -> EvalReport:
         """Perplexity on `text`: `unirank.evaluate` of this model, with its arguments and errors."""
         asked: dict[str, Any] = {"window": window, "limit": limit, "split": split, "progress": progress}

@@ -21,6 +21,7 @@ from unirank.analysis.identity import weights_hash
 from unirank.analysis.redraw import check_model
 from unirank.analysis.store import AnalysisStore, open_store
 from unirank.compression.checkpoint import CompressedModel, open_compressed
+from unirank.costs import Sizes, distillation, healing
 from unirank.disk.files import locked
 from unirank.disk.strictjson import Damaged
 from unirank.disk.tensorfile import open_tensors, write_tensors
@@ -38,7 +39,7 @@ from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import layers_of
 from unirank.models.loading import describe, load
 from unirank.models.low_rank import align_weights, count_target
-from unirank.progress import OnProgress, Progress
+from unirank.progress import OnProgress, Progress, expect
 from unirank.provenance import device_name, versions
 from unirank.types import LoadedModel
 
@@ -118,6 +119,12 @@ def heal(
     drawn = draw(own, calibration, second_text, settings.held_out)
     recipe = _identity(own, dense, drawn, calibration, settings, store)
     check_work(work, _RECIPE)
+    sizes, stages = Sizes.of(dense), []
+    if settings.passes:
+        stages.append(healing(sizes, calibration.windows * calibration.window, settings.passes))
+    if settings.distill_steps:
+        stages.append(distillation(sizes, settings.distill_steps, settings.batch * calibration.window))
+    expect(told(progress), stages)
     with locked(work), lent(dense.model), lent(own.model):
         claim(work, _RECIPE, recipe, "healing")
         layers = []

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from unirank.compression.checkpoint import CompressedModel, open_compressed
+from unirank.costs import Sizes, training
 from unirank.disk.files import locked, write_json
 from unirank.disk.hashing import sha256_tensors
 from unirank.disk.tensorfile import read_tensors, write_tensors
@@ -36,7 +37,7 @@ from unirank.finetuning.work import check_work, claim
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
 from unirank.models.wrappers import require_in_memory, unwrapped
-from unirank.progress import Progress
+from unirank.progress import Progress, expect
 from unirank.provenance import device_name, versions
 from unirank.text.training_windows import Corpus, pack, read_corpus
 from unirank.text.windows import check_window
@@ -137,7 +138,10 @@ def finetune(
         peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
         trainable = train_only(peft, names)
         log: list[dict[str, float]] = []
-        for phase, (stage, chosen, steps) in enumerate(_phases(names, settings), start=1):
+        sizes, tokens = Sizes.of_shapes(compressed.plan.shapes.values(), model.config), settings.batch * settings.window
+        phases = _phases(names, settings)
+        expect(told(progress), [training(sizes, f"fine-tune, {stage}", steps, tokens) for stage, _, steps in phases])
+        for phase, (stage, chosen, steps) in enumerate(phases, start=1):
             train_only(peft, chosen)
             folder = work / f"{phase}-{stage}"
             if not (folder / _ADAPTER).is_file():
