@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from unirank.diagnosis.claim import Diagnosis, diagnose
     from unirank.diagnosis.correlation import spearman
     from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, UnirankWarning, WriteError
+    from unirank.evaluation.measured_curve import Curve, CurvePoint
     from unirank.evaluation.perplexity import EvalReport, evaluate, generate
     from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
     from unirank.finetuning.healing import heal
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from unirank.rank_plan import RankPlan
     from unirank.recipes import Preset, presets, recipe
     from unirank.report.write import write_report
+    from unirank.tradeoff.sweep import curve
+    from unirank.tradeoff.target import Target
     from unirank.types import Factors, LinearSpec, LoadedModel, effective_rank
 
     __version__: str
@@ -66,6 +69,7 @@ _HOME = {
     "diagnosis.claim": ("Diagnosis", "diagnose"),
     "diagnosis.correlation": ("spearman",),
     "errors": ("InputError", "NonFiniteError", "StoreError", "UnirankError", "UnirankWarning", "WriteError"),
+    "evaluation.measured_curve": ("Curve", "CurvePoint"),
     "evaluation.perplexity": ("EvalReport", "evaluate", "generate"),
     "evaluation.tasks": ("TaskReport", "Tasks", "run_tasks"),
     "finetuning.healing": ("heal",),
@@ -82,6 +86,8 @@ _HOME = {
     "rank_plan": ("RankPlan",),
     "recipes": ("Preset", "presets", "recipe"),
     "report.write": ("write_report",),
+    "tradeoff.sweep": ("curve",),
+    "tradeoff.target": ("Target",),
     "types": ("Factors", "LinearSpec", "LoadedModel", "effective_rank"),
 }
 _HOME_OF = {name: home for home, names in _HOME.items() for name in names}
@@ -90,6 +96,8 @@ __all__ = [
     "AnalysisStore",
     "Calibration",
     "CompressedModel",
+    "Curve",
+    "CurvePoint",
     "Diagnosis",
     "EvalReport",
     "Factors",
@@ -107,6 +115,7 @@ __all__ = [
     "Refine",
     "ScoreSettings",
     "StoreError",
+    "Target",
     "TaskReport",
     "Tasks",
     "TruncateReport",
@@ -119,6 +128,7 @@ __all__ = [
     "analyze",
     "apply",
     "compress",
+    "curve",
     "densify",
     "describe",
     "diagnose",

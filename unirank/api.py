@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from unirank.finetuning.settings import Heal
     from unirank.planning.allocator.base import Workbench
     from unirank.planning.score import ScoreSettings
+    from unirank.tradeoff.target import Target
 
 
 @shows_progress
@@ -39,6 +40,7 @@ def compress(
     remove: float | None = None,
     *,
     ranks: RankPlan | Mapping[str, Rank] | str | Path | None = None,
+    target: Target | None = None,
     preset: str | None = None,
     scheme: str | None = None,
     allocator: str | None = None,
@@ -66,6 +68,8 @@ def compress(
         model: a path or hub name; or a model in memory, which is changed in place unless `copy` is set.
         remove: the fraction of the decoder linears' weight parameters to remove, in [0, 1).
         ranks: instead of `remove`: a plan, a JSON file of one, or names and ranks (see `unirank.import_plan`).
+        target: instead of `remove`: what the result must reach, see `unirank.Target`. A perplexity that was measured on
+            the way is in the result's `evaluations`.
         preset: a name from `unirank.presets()`, instead of the next six.
         scheme: a name from `unirank.schemes()`; None is that of a finished `store`, else "whiten".
         allocator: a name from `unirank.allocators()`; None is "unirank".
@@ -94,6 +98,9 @@ def compress(
 
     Raises InputError, StoreError, NonFiniteError or WriteError as the stages do.
     """
+    from unirank.tradeoff.choosing import TargetChooser
+
+    chooser = None if target is None else TargetChooser(target)
     job = Job(
         remove=remove,
         ranks=ranks,
@@ -105,6 +112,7 @@ def compress(
         calibration=calibration,
         scheme_is_free=preset is None and scheme is None,
         form=form,
+        choose=chooser,
         progress=told(progress),
     )
     compressed = job.run(
@@ -119,7 +127,7 @@ def compress(
         trust_remote_code=trust_remote_code,
     )
     assert compressed is not None  # only `first_alone` gives none
-    return compressed
+    return compressed if chooser is None or chooser.reached is None else chooser.reached.told(compressed)
 
 
 @shows_progress

@@ -52,6 +52,9 @@ class Chooser(Protocol):
         """What needs the whole model in memory, in words; empty where nothing does."""
         ...
 
+    def check(self, job: Job, loaded: LoadedModel) -> None:
+        """Raise InputError for what can be known to be wrong before the analysis."""
+
     def __call__(self, job: Job, loaded: LoadedModel, store: AnalysisStore) -> float:
         """The fraction to remove; `loaded` is dense, and is dense again afterwards."""
         ...
@@ -166,8 +169,10 @@ class Job:
         loaded.require_dense()
         if self.tokens_for:
             loaded.require_whole(self.tokens_for.capitalize())
-        if self.choose is not None and self.choose.whole_model_for:
-            loaded.require_whole(self.choose.whole_model_for.capitalize())
+        if self.choose is not None:
+            if self.choose.whole_model_for:
+                loaded.require_whole(self.choose.whole_model_for.capitalize())
+            self.choose.check(self, loaded)
         if self.ranks is None:
             self._check_budget(loaded.linears)
         if self.ranks is not None:
@@ -222,13 +227,13 @@ class Job:
         return dataclasses.replace(self.recipe, scheme=store.identity.scheme) if free else self.recipe
 
     @property
-    def _text(self) -> str | None:
+    def text(self) -> str | None:
         """The calibration text, where the user named one."""
         return None if self.calibration is None else calibration_of(self.calibration).text
 
     def workbench(self, loaded: LoadedModel, store: AnalysisStore) -> Workbench | None:
         """For what runs the model after the analysis; None where nothing does."""
-        return workbench_for(loaded, store, self._text, self.progress) if self.tokens_for else None
+        return workbench_for(loaded, store, self.text, self.progress) if self.tokens_for else None
 
     def planned(self, store: AnalysisStore, workbench: Workbench | None) -> RankPlan:
         """The ranks."""
@@ -262,7 +267,7 @@ class Job:
         from unirank.analysis.redraw import calibration_to_redraw
         from unirank.finetuning.healing import heal
 
-        tokens = calibration_to_redraw(store, self._text)
+        tokens = calibration_to_redraw(store, self.text)
         return heal(compressed, tokens, heals, work=work, against=loaded, progress=self.progress)
 
 

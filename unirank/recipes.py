@@ -127,6 +127,14 @@ def preset(name: str) -> Preset:
     return _PRESETS[name]()
 
 
+def name_of(found: Preset) -> str:
+    """The name of the preset that `found` is, whatever form it is stored in; else its scheme and allocator."""
+    for name in _PRESETS:
+        if replace(found, form=_PRESETS[name]().form) == _PRESETS[name]():
+            return name
+    return f"{found.scheme}+{found.allocator}"
+
+
 def recipe(
     name: str | None = None,
     *,

@@ -11,6 +11,7 @@ from unirank.errors import InputError
 
 if TYPE_CHECKING:
     from unirank.analysis.calibration import Calibration
+    from unirank.tradeoff.target import Target
     from unirank.types import Form
 
 # What shapes a plan, so that it has no meaning beside one that is read from a file.
@@ -107,10 +108,43 @@ def read_options(given: list[str] | None) -> dict[str, float] | None:
     return options or None
 
 
-def check_source(ctx: typer.Context, remove: float | None, file: Path | None) -> None:
-    """Exactly one of --remove and --ranks; and beside a file nothing that it makes meaningless."""
-    if (remove is None) == (file is None):
-        raise typer.BadParameter("exactly one of them must be given.", ctx=ctx, param_hint="--remove or --ranks")
+def read_target(
+    max_perplexity_increase: str | None,
+    params: str | None,
+    size: str | None,
+    bits: int | None,
+    text: str | None,
+    limit: int | None,
+    evaluations: int | None,
+) -> Target | None:
+    """What is to be reached; None where nothing was said about it."""
+    from unirank.cli.amounts import read_bytes, read_count, read_share
+
+    given: dict[str, Any] = {"bits": bits, "text": text, "limit": limit, "evaluations": evaluations}
+    if max_perplexity_increase is not None:
+        given["max_perplexity_increase"] = read_share("--max-perplexity-increase", max_perplexity_increase)
+    if params is not None:
+        given["params"] = read_count("--params", params)
+    if size is not None:
+        given["size"] = read_bytes("--size", size)
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    from unirank.tradeoff.target import Target
+
+    return Target(**given)
+
+
+def check_source(ctx: typer.Context, remove: float | None, file: Path | None, *targets: str | None) -> None:
+    """Exactly one of --remove, --ranks and, where a command has them, the targets; and beside a file nothing that it
+    makes meaningless.
+
+    Args:
+        targets: values of --max-perplexity-increase, --params, --size.
+    """
+    if sum(given is not None for given in (remove, file, *targets)) != 1:
+        hint = "--remove, --max-perplexity-increase, --params, --size or --ranks" if targets else "--remove or --ranks"
+        raise typer.BadParameter("exactly one of them must be given.", ctx=ctx, param_hint=hint)
     if file is not None:
         _check_alone(ctx, "--ranks: the file has the ranks", PLANNING)
 

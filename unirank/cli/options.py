@@ -48,6 +48,36 @@ RanksFile = Annotated[
         "Instead of --remove: ranks from this JSON file, a plan (also of another store) or names and ranks.", "--ranks"
     ),
 ]
+MaxPerplexityIncrease = Annotated[
+    str | None,
+    option(
+        "Instead of --remove: the most that can be removed with so much more perplexity than the dense model's on "
+        "--text, such as 10%. Found by measuring."
+    ),
+]
+Params = Annotated[
+    str | None, option("Instead of --remove: at most so many parameters in the whole model, such as 100M.")
+]
+Size = Annotated[
+    str | None,
+    option("Instead of --remove: at most so many bytes of weights on disk, in the model's dtype, such as 200MB."),
+]
+Bits = Annotated[
+    int | None, option("With --size: as many as after `unirank quantize OUT --bits` 8 or 4, which comes afterwards.")
+]
+TargetText = Annotated[
+    str | None,
+    option(
+        f"With --max-perplexity-increase: perplexity on this text: {TEXT_HELP}. Default: the part of the calibration "
+        "text that did not calibrate."
+    ),
+]
+TextLimit = Annotated[
+    int | None, option("With --max-perplexity-increase: the first so many windows of the text. Default: all.")
+]
+Evaluations = Annotated[
+    int | None, option("With --max-perplexity-increase: the most fractions that are measured. Default: 6.")
+]
 Preset = Annotated[
     str | None,
     option(

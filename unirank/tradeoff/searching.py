@@ -81,3 +81,30 @@ def _next(low: int, high: int, values: dict[int, float], limit: float) -> int:
 
 def _fraction(steps: int, step: float) -> float:
     return round(steps * step, 6)
+
+
+def least_within(amount: Callable[[float], int], limit: int, *, most: float, step: float) -> float | None:
+    """The least multiple of `step` at which a falling amount is at most `limit`; None where it is not even at `most`.
+
+    By interpolation, a handful of calls: `amount` falls nearly in a straight line, and is computed, not measured.
+    """
+    low, high = 0, math.floor(round(most / step, 6))
+    above, below = amount(0.0), amount(_fraction(high, step))
+    if above <= limit:
+        return 0.0
+    if below > limit:
+        return None
+    while high - low > 1:
+        # Where the line through both ends meets the limit; the amount is nearly such a line.
+        share = (above - limit) / (above - below) if above > below else 0.5
+        at = min(max(low + math.ceil(share * (high - low)), low + 1), high - 1)
+        value = amount(_fraction(at, step))
+        if value > limit:
+            low, above = at, value
+            continue
+        high, below = at, value
+        before = amount(_fraction(at - 1, step)) if at - 1 > low else above
+        if before > limit:
+            break
+        high, below = max(at - 1, low + 1), before
+    return _fraction(high, step)

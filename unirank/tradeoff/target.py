@@ -19,8 +19,8 @@ class Target:
         params: the most parameters of the whole model, tied ones once.
         size: the most bytes of the whole model's weights on disk, in the dtype of the model, or with `bits`.
         bits: with `size`: the result will be quantised to so many bits afterwards (`unirank.quantize`), 8 or 4.
-        text: with `max_perplexity_increase`: what the perplexity is of, see `unirank.evaluate`. None is the held-out part
-            of the calibration text: of the builtin one "builtin-held-out", of any other what lies between its
+        text: with `max_perplexity_increase`: what the perplexity is of, see `unirank.evaluate`. None is the held-out
+            part of the calibration text: of the builtin one "builtin-held-out", of any other what lies between its
             calibration windows.
         window: tokens a window of it; None is that of `unirank.evaluate`.
         limit: the first so many windows of it; None is all.
