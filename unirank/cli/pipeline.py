@@ -215,8 +215,10 @@ def compress_command(
     trust_remote_code: options.TrustRemoteCode = False,
     report: Annotated[
         bool,
-        options.option("Also write the page of `unirank report`, OUT with .html appended.", "--report", group="Output"),
-    ] = False,
+        options.option(
+            "Write the page of `unirank report` too, OUT with .html appended.", "--report/--no-report", group="Output"
+        ),
+    ] = True,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -228,7 +230,8 @@ def compress_command(
     from unirank.finetuning.settings import Heal
     from unirank.job import Job
     from unirank.recipes import recipe as recipe_of
-    from unirank.report.write import check_page, write_report
+    from unirank.report.keeping import write_usual_page
+    from unirank.report.write import check_page, usual_page
 
     with run_session(as_json, parallel=True) as session:
         check_source(ctx, remove, ranks)
@@ -262,7 +265,7 @@ def compress_command(
         job.check(stream=stream, dry_run=dry_run)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         if report:
-            check_page(beside(out, ".html"), overwrite=overwrite)
+            check_page(usual_page(out), overwrite=overwrite, ours=True)
         if dry_run:
             asked: dict[str, Any] = {"scheme": recipe.scheme, "calibration": job.calibration, "remove": remove or 0.0}
             _show_needs(session, needs_of(model, place, progress=session.progress, **asked, **loading))
@@ -280,12 +283,9 @@ def compress_command(
         record |= {"budget": compressed.plan.budget, "used": compressed.plan.used}
         lines = views.compress_view(compressed, out, place)
         if report:
-            from unirank.analysis.store import open_store
-
-            page = beside(out, ".html")
-            write_report(out, page, store=open_store(place), overwrite=overwrite)
-            record["page"] = str(page)
-            lines.append(f"Report: {page}")
+            written = write_usual_page(out, place)
+            record |= {"page": written.as_dict()["page"], "notes": list(written.notes)}
+            lines += written.lines(str(out))
         session.show(record, *lines)
 
 
