@@ -95,6 +95,19 @@ def keep_evaluation(
     return replace(refreshed, recorded=True, notes=(*notes, *refreshed.notes))
 
 
+def write_usual_page(checkpoint: Path, store: Path) -> Kept:
+    """Write OUT.html about the checkpoint that was just made from `store`, with a curve that lies beside it.
+
+    A page that unirank wrote before is replaced. What goes wrong is a note: the checkpoint is there.
+    """
+    place = usual_page(checkpoint)
+    try:
+        write_report(checkpoint, place, store=open_store(store), curve=usual_curve(checkpoint), overwrite=True)
+    except (InputError, StoreError, WriteError) as error:
+        return Kept(notes=(f"The page {place} was not written: {error}",))
+    return Kept(page=place)
+
+
 def refresh_page(checkpoint: Path, *, trust_remote_code: bool = False) -> Kept:
     """Write OUT.html again from the same files, unless something on it would be lost; notes say why not."""
     place = usual_page(checkpoint)
