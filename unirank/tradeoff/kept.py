@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from unirank.evaluation.measured_curve import CurvePoint
 CURVE_FILE = "curve.json"
 _FOLDER = "points"
 _FORMAT = 1
+_OURS = rf"{_FOLDER}|{re.escape(CURVE_FILE)}|analysis-\w+|held-out\.txt"  # what is there, whichever comes first
 
 
 class Kept:
@@ -32,7 +35,9 @@ class Kept:
 
     def check(self) -> None:
         """Raise InputError where `place` is a directory of something else, or cannot be one."""
-        check_output(self.place, marker=_FOLDER, overwrite=True)
+        names = sorted(os.listdir(self.place)) if self.place.is_dir() else []
+        marker = next((name for name in names if re.fullmatch(_OURS, name)), _FOLDER)
+        check_output(self.place, marker=marker, overwrite=True)
 
     def find(self, conditions: Mapping[str, Any]) -> CurvePoint | None:
         """The point that was measured under `conditions`. Raises InputError where its file is damaged."""

@@ -22,7 +22,7 @@ from unirank.evaluation.measured_curve import DENSE_PRESET, CurvePoint
 from unirank.evaluation.perplexity import EvalWindows, prepare
 from unirank.evaluation.speed import tokens_per_second
 from unirank.job import Job, apply, require, workbench_for
-from unirank.planning.ranks import fitting_multiple, plan_ranks
+from unirank.planning.ranks import fitting_multiple
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, meta, versions
 from unirank.rank_plan import RankPlan, budget_of
@@ -212,19 +212,9 @@ class Points:
         multiple_of: int | None = None,
     ) -> RankPlan:
         """The ranks of a point, for what can be told without running it (`sizes`). Arguments and errors as in `at`."""
-        recipe = self._job(preset, remove, form, min_rank, multiple_of).recipe
-        store = self.store(recipe)
-        return plan_ranks(
-            store,
-            remove,
-            allocator=recipe.allocator,
-            settings=recipe.settings,
-            min_rank=min_rank,
-            multiple_of=self._multiple(recipe, remove, min_rank, multiple_of),
-            options=recipe.options,
-            workbench=self._bench(store) if recipe.measures else None,
-            form=recipe.form,
-        )
+        job = self._job(preset, remove, form, min_rank, multiple_of)
+        store = self.store(job.recipe)
+        return job.planned(store, self._bench(store) if job.recipe.measures else None)
 
     @property
     def rebuilt(self) -> int:
