@@ -213,6 +213,13 @@ def report_command(
     grid: Annotated[
         Path | None, options.option("JSON of `unirank demo` or bench_quality.py, for perplexities.")
     ] = None,
+    curve: Annotated[
+        Path | None,
+        options.option(
+            "A curve.json of the same dense model, to show this checkpoint on. Default: COMPRESSED-curve/curve.json, "
+            "if there."
+        ),
+    ] = None,
     plots: Annotated[
         Path | None,
         options.option(
@@ -224,11 +231,10 @@ def report_command(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """One self-contained HTML page about a compressed checkpoint: ranks, cosines, spectra, and how to make it again."""
-    from unirank.analysis.store import MANIFEST, open_store
-    from unirank.disk.files import beside
+    """One self-contained HTML page about a compressed checkpoint: what it cost, warnings, ranks, and how to make it."""
+    from unirank.analysis.store import open_store
     from unirank.report.plots import check_plots, save_plots
-    from unirank.report.write import PROMPTS, write_report
+    from unirank.report.write import PROMPTS, usual_curve, usual_page, usual_store, write_report
 
     with run_session(as_json, models=against is not None) as session:
         if prompts and against is None:
@@ -236,15 +242,15 @@ def report_command(
         if plots is not None:
             check_plots(plots, overwrite=overwrite)
         checkpoint = Path(model)
-        default = beside(checkpoint, "-analysis")
-        where = store or (default if (default / MANIFEST).is_file() else None)
-        page = out or beside(checkpoint, ".html")
+        where = store or usual_store(checkpoint)
+        page = out or usual_page(checkpoint)
         analysis = open_store(where) if where is not None else None
         data = write_report(
             checkpoint,
             page,
             store=analysis,
             grid=grid,
+            curve=curve or usual_curve(checkpoint),
             against=against,
             prompts=prompts or PROMPTS,
             device=device,
