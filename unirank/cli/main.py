@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from unirank.cli.compressed import densify_command, finetune_command, quantize_command, report_command
 from unirank.cli.healing import heal_command
+from unirank.cli.how_far import curve_command
 from unirank.cli.looking import diagnose_command, evaluate_command, info_command
 from unirank.cli.pipeline import analyze_command, compress_command, demo_command, plan_command
 from unirank.cli.terminal import exit_codes
@@ -71,6 +72,7 @@ for _name, _command in {
     "analyze": analyze_command,
     "plan": plan_command,
     "compress": compress_command,
+    "curve": curve_command,
     "eval": evaluate_command,
     "report": report_command,
     "heal": heal_command,

@@ -113,6 +113,8 @@ _FLAGS = {
     "Calibration.revision": "--text-revision",
     "calibration=": "--calib",
     "text=": "--calib",
+    "texts=": "--text",
+    "presets=": "--preset",
     "options=": "--set",
     "refine=": "--refine",
     "workbench=": "--against",
