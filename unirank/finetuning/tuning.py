@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from unirank import costs
 from unirank.compression.checkpoint import CompressedModel, open_compressed
-from unirank.costs import Sizes, training
 from unirank.disk.files import locked, write_json
 from unirank.disk.hashing import sha256_tensors
 from unirank.disk.tensorfile import read_tensors, write_tensors
@@ -138,9 +138,11 @@ def finetune(
         peft = attach(model, names, rank=settings.rank, alpha=settings.alpha or 2 * settings.rank)
         trainable = train_only(peft, names)
         log: list[dict[str, float]] = []
-        sizes, tokens = Sizes.of_shapes(compressed.plan.shapes.values(), model.config), settings.batch * settings.window
         phases = _phases(names, settings)
-        expect(told(progress), [training(sizes, f"fine-tune, {stage}", steps, tokens) for stage, _, steps in phases])
+        sizes = costs.Sizes.of_shapes(compressed.plan.shapes.values(), model.config)
+        each = settings.batch * settings.window
+        stages = [costs.training(sizes, f"fine-tune, {stage}", steps, each) for stage, _, steps in phases]
+        expect(told(progress), stages)
         for phase, (stage, chosen, steps) in enumerate(phases, start=1):
             train_only(peft, chosen)
             folder = work / f"{phase}-{stage}"
