@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from unirank.diagnosis.correlation import spearman
     from unirank.errors import InputError, NonFiniteError, StoreError, UnirankError, UnirankWarning, WriteError
     from unirank.evaluation.measured_curve import Curve, CurvePoint
-    from unirank.evaluation.measured_curve import Curve, CurvePoint
     from unirank.evaluation.perplexity import EvalReport, evaluate, generate
     from unirank.evaluation.tasks import TaskReport, Tasks, run_tasks
     from unirank.finetuning.healing import heal
@@ -70,7 +69,6 @@ _HOME = {
     "diagnosis.claim": ("Diagnosis", "diagnose"),
     "diagnosis.correlation": ("spearman",),
     "errors": ("InputError", "NonFiniteError", "StoreError", "UnirankError", "UnirankWarning", "WriteError"),
-    "evaluation.measured_curve": ("Curve", "CurvePoint"),
     "evaluation.measured_curve": ("Curve", "CurvePoint"),
     "evaluation.perplexity": ("EvalReport", "evaluate", "generate"),
     "evaluation.tasks": ("TaskReport", "Tasks", "run_tasks"),
