@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unirank.analysis.identity import Identity
+from unirank.analysis.manifest import MANIFEST
 from unirank.compression import shown
 from unirank.compression.card import EVALUATIONS_FILE, PLAN_FILE, PROVENANCE_FILE, is_card, render_card
 from unirank.compression.evaluations import evaluation_of, read_evaluations, with_newest
@@ -18,7 +19,7 @@ from unirank.compression.quantize_report import QuantizeReport
 from unirank.compression.resaved import read_resaved
 from unirank.compression.trainings import check_training
 from unirank.compression.truncation import TruncateReport
-from unirank.disk.files import check_output, staged_directory, write_json, write_text
+from unirank.disk.files import beside, check_output, staged_directory, write_json, write_text
 from unirank.disk.hashing import sha256_files
 from unirank.disk.strictjson import Damaged, entry, read_object
 from unirank.errors import InputError
@@ -32,7 +33,11 @@ from unirank.models.structure import require_plain
 from unirank.progress import Progress
 from unirank.rank_plan import RankPlan
 from unirank.text.windows import BUILTIN_HELD_OUT
-from unirank.types import Companions, Paging
+from unirank.types import Companions, LoadedModel, Paging
+
+if TYPE_CHECKING:
+    from unirank.analysis.store import AnalysisStore
+    from unirank.evaluation.measured_curve import Curve
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,30 @@ class CompressedModel:
         """Perplexity on `text`: `unirank.evaluate` of this model, with its arguments and errors."""
         asked: dict[str, Any] = {"window": window, "limit": limit, "split": split, "progress": progress}
         return evaluate(self.model, self.tokenizer, text=str(text), **asked)
+
+    def curve(
+        self,
+        texts: str | Path | Sequence[str | Path] = (BUILTIN_HELD_OUT,),
+        *,
+        against: str | Path | PreTrainedModel | LoadedModel | None = None,
+        store: AnalysisStore | str | Path | None = None,
+        presets: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> Curve:
+        """How the loss grows with what is removed: `unirank.curve` of the dense model, from the same analysis.
+
+        Args:
+            texts: of the perplexities.
+            against: the dense model, as a path, a name or in memory; None is the one that this was made from.
+            store: its analysis; None is the one that this was made from, or of a checkpoint OUT, OUT-analysis.
+            presets: None is the one of this model's scheme and allocator.
+            options: the others of `unirank.curve`, such as `remove`, `limit` and `place`.
+
+        Raises InputError where model or store is not known, or the store is another one; and like `unirank.curve`.
+        """
+        from unirank.tradeoff.of_compressed import curve_of
+
+        return curve_of(self, texts, against, store, presets, **options)
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the checkpoint; `AutoModelForCausalLM.from_pretrained(out)` reads it after `import unirank`.
@@ -284,4 +313,11 @@ def open_compressed(
         record.quantized,
         pages,
         read_companions(Path(path), tokenizer, trust_remote_code=trust_remote_code),
+        store=_analysis_of(Path(path)),
     )
+
+
+def _analysis_of(path: Path) -> Path | None:
+    """The store that `unirank compress` leaves beside a checkpoint, where it is there still."""
+    place = beside(path, "-analysis")
+    return place if (place / MANIFEST).is_file() else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from unirank import looks
 from unirank.disk.strictjson import Damaged, build, entry, number, parse_object
 from unirank.errors import InputError
 from unirank.evaluation.perplexity import EvalReport
@@ -49,6 +50,17 @@ class CurvePoint:
     evaluations: tuple[EvalReport, ...]
     tokens_per_second: Mapping[str, float] | None
     seconds: float
+
+    def __repr__(self) -> str:
+        measured = ", ".join(f"{report.perplexity:.2f} on {report.text}" for report in self.evaluations)
+        rates = ", ".join(f"{phase} {rate:,.1f}" for phase, rate in (self.tokens_per_second or {}).items())
+        return looks.lines(
+            f"CurvePoint: {self.preset}, {self.remove:.2%} removed; perplexity {measured}",
+            f"{self.parameters:,} parameters, {self.removed_of_model:.2%} less; {self.flops / 1e6:,.1f} MFLOPs a token",
+            ", ".join(f"{looks.megabytes(size)} {kind}" for kind, size in self.bytes.items()),
+            f"tokens a second: {rates}" if rates else "",
+            f"{self.seconds:.1f} s",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         rate = self.tokens_per_second
@@ -99,6 +111,27 @@ class Curve:
     dense: CurvePoint
     points: tuple[CurvePoint, ...]
     meta: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        first = f"{self.dense.evaluations[0].perplexity:.2f}"
+        rows = []
+        for preset in self.presets[:4]:
+            points = self.of(preset)[1:]
+            shown = points if len(points) <= 6 else points[:: -(-len(points) // 6)]
+            said = ", ".join(f"{100 * p.remove:.3g} % {p.evaluations[0].perplexity:.2f}" for p in shown)
+            rows.append(f"{preset}: {said}" + (f" (of {len(points)})" if len(shown) < len(points) else ""))
+        return looks.lines(
+            f"Curve: {len(self.points)} points of {', '.join(self.presets)}; {self.model}",
+            f"perplexity on {self.texts[0]}; dense {first}",
+            *rows,
+            "next: .points, .of(preset), .to_json()",
+        )
+
+    def _repr_html_(self) -> str:
+        from unirank.tradeoff.picture import picture
+        from unirank.tradeoff.showing import head_of, rows_of
+
+        return picture(self) + looks.table(head_of(self), rows_of(self), self.model)
 
     @property
     def presets(self) -> tuple[str, ...]:
