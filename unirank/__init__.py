@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from unirank.rank_plan import RankPlan
     from unirank.recipes import Preset, presets, recipe
     from unirank.report.write import write_report
+    from unirank.tradeoff.automatic import AutoResult, auto
     from unirank.tradeoff.sweep import curve
     from unirank.tradeoff.target import Target
     from unirank.types import Factors, LinearSpec, LoadedModel, effective_rank
@@ -87,6 +88,7 @@ _HOME = {
     "recipes": ("Preset", "presets", "recipe"),
     "report.write": ("write_report",),
     "tradeoff.sweep": ("curve",),
+    "tradeoff.automatic": ("AutoResult", "auto"),
     "tradeoff.target": ("Target",),
     "types": ("Factors", "LinearSpec", "LoadedModel", "effective_rank"),
 }
@@ -94,6 +96,7 @@ _HOME_OF = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "AnalysisStore",
+    "AutoResult",
     "Calibration",
     "CompressedModel",
     "Curve",
@@ -127,6 +130,7 @@ __all__ = [
     "allocators",
     "analyze",
     "apply",
+    "auto",
     "compress",
     "curve",
     "densify",

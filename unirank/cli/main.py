@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from unirank.cli.automatic import auto_command
 from unirank.cli.compressed import densify_command, finetune_command, quantize_command, report_command
 from unirank.cli.healing import heal_command
 from unirank.cli.how_far import curve_command
@@ -72,6 +73,7 @@ for _name, _command in {
     "analyze": analyze_command,
     "plan": plan_command,
     "compress": compress_command,
+    "auto": auto_command,
     "curve": curve_command,
     "eval": evaluate_command,
     "report": report_command,

@@ -19,7 +19,9 @@ from unirank.cli.arguments import (
     read_options,
     read_refine,
     read_settings,
+    read_target,
 )
+from unirank.cli.reaching import reached_line
 from unirank.cli.terminal import Session, in_flags, run_session
 
 if TYPE_CHECKING:
@@ -170,6 +172,13 @@ def compress_command(
     model: options.Model,
     out: Annotated[Path, options.out("Directory of the compressed checkpoint.")],
     remove: options.Remove = None,
+    max_perplexity_increase: options.MaxPerplexityIncrease = None,
+    params: options.Params = None,
+    size: options.Size = None,
+    bits: options.Bits = None,
+    text: options.TargetText = None,
+    text_limit: options.TextLimit = None,
+    evaluations: options.Evaluations = None,
     ranks: options.RanksFile = None,
     preset: options.Preset = None,
     calib: options.Calib = None,
@@ -232,9 +241,12 @@ def compress_command(
     from unirank.recipes import recipe as recipe_of
     from unirank.report.keeping import write_usual_page
     from unirank.report.write import check_page, usual_page
+    from unirank.tradeoff.choosing import TargetChooser
+    from unirank.tradeoff.picture import write_curve
 
     with run_session(as_json, parallel=True) as session:
-        check_source(ctx, remove, ranks)
+        check_source(ctx, remove, ranks, max_perplexity_increase, params, size)
+        target = read_target(max_perplexity_increase, params, size, bits, text, text_limit, evaluations)
         second = read_refine(refine, refine_damping, refine_metric, refine_metric_damping, refine_centred, refine_dense)
         check_preset(ctx, preset, PLANNING)
         recipe: Preset = recipe_of(
@@ -246,6 +258,7 @@ def compress_command(
             refine=second,
             heal=Heal() if heal else None,
         )
+        chooser = None if target is None else TargetChooser(target, beside(out, "-curve"))
         job = Job(
             remove=remove,
             ranks=ranks,
@@ -257,6 +270,7 @@ def compress_command(
             ),
             scheme_is_free=preset is None and scheme is None,
             form=read_form(form),
+            choose=chooser,
             progress=session.progress,
         )
         loading = {"dtype": dtype, "device": device, "revision": model_revision}
@@ -276,12 +290,20 @@ def compress_command(
         compressed = job.run(model, place, overwrite=replace, first_alone=True, work=work, **loading)
         if compressed is None:
             return
+        reached = None if chooser is None else chooser.reached
+        if reached is not None:
+            compressed = reached.told(compressed)
+            if reached.curve is not None:
+                write_curve(reached.curve, beside(out, "-curve"))
         compressed.save(out, overwrite=overwrite)
         if recipe.heal is not None:
             shutil.rmtree(work)
         record: dict[str, Any] = {"out": str(out), "store": str(place), "report": compressed.report.as_dict()}
         record |= {"budget": compressed.plan.budget, "used": compressed.plan.used}
         lines = views.compress_view(compressed, out, place)
+        if reached is not None:
+            record["target"] = reached.as_dict()
+            lines = [reached_line(reached), *lines]
         if report:
             written = write_usual_page(out, place)
             record |= {"page": written.as_dict()["page"], "notes": list(written.notes)}

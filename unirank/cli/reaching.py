@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 if TYPE_CHECKING:
+    from unirank.tradeoff.automatic import AutoResult
     from unirank.tradeoff.choosing import Reached
 
 
@@ -29,3 +32,25 @@ def reached_line(reached: Reached) -> str:
         f"{dense.perplexity:.2f} ({100 * allowed:g} % allowed, {100 * (allowed - reached.increase):.2f} points "
         f"left).{beyond} {len(search.tried)} evaluations of at most {target.evaluations}, and the dense model's."
     )
+
+
+def tried_table(result: AutoResult) -> Table:
+    """One row a preset: how far it came, or why it was not tried."""
+    table = Table(title="presets that were tried", title_justify="left")
+    for index, column in enumerate(
+        ("preset", "removed", "perplexity", "x dense", "parameters", "measured", "minutes", "")
+    ):
+        table.add_column(column, justify="left" if index in (0, 7) else "right")
+    for one in result.tried:
+        cells = [""] * 4
+        if one.point is not None and one.increase is not None:
+            perplexity = one.point.evaluations[0].perplexity
+            cells = [
+                f"{one.point.remove:.2%}",
+                f"{perplexity:.2f}",
+                f"{1 + one.increase:.3f}",
+                f"{one.point.parameters:,}",
+            ]
+        told = "chosen" if one.preset == result.preset else one.why
+        table.add_row(one.preset, *cells, str(one.evaluations), f"{one.seconds / 60:.1f}", told)
+    return table

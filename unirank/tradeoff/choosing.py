@@ -10,14 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unirank.analysis.calibration import calibration_of
+from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.held_out_text import held_out_text
 from unirank.analysis.redraw import calibration_to_redraw
 from unirank.analysis.store import AnalysisStore
 from unirank.compression.evaluations import evaluation_of
 from unirank.disk.files import make_directory, write_text
 from unirank.errors import InputError
-from unirank.evaluation.measured_curve import CurvePoint
+from unirank.evaluation.measured_curve import Curve, CurvePoint
 from unirank.evaluation.perplexity import prepare
 from unirank.job import Job
 from unirank.recipes import name_of
@@ -46,6 +46,7 @@ class Reached:
         text: what the perplexity is of; a path where the user can evaluate it again. None for other targets.
         dense: measured of the dense model, where perplexity was the target; `point` at `remove`.
         search: every fraction that was measured.
+        curve: the same as points.
         amount: parameters or bytes at `remove`, where they were the target; `dense_amount` of the dense model.
     """
 
@@ -55,6 +56,7 @@ class Reached:
     dense: CurvePoint | None = None
     point: CurvePoint | None = None
     search: Found | None = None
+    curve: Curve | None = None
     amount: int | None = None
     dense_amount: int | None = None
 
@@ -103,6 +105,9 @@ class TargetChooser:
     def check(self, job: Job, loaded: LoadedModel) -> None:
         """Read the text. Raises InputError like `unirank.evaluation.perplexity.prepare` and `held_out_text`."""
         if self.target.max_perplexity_increase is None:
+            for name in ("text", "window", "limit"):
+                if getattr(self.target, name) is not None:
+                    raise InputError(f"{name}= is of the perplexity, so it needs max_perplexity_increase=.")
             return
         if (target := self.target).text is not None:
             prepare(loaded.model, loaded.tokenizer, text=str(target.text), window=target.window, limit=target.limit)
@@ -167,7 +172,8 @@ def by_perplexity(target: Target, job: Job, loaded: LoadedModel, store: Analysis
     limit = target.max_perplexity_increase
     assert limit is not None
     with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
-        text = target.text or _held_out(job, loaded, store, place or Path(scratch))
+        drawn = calibration_to_redraw(store, job.text)
+        text = target.text or held_out_name(loaded, drawn, place or Path(scratch))
         points = Points(
             loaded,
             lambda _: store,
@@ -200,7 +206,9 @@ def by_perplexity(target: Target, job: Job, loaded: LoadedModel, store: Analysis
             f"max_perplexity_increase = {limit:g} is not met at any fraction that was tried; the least, {least:g}, "
             f"gives {value:+.1%} on {text}. Allow more, take a better preset, or give evaluations= a larger number."
         )
-    return Reached(target, search.remove, text, dense, found[search.remove], search)
+    measured = sorted((point for point in found.values() if point.remove), key=lambda point: point.remove)
+    curve = Curve(loaded.source, dense, tuple(measured), points.meta)
+    return Reached(target, search.remove, text, dense, found[search.remove], search, curve)
 
 
 def headers(loaded: LoadedModel, ranks: Mapping[str, Rank], *, whole: bool) -> int:
@@ -231,12 +239,11 @@ def reachable(job: Job, loaded: LoadedModel) -> float:
     raise AssertionError("the last fraction returns or raises")
 
 
-def _held_out(job: Job, loaded: LoadedModel, store: AnalysisStore, place: Path) -> str:
+def held_out_name(loaded: LoadedModel, calibration: Calibration, place: Path) -> str:
     """A text beside what calibrated: a name, or a file that is written into `place`."""
-    drawn = calibration_to_redraw(store, job.text)
-    if drawn.text == BUILTIN:
+    if calibration.text == BUILTIN:
         return BUILTIN_HELD_OUT
-    content = held_out_text(loaded, drawn)
+    content = held_out_text(loaded, calibration)
     make_directory(place)
     write_text(place / HELD_OUT_FILE, content)
     return str(place / HELD_OUT_FILE)

@@ -31,7 +31,13 @@ class Found:
 
 
 def largest_within(
-    increase: Callable[[float], float], limit: float, *, evaluations: int, most: float, step: float = STEP
+    increase: Callable[[float], float],
+    limit: float,
+    *,
+    evaluations: int,
+    most: float,
+    first: float | None = None,
+    step: float = STEP,
 ) -> Found:
     """Bracket, then narrow: the next fraction is where a power law through what was measured meets the limit.
 
@@ -40,6 +46,7 @@ def largest_within(
         limit: the largest that holds, above 0.
         evaluations: the most calls of `increase`.
         most: the largest fraction that may be tried.
+        first: where to begin; None begins at `limit` itself, 10 % removed for 10 % more.
         step: fractions are multiples of it; the search ends when no fraction lies between the last that holds and the
             first that does not.
 
@@ -49,7 +56,7 @@ def largest_within(
     low, high = 0, last + 1
     values: dict[int, float] = {0: 0.0}
     tried: list[tuple[float, float]] = []
-    at = min(max(round(limit / step), 1), last)
+    at = min(max(round((first or limit) / step), 1), last)
     while len(tried) < evaluations and high - low > 1:
         value = increase(_fraction(at, step))
         tried.append((_fraction(at, step), value))
@@ -86,7 +93,7 @@ def _fraction(steps: int, step: float) -> float:
 def least_within(amount: Callable[[float], int], limit: int, *, most: float, step: float) -> float | None:
     """The least multiple of `step` at which a falling amount is at most `limit`; None where it is not even at `most`.
 
-    By interpolation, a handful of calls: `amount` falls nearly in a straight line, and is computed, not measured.
+    By interpolation and bisection; `amount` falls nearly in a straight line, and is computed, not measured.
     """
     low, high = 0, math.floor(round(most / step, 6))
     above, below = amount(0.0), amount(_fraction(high, step))
@@ -94,17 +101,19 @@ def least_within(amount: Callable[[float], int], limit: int, *, most: float, ste
         return 0.0
     if below > limit:
         return None
+    by_line = True
     while high - low > 1:
-        # Where the line through both ends meets the limit; the amount is nearly such a line.
-        share = (above - limit) / (above - below) if above > below else 0.5
+        # Where the line through both ends meets the limit, and every other time the middle: steps may be flat.
+        share = (above - limit) / (above - below) if by_line and above > below else 0.5
         at = min(max(low + math.ceil(share * (high - low)), low + 1), high - 1)
-        value = amount(_fraction(at, step))
-        if value > limit:
-            low, above = at, value
-            continue
-        high, below = at, value
-        before = amount(_fraction(at - 1, step)) if at - 1 > low else above
-        if before > limit:
-            break
-        high, below = max(at - 1, low + 1), before
+        tries = (at, at - 1) if by_line else (at,)  # the line is mostly right, and then the one before it is too little
+        for place in tries:
+            if not low < place < high:
+                continue
+            value = amount(_fraction(place, step))
+            if value > limit:
+                low, above = place, value
+            else:
+                high, below = place, value
+        by_line = not by_line
     return _fraction(high, step)

@@ -43,6 +43,11 @@ class Stores:
     def place(self, scheme: str) -> Path:
         return self._folder / f"analysis-{scheme}"
 
+    def finished(self, recipe: Preset) -> bool:
+        """Whether the store of a recipe is there and complete."""
+        place = self.place(recipe.scheme)
+        return not self._overwrite and (place / MANIFEST).is_file() and open_store(place).complete
+
     def of(self, recipe: Preset) -> AnalysisStore:
         """The store of a recipe. Raises like `unirank.analyze`."""
         scheme = recipe.scheme
@@ -52,7 +57,7 @@ class Stores:
 
     def _make(self, recipe: Preset) -> AnalysisStore:
         place = self.place(recipe.scheme)
-        finished = not self._overwrite and (place / MANIFEST).is_file() and open_store(place).complete
+        finished = self.finished(recipe)
         source = next((store.path for store in self._made.values() if store.has_gradients), None)
         if finished or source is None or not recipe.needs_gradients:
             job = Job(

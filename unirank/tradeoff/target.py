@@ -19,9 +19,9 @@ class Target:
         params: the most parameters of the whole model, tied ones once.
         size: the most bytes of the whole model's weights on disk, in the dtype of the model, or with `bits`.
         bits: with `size`: the result will be quantised to so many bits afterwards (`unirank.quantize`), 8 or 4.
-        text: with `max_perplexity_increase`: what the perplexity is of, see `unirank.evaluate`. None is the held-out
-            part of the calibration text: of the builtin one "builtin-held-out", of any other what lies between its
-            calibration windows.
+        text: what perplexity is measured on, see `unirank.evaluate`; for `unirank.auto`, and for `compress` with
+            `max_perplexity_increase`. None is the held-out part of the calibration text: of the builtin one
+            "builtin-held-out", of any other what lies between its calibration windows.
         window: tokens a window of it; None is that of `unirank.evaluate`.
         limit: the first so many windows of it; None is all.
         evaluations: with `max_perplexity_increase`: the most removed fractions to measure (**choice**: 6, which leaves
@@ -59,9 +59,6 @@ class Target:
     def _check_increase(self) -> None:
         increase = self.max_perplexity_increase
         if increase is None:
-            for name in ("text", "window", "limit"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"{name}= is of the perplexity, so it needs max_perplexity_increase=.")
             return
         if isinstance(increase, bool) or not isinstance(increase, int | float) or not 0 < increase < math.inf:
             raise InputError(

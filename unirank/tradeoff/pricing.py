@@ -1,0 +1,65 @@
+"""What a recipe will take on this machine, from what was measured of it so far."""
+
+from __future__ import annotations
+
+from unirank import costs
+from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
+from unirank.costs import Sizes
+from unirank.recipes import Preset
+from unirank.stages import analysis_stages, planning_stages, stages_behind
+from unirank.types import LoadedModel
+
+_TOKENS = 1024  # a window of perplexity
+
+
+class Prices:
+    """Seconds of analyses and points, predicted.
+
+    Costs in forward passes are those of `unirank.costs`; seconds a unit of them are measured: of the dense model's
+    evaluation first, then of each stage of work that was run, whichever is slower.
+    """
+
+    def __init__(self, loaded: LoadedModel, calibration: Calibration, *, windows: int) -> None:
+        """
+        Args:
+            windows: of 1024 tokens, or shorter, that a perplexity reads.
+        """
+        self._sizes, self._calibration = Sizes.of(loaded), calibration
+        self.evaluation = costs.evaluation(self._sizes, "", windows * _TOKENS).work
+        self._rate: float | None = None
+
+    def learn(self, work: float, seconds: float) -> None:
+        """`work` took `seconds`. The slowest rate that was seen is the one that predicts (**choice**: a promise to be
+        done in time is better kept than sharp)."""
+        if work > 0:
+            self._rate = max(self._rate or 0.0, seconds / work)
+
+    def seconds(self, work: float) -> float:
+        """Raises AssertionError before anything was learned."""
+        assert self._rate is not None
+        return work * self._rate
+
+    def analysis(self, recipe: Preset) -> float:
+        """Work of an analysis."""
+        asked = self._calibration
+        backward = 0
+        if recipe.needs_gradients:
+            backward = asked.gradient_windows or min(GRADIENT_WINDOWS, asked.windows)
+        stages = analysis_stages(
+            self._sizes, recipe.scheme, windows=asked.windows, window=asked.window, backward=backward
+        )
+        return sum(stage.work for stage in stages)
+
+    def measuring(self, recipe: Preset) -> float:
+        """Work of an allocator that runs the model; the store keeps it, so it is done once."""
+        return sum(stage.work for stage in planning_stages(self._sizes, recipe, window=self._calibration.window))
+
+    def making(self, recipe: Preset) -> float:
+        """Work of truncation or second pass and what follows, at one fraction."""
+        asked = self._calibration
+        stages = stages_behind(self._sizes, recipe, windows=asked.windows, window=asked.window, ranks_are_given=True)
+        return sum(stage.work for stage in stages)
+
+    def point(self, recipe: Preset) -> float:
+        """Work of one point of a search."""
+        return self.making(recipe) + self.evaluation
