@@ -22,6 +22,7 @@ PAGES = (
     "README.md",
     "docs/tutorial.md",
     "docs/how-to-choose.md",
+    "docs/how-far.md",
     "docs/finetuning.md",
     "docs/serving.md",
     "docs/quantization.md",
@@ -50,9 +51,8 @@ def workplace(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A directory with what the pages take for granted: MODEL, texts, ranks, and for fine-tuning OUT."""
     build("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "MODEL")
     tokenizer.save_pretrained(tmp_path / "MODEL")
-    words = " ".join(WORDS[2 + 7 * i % 94] for i in range(5000))
-    for name in ("my-text.txt", "other-text.txt"):
-        (tmp_path / name).write_text(words)
+    for name, step in (("my-text.txt", 7), ("other-text.txt", 11)):
+        (tmp_path / name).write_text(" ".join(WORDS[2 + step * i % 94] for i in range(5000)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return tmp_path
