@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.command_line import Run
 from tests.support.tiny import build
-from unirank import Calibration, RankPlan, UnirankError, presets
+from unirank import Calibration, Curve, RankPlan, UnirankError, presets
 from unirank.cli.demo import demo
 from unirank.cli.main import app
 from unirank.errors import InputError
@@ -301,21 +301,28 @@ def test_the_demo_writes_comparable_rows_and_resumes(model_dir: Path, text_file:
     first = run()
     record = json.loads((tmp_path / "demo" / "demo.json").read_text())
     columns = {"model", "scheme", "allocator", "remove", "text", "perplexity", "used", "budget", "seconds"}
-    assert [(row["allocator"], row["remove"]) for row in record["rows"]] == [
-        ("dense", 0.0),
-        ("uniform", 0.3),
-        ("unirank", 0.3),
+    assert [(row["preset"], row["allocator"], row["remove"]) for row in record["rows"]] == [
+        ("", "dense", 0.0),
+        ("", "uniform", 0.3),
+        ("unirank", "unirank", 0.3),
+        ("fast", "lems", 0.3),
     ]
+    curve = Curve.from_json((tmp_path / "demo" / "curve.json").read_text())
+    assert [point.evaluations[0].perplexity for point in (curve.dense, *curve.points)] == [
+        row["perplexity"] for row in record["rows"]
+    ]
+    assert all(page.is_file() for page in first.pages)
     assert all(columns <= row.keys() and row["used"] <= row["budget"] for row in record["rows"])
     assert {"versions", "device", "threads"} <= record["meta"].keys()
     (checkpoint,) = first.checkpoints
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert sum(parameter.numel() for parameter in model.parameters()) == first.rows[-1].parameters
 
-    before = written(tmp_path / "demo" / "analysis")
+    stores = [tmp_path / "demo" / f"analysis-{scheme}" for scheme in ("whiten", "afm")]
+    before = [written(store) for store in stores]
     monkeypatch.setattr("unirank.analysis.fill_store.record", lambda *_, **__: pytest.fail("calibrated again"))
     second = run()
-    assert written(tmp_path / "demo" / "analysis") == before
+    assert [written(store) for store in stores] == before
     assert [row.perplexity for row in second.rows] == [row.perplexity for row in first.rows]
 
 
