@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unirank.cli import options, views
+from unirank.cli import endings, options, views
 from unirank.cli.arguments import keep_source
 from unirank.cli.terminal import run_session
 from unirank.errors import InputError
@@ -120,16 +120,20 @@ def finetune_command(
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         keep_source(out, model, "that is fine-tuned")
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        compressed = open_compressed(model, dtype=dtype, device=device, **trust)
+        with session.stage("load"):
+            compressed = open_compressed(model, dtype=dtype, device=device, **trust)
         folder = work or beside(out, "-training")
         tuned = finetune(
             compressed, text, settings, work=folder, against=against, split=split, **trust, progress=session.progress
         )
-        tuned.save(out, overwrite=overwrite)
+        with session.stage("save"):
+            tuned.save(out, overwrite=overwrite)
         if work is None:
             shutil.rmtree(folder)
         record = {"out": str(out), "report": tuned.report.as_dict(), "training": dict(tuned.training or {})}
-        session.show(record, *views.finetune_view(tuned, out))
+        record |= endings.saved_sizes(tuned, out)
+        lines = [*views.finetune_view(tuned, out), endings.sizes_line(record)]
+        session.show(record, *lines, endings.after_training(out, tuned.source, model))
 
 
 def quantize_command(
@@ -159,12 +163,15 @@ def quantize_command(
         check_quantizable(bits, group_size)
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         keep_source(out, model, "that is quantised")
-        compressed = open_compressed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        with session.stage("load"):
+            compressed = open_compressed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         made = quantize(compressed, bits, group_size=group_size, progress=session.progress)
-        made.save(out, overwrite=overwrite)
+        with session.stage("save"):
+            made.save(out, overwrite=overwrite)
         assert made.quantized is not None
-        record = {"out": str(out), "quantized": made.quantized.as_dict()}
-        session.show(record, f"{made.quantized.described()}.", *views.load_hint([out]))
+        record = {"out": str(out), "quantized": made.quantized.as_dict()} | endings.saved_sizes(made, out)
+        lines = [f"{made.quantized.described()}.", *views.load_hint([out]), endings.sizes_line(record)]
+        session.show(record, *lines, endings.next_line("eval", out, "--against", model))
 
 
 def densify_command(
@@ -188,14 +195,17 @@ def densify_command(
         keep_source(out, model, "itself")
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         stream = read_record(Path(model), **trust).quantized is None  # which is read as a whole
-        compressed = open_compressed(model, dtype=dtype, device=device, **trust, stream=stream)
+        with session.stage("load"):
+            compressed = open_compressed(model, dtype=dtype, device=device, **trust, stream=stream)
         densify(compressed.model, pages=compressed.pages, progress=session.progress)
-        save_dense(compressed, out, overwrite=overwrite)
+        with session.stage("save"):
+            save_dense(compressed, out, overwrite=overwrite)
         count = count_parameters(compressed.model)
         record = {"out": str(out), "class": type(compressed.model).__name__, "parameters": count}
-        session.show(
-            record, f"{record['class']} of {count:,} parameters written to {out}; it needs no unirank to load."
-        )
+        record |= endings.grown_sizes(Path(model), out)
+        told = f"{record['class']} of {count:,} parameters written to {out}; it needs no unirank to load."
+        following = endings.next_line("eval", out, "--against", model)
+        session.show(record, told, endings.sizes_line(record, was="compressed"), following)
 
 
 def report_command(
@@ -264,4 +274,5 @@ def report_command(
         )
         record = {"out": str(page), "bytes": size, "plots": [str(file) for file in drawn]}
         also = f" {len(drawn)} charts are in {plots}." if drawn else ""
-        session.show(record, f"Written: {page} ({size / 1e3:,.0f} kB).{note}{also}")
+        written = f"Written: {page} ({size / 1e3:,.0f} kB).{note}{also}"
+        session.show(record, written, endings.after_looking(model, against, None))

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-from unirank.cli import options, views
+from unirank.cli import endings, options, views
 from unirank.cli.arguments import keep_source, read_shares
 from unirank.cli.terminal import run_session
 from unirank.finetuning.settings import Heal
@@ -126,7 +126,8 @@ def heal_command(
         keep_source(out, model, "that is healed")
         watch = Stopwatch()
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        compressed = open_compressed(model, dtype=dtype, device=device, stream=stream, **trust)
+        with session.stage("load"):
+            compressed = open_compressed(model, dtype=dtype, device=device, stream=stream, **trust)
         folder = work or beside(out, "-healing")
         healed = heal(
             compressed,
@@ -139,9 +140,12 @@ def heal_command(
             **trust,
             progress=session.progress,
         )
-        healed.save(out, overwrite=overwrite)
+        with session.stage("save"):
+            healed.save(out, overwrite=overwrite)
         if work is None:
             shutil.rmtree(folder)
         training = dict(healed.training or {})
         record = {"out": str(out), "report": healed.report.as_dict(), "training": training, "seconds": watch.lap()}
-        session.show(record, *views.heal_view(healed, out, record["seconds"]))
+        record |= endings.saved_sizes(healed, out)
+        lines = [*views.heal_view(healed, out, record["seconds"]), endings.sizes_line(record)]
+        session.show(record, *lines, endings.after_training(out, healed.source, model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from unirank.cli import options, views
+from unirank.cli import endings, options, views
 from unirank.cli.terminal import run_session
 from unirank.errors import InputError
 
@@ -74,7 +74,9 @@ def diagnose_command(
             progress=session.progress,
         )
         files = [] if out is None else plots.save(found, out, overwrite=overwrite)
-        session.show(found.as_dict(), *views.diagnosis_view(found), *(f"Written: {file}" for file in files))
+        written = (f"Written: {file}" for file in files)
+        following = endings.next_line("plan", store, "--remove", 0.2)
+        session.show(found.as_dict(), *views.diagnosis_view(found), *written, following)
 
 
 def evaluate_command(
@@ -159,23 +161,26 @@ def evaluate_command(
             asked: dict[str, Any] = {"fewshot": fewshot, "limit": limit, "batch": 8 if batch is None else batch}
             records = []
             for name in names:
-                network, tokenizer = load_pretrained(name, **loading)
+                with session.stage("load"):
+                    network, tokenizer = load_pretrained(name, **loading)
                 report = run_tasks(network, tokenizer, chosen, **asked, progress=session.progress)
                 records.append({"model": name} | report.as_dict())
-            session.show({"rows": records}, views.task_table(records))
+            session.show({"rows": records}, views.task_table(records), endings.after_tasks(model, against))
             return
         _refuse({"--fewshot": fewshot, "--include-path": include_path, "--batch": batch}, "needs --tasks")
         asked = {"text": options.BUILTIN_HELD_OUT if text is None else text, "window": window, "limit": limit}
         asked |= {"split": split, "prompt": prompt, "speed": speed, "loading": loading}
         found = measure(names, **asked, progress=session.progress)
         records = [{"model": name} | one for name, one in zip(names, found.as_dicts(), strict=True)]
+        records = endings.with_ratio_and_size(records)
         shown: dict[str, Any] = {"rows": records, "notes": list(found.notes)}
         lines = [views.eval_table(records), *views.samples(records), *found.notes]
         if record:
             kept = keep_evaluation(Path(model), found, card=card, trust_remote_code=trust_remote_code)
             shown |= kept.as_dict() | {"notes": [*found.notes, *kept.notes]}
             lines += kept.lines(model)
-        session.show(shown, *lines)
+        ratio = None if against is None else records[-1]["ratio"]
+        session.show(shown, *lines, endings.after_looking(model, against, ratio))
 
 
 def _refuse(given: dict[str, Any], reason: str) -> None:
@@ -190,4 +195,4 @@ def info_command(as_json: options.Json = False) -> None:
 
     with run_session(as_json, models=False) as session:
         record = build_info()
-        session.show(record, views.info_table(record))
+        session.show(record, views.info_table(record), endings.next_line("demo"))

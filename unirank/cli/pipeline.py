@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unirank.cli import options, views
+from unirank.cli import endings, options, views
 from unirank.cli.arguments import (
     PLANNING,
     check_preset,
@@ -103,7 +103,8 @@ def analyze_command(
             views.cosine_table(store),
             *views.damping_summary(store),
             *([in_flags(told(short, len(store.linears)))] if short else []),
-            f"Store: {out}. Next: unirank plan {out} --remove 0.2{_measuring(preset, model, calib)}",
+            f"Store: {out}.",
+            endings.after_analyze(out, model, preset, calib),
         )
 
 
@@ -158,12 +159,13 @@ def plan_command(
             trust_remote_code=trust_remote_code,
             progress=session.progress,
         )
-        written = []
+        written: list[Any] = []
         if out is not None:
             write_text(out, chosen.to_json())
             written.append(f"Written to {out}.")
         if preset is not None:
             written += views.afterwards_hint(unirank.recipe(preset))
+        written.append(endings.after_plan(ctx, store, out))
         session.show(json.loads(chosen.to_json()), views.plan_table(chosen), views.plan_summary(chosen), *written)
 
 
@@ -271,6 +273,7 @@ def compress_command(
             scheme_is_free=preset is None and scheme is None,
             form=read_form(form),
             choose=chooser,
+            then=("save",),
             progress=session.progress,
         )
         loading = {"dtype": dtype, "device": device, "revision": model_revision}
@@ -295,12 +298,15 @@ def compress_command(
             compressed = reached.told(compressed)
             if reached.curve is not None:
                 write_curve(reached.curve, beside(out, "-curve"))
-        compressed.save(out, overwrite=overwrite)
+        with session.stage("save"):
+            compressed.save(out, overwrite=overwrite)
         if recipe.heal is not None:
             shutil.rmtree(work)
         record: dict[str, Any] = {"out": str(out), "store": str(place), "report": compressed.report.as_dict()}
         record |= {"budget": compressed.plan.budget, "used": compressed.plan.used}
+        record |= endings.saved_sizes(compressed, out)
         lines = views.compress_view(compressed, out, place)
+        lines.append(endings.sizes_line(record, compressed.report.removed_of_targets))
         if reached is not None:
             record["target"] = reached.as_dict()
             lines = [reached_line(reached), *lines]
@@ -308,17 +314,7 @@ def compress_command(
             written = write_usual_page(out, place)
             record |= {"page": written.as_dict()["page"], "notes": list(written.notes)}
             lines += written.lines(str(out))
-        session.show(record, *lines)
-
-
-def _measuring(preset: str | None, model: str, calib: str | None) -> str:
-    """The options that `unirank plan` takes for a preset whose allocator runs the dense model."""
-    from unirank.recipes import preset as preset_of
-
-    if preset is None:
-        return ""
-    more = f" --against {model}" + (f" --calib {calib}" if calib else "") if preset_of(preset).measures else ""
-    return f" --preset {preset}{more}"
+        session.show(record, *lines, endings.after_compress(out, model))
 
 
 def _show_needs(session: Session, found: Needs) -> None:

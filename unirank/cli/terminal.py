@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from unirank.cli.warned import warnings_in_yellow
 from unirank.display import display, process_number
@@ -28,6 +29,13 @@ class Session:
         self.progress = progress
         self._json = as_json
         self._result: tuple[dict[str, Any], tuple[Any, ...]] | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What runs inside is a stage by itself, such as "load" or "save"."""
+        self.progress(name, 0, 1)
+        yield
+        self.progress(name, 1, 1)
 
     def show(self, record: dict[str, Any], *renderables: Any) -> None:
         """The command's result: `record` under --json, else the renderables."""
@@ -45,7 +53,8 @@ class Session:
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
         console = Console(width=width, highlight=False)
         for renderable in renderables:
-            console.print(renderable)
+            whole = isinstance(renderable, Text) and renderable.no_wrap  # a command, to be copied
+            console.print(renderable, soft_wrap=whole)
 
 
 @contextmanager

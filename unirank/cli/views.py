@@ -102,7 +102,6 @@ def afterwards_hint(recipe: Preset) -> list[str]:
 def compress_view(compressed: CompressedModel, out: Path, store: Path) -> list[Any]:
     """What was removed, and how to load the result."""
     report = compressed.report
-    saved = (report.model_before - report.model_after) * compressed.model.dtype.itemsize
     table = _table("compressed", "", "before", "after", "removed")
     for label, before, after, removed in (
         ("decoder linears", report.targets_before, report.targets_after, report.removed_of_targets),
@@ -110,7 +109,7 @@ def compress_view(compressed: CompressedModel, out: Path, store: Path) -> list[A
     ):
         table.add_row(label, f"{before:,}", f"{after:,}", f"{removed:.2%}")
     kept = f"The analysis stays in {store} for other ratios (--store {store}); delete it when you need no more."
-    return [table, f"{saved / 1e6:,.1f} MB saved on disk. {plan_summary(compressed.plan)}", kept, *load_hint([out])]
+    return [table, plan_summary(compressed.plan), kept, *load_hint([out])]
 
 
 def finetune_view(tuned: CompressedModel, out: Path) -> list[Any]:
@@ -167,14 +166,15 @@ def load_hint(paths: Sequence[Path]) -> list[Any]:
 
 
 def eval_table(records: Sequence[dict[str, Any]]) -> Table:
+    """One row a model; `ratio` is to the first one's perplexity, `mb` the size of the weights."""
     first = records[0]
     title = f"perplexity on {first['text']} (sha256 {first['text_sha256'][:12]}), windows of {first['window']} tokens"
     timed = ("tokens/s reading", "tokens/s writing") if "speed" in first else ()
-    table = _table(title, "model", "perplexity", "windows", "parameters", "dtype", *timed)
+    table = _table(title, "model", "perplexity", "x first", "windows", "parameters", "MB", "dtype", *timed)
     for r in records:
         rates = (f"{r['speed'][phase]:,.1f}" for phase in ("prefill", "decode")) if timed else ()
-        cells = (f"{r['perplexity']:.2f}", str(r["windows"]), f"{r['parameters']:,}", r["dtype"])
-        table.add_row(r["model"], *cells, *rates)
+        cells = [f"{r['perplexity']:.2f}", f"{r['ratio']:.3f}", str(r["windows"]), f"{r['parameters']:,}"]
+        table.add_row(r["model"], *cells, f"{r['mb']:,.1f}", r["dtype"], *rates)
     return table
 
 
