@@ -16,7 +16,10 @@ from unirank.evaluation.speed import Speed
 
 REPORT = EvalReport(42.5, 3.75, "a.txt", "ab", 24, 3, 69, True, "float32", 1000)
 DENSE = dataclasses.replace(REPORT, perplexity=30.0)
-SPEED = (Speed(900.0, 10.0, 128, 16, 3, "cpu", "float32", 2), Speed(990.0, 12.0, 128, 16, 3, "cpu", "float32", 2))
+SPEED = (
+    Speed(900.0, 10.0, 128, 16, 3, 1.1, "cpu", "float32", 2),
+    Speed(990.0, 12.0, 128, 16, 3, 1.1, "cpu", "float32", 2),
+)
 SAMPLE = ("Once", " upon a time", " on a thyme")
 
 

@@ -35,6 +35,7 @@ def test_a_rate_is_tokens_over_the_median_of_the_seconds(tokenizer, monkeypatch:
     assert (first.prefill, first.decode) == (12.0, 5.0)
     assert (second.prefill, second.decode) == (6.0, 2.5)
     assert first.rates == {"prefill": 12.0, "decode": 5.0}
+    assert (first.spread, second.spread) == (50.0, 25.0)
     assert (first.turns, first.device, first.dtype) == (3, "cpu", "float32")
     assert seen == [("speed", turn, 4) for turn in range(5)]
 
@@ -65,7 +66,7 @@ def test_numbers_below_one_are_refused(name: str, tokenizer) -> None:
 
 
 def test_a_record_is_read_as_it_was_written() -> None:
-    speed = Speed(120.5, 11.0, 128, 16, 3, "cpu", "float32", 2)
+    speed = Speed(120.5, 11.0, 128, 16, 3, 1.25, "cpu", "float32", 2)
     assert Speed.from_dict(speed.as_dict()) == speed
     for change in ({"decode": 0.0}, {"decode": "fast"}, {"threads": 2.0}, {"device": None}, {"more": 1}):
         with pytest.raises(Damaged):

@@ -32,6 +32,8 @@ class Speed:
         prefill: tokens a second while a prompt of `prompt` tokens is read, up to the first new token.
         decode: new tokens a second while `steps` of them are written, with the cache.
         turns: how often each was timed; the figures are medians.
+        spread: seconds of the slowest turn over those of the fastest, in the phase where that is more; 1 is an idle
+            machine, and far above it, the figures say little.
         device: "cpu", or the GPU's name.
         threads: of torch.
     """
@@ -41,6 +43,7 @@ class Speed:
     prompt: int
     steps: int
     turns: int
+    spread: float
     device: str
     dtype: str
     threads: int
@@ -141,6 +144,7 @@ class _Timed:
             prompt=self.prompt,
             steps=self.steps,
             turns=len(seconds["decode"]),
+            spread=max(max(times) / min(times) for times in seconds.values()),
             device=device_name(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),

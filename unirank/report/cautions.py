@@ -9,7 +9,7 @@ from unirank.compression.trainings import trainings
 from unirank.report import html
 from unirank.report.gather import ReportData
 from unirank.report.html import percent
-from unirank.report.measured import newest, perplexities
+from unirank.report.measured import busy, newest, perplexities
 from unirank.types import DENSE
 
 # **choice**: a layer that keeps less than this share of what the median layer keeps is said to have collapsed. Plans
@@ -20,8 +20,8 @@ _NAMED = 3  # matrices that are listed by name
 
 RULES = (
     f"No matrix has a rank of 1; no layer keeps less than {COLLAPSED:g} of what the median layer keeps; there were at "
-    "least as many calibration tokens as the widest linear has inputs; nothing was measured on the calibration text; "
-    f"no perplexity is more than {UNUSABLE:g} times the dense one; no matrix was damped"
+    "least as many calibration tokens as the widest linear has inputs, and they showed all directions; nothing was "
+    f"measured on the calibration text; no perplexity is more than {UNUSABLE:g} times the dense one; no matrix was damped"
 )
 
 
@@ -43,8 +43,10 @@ def cautions(data: ReportData) -> list[str]:
         *_collapsed(data),
         *_rank_one(data),
         *_calibration(data),
+        *_deficient(data),
         *_same_text(data),
         *_damped(data),
+        *_busy(data),
     ]
 
 
@@ -99,6 +101,17 @@ def _calibration(data: ReportData) -> list[str]:
     ]
 
 
+def _deficient(data: ReportData) -> list[str]:
+    if not data.deficient:
+        return []
+    worst = min(data.deficient, key=lambda one: one.rank / one.k)
+    return [
+        f"For {len(data.deficient)} of {len(data.linears)} linears the calibration tokens show too few directions, "
+        f"least for {worst.name} (at most {worst.rank:,} of {worst.k:,}): the rest was cut away unseen. More --windows, or "
+        "other text, show more."
+    ]
+
+
 def _same_text(data: ReportData) -> list[str]:
     identity = data.record.identity
     if identity is None:
@@ -118,6 +131,16 @@ def _damped(data: ReportData) -> list[str]:
     return [
         f"{len(damped)} of {len(data.damping)} matrices were damped, at most by {damped[worst]:g} of the mean "
         f"({worst}): their statistics are nearly singular. More calibration windows, of more kinds of text, help."
+    ]
+
+
+def _busy(data: ReportData) -> list[str]:
+    factor = busy(data)
+    if factor is None:
+        return []
+    return [
+        f"Tokens a second were measured on a busy machine: turns differ by a factor of {factor:.1f}, so they cannot be "
+        "compared. Measure again when it is idle."
     ]
 
 

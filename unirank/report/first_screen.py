@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 
 from unirank.report import html
 from unirank.report.gather import ReportData
 from unirank.report.html import UNMEASURED, percent, rounded
-from unirank.report.measured import PHASES, Change, perplexities, sample, speeds
+from unirank.report.measured import PHASES, Change, busy, perplexities, sample, speeds
 
 
 def verdict(data: ReportData) -> str:
@@ -36,7 +37,8 @@ def before_and_after(data: ReportData) -> str:
     measured = perplexities(data) or {"": Change(None, None)}
     rows += [_row(f"perplexity on {text}" if text else "perplexity", change) for text, change in measured.items()]
     rows += [_row(PHASES[phase], change) for phase, change in speeds(data)[0].items()]
-    body = html.table("", ["", "dense", "this model", "times"], rows, style="change")
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("dense", "this model", "times"))
+    body = f'<table class="change"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     found = sample(data)
     if found is not None:
         prompt, dense, compressed = found
@@ -44,9 +46,13 @@ def before_and_after(data: ReportData) -> str:
     return html.section("Before and after", body) + _notes(data)
 
 
-def _row(name: str, change: Change, shown=rounded) -> list[str]:
-    values = (UNMEASURED if value is None else shown(value) for value in (change.before, change.after))
-    return [html.text(name), *values, "" if change.times is None else f"{change.times:.2f}"]
+def _row(name: str, change: Change, shown: Callable[[float], str] = rounded) -> str:
+    head = f'<tr><th scope="row">{html.text(name)}</th>'
+    if change.before is None and change.after is None:
+        return f'{head}<td colspan="3" class="soft">{UNMEASURED}</td></tr>'
+    values = [UNMEASURED if value is None else shown(value) for value in (change.before, change.after)]
+    values.append("" if change.times is None else f"{change.times:.2f}")
+    return head + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
 
 
 def _notes(data: ReportData) -> str:
@@ -81,7 +87,7 @@ def _perplexity(data: ReportData) -> list[str]:
 def _speed(data: ReportData) -> list[str]:
     changes, _ = speeds(data)
     writing, reading = changes["decode"].times, changes["prefill"].times
-    if writing is None or reading is None:
+    if writing is None or reading is None or busy(data) is not None:
         return []
     return [f"{writing:.2f} times the tokens a second while it writes, {reading:.2f} times while it reads a prompt"]
 
@@ -93,7 +99,7 @@ def _missing(data: ReportData) -> list[str]:
         names.append("perplexity")
     elif all(change.times is None for change in found.values()):
         names.append("the dense model's perplexity")
-    if not _speed(data):
+    if speeds(data)[1] is None:
         names.append("tokens a second")
     if sample(data) is None:
         names.append("a generated text")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from unirank.analysis.deficient import Deficient, deficient
+from unirank.analysis.scheme import schemes
 from unirank.analysis.store import AnalysisStore
 from unirank.compression.checkpoint import Record, read_record
 from unirank.disk.files import bytes_on_disk
@@ -60,6 +62,7 @@ class ReportData:
             not known.
         curve: perplexities of the same model at other fractions.
         damping: of every linear, see `Factors.damping`; empty without a store.
+        deficient: linears whose calibration tokens show too few directions; empty without a store.
     """
 
     name: str
@@ -74,6 +77,7 @@ class ReportData:
     bytes_after: int | None = None
     curve: Curve | None = None
     damping: Mapping[str, float] = field(default_factory=dict)
+    deficient: tuple[Deficient, ...] = ()
 
     @property
     def plan(self) -> RankPlan:
@@ -141,6 +145,8 @@ def gather(
         bytes_after=bytes_on_disk(checkpoint) or None,
         curve=_curve(curve, checkpoint, record),
         damping={} if store is None else store.damping(),
+        # A store of a scheme that this version does not have is shown all the same.
+        deficient=deficient(store) if store is not None and store.identity.scheme in schemes() else (),
     )
 
 

@@ -26,15 +26,13 @@ def scrolling(label: str, body: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label, quote=True)}">{body}</div>'
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, style: str = "") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of HTML cells; the first cell of a row is its heading."""
-    top = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in head)
-    kind = f' class="{style}"' if style else ""
-    above = f'<caption class="soft">{text(caption)}</caption>' if caption else ""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
     )
-    return f"<table{kind}>{above}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def facts(found: Mapping[str, Any]) -> str:

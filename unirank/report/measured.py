@@ -10,6 +10,7 @@ from typing import Any
 from unirank.compression.evaluations import Evaluation
 from unirank.report.gather import ReportData
 
+BUSY = 1.5  # **choice**: turns that differ by more than this factor were on a busy machine
 PHASES = {"prefill": "tokens a second, reading a prompt", "decode": "tokens a second, writing"}
 
 
@@ -50,6 +51,13 @@ def speeds(data: ReportData) -> tuple[dict[str, Change], Mapping[str, Any] | Non
     measured = next((one["speed"] for one in reversed(data.record.evaluations) if "speed" in one), None)
     pair = measured or {"dense": {}, "model": {}}
     return {phase: Change(pair["dense"].get(phase), pair["model"].get(phase)) for phase in PHASES}, measured
+
+
+def busy(data: ReportData) -> float | None:
+    """The factor by which turns of the speeds differ, where that is too much to compare them."""
+    _, measured = speeds(data)
+    worst = 1.0 if measured is None else max(measured[key]["spread"] for key in ("dense", "model"))
+    return worst if worst > BUSY else None
 
 
 def sample(data: ReportData) -> tuple[str, str, str] | None:

@@ -31,7 +31,8 @@ def page(data: ReportData, made_with: Mapping[str, Any] | None = None) -> str:
     Args:
         made_with: what `page_inputs` reads again: the files that went into it.
     """
-    title = f"{data.name}: {data.record.report.removed_of_targets:.1%} of the decoder's weights removed"
+    source = data.record.source
+    title = f"{data.name}, compressed from {source}" if source else f"{data.name}, a compressed model"
     sections = [f"<h1>{escape(title)}</h1>", verdict(data), before_and_after(data)]
     if data.curve is not None:
         sections.append(curve_section(data, data.curve))

@@ -57,7 +57,7 @@ def linears_section(data: ReportData) -> str:
             share = "" if linear.energy_kept is None else f"{linear.energy_kept:.2%}"
             cells += [share, f"{linear.effective_rank or 0.0:.1f}"]
         rows.append([html.text(cell) for cell in cells])
-    table = html.scrolling("every linear", html.table("", columns, rows))
+    table = html.scrolling("every linear", html.table(columns, rows))
     return html.section("Every linear", f"<details open><summary>{len(rows)} linears</summary>{table}</details>")
 
 
