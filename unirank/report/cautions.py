@@ -21,7 +21,8 @@ _NAMED = 3  # matrices that are listed by name
 RULES = (
     f"No matrix has a rank of 1; no layer keeps less than {COLLAPSED:g} of what the median layer keeps; there were at "
     "least as many calibration tokens as the widest linear has inputs, and they showed all directions; nothing was "
-    f"measured on the calibration text; no perplexity is more than {UNUSABLE:g} times the dense one; no matrix was damped"
+    f"measured on the calibration text; no perplexity is more than {UNUSABLE:g} times the dense one; no matrix was "
+    "damped"
 )
 
 
@@ -107,8 +108,8 @@ def _deficient(data: ReportData) -> list[str]:
     worst = min(data.deficient, key=lambda one: one.rank / one.k)
     return [
         f"For {len(data.deficient)} of {len(data.linears)} linears the calibration tokens show too few directions, "
-        f"least for {worst.name} (at most {worst.rank:,} of {worst.k:,}): the rest was cut away unseen. More --windows, or "
-        "other text, show more."
+        f"least for {worst.name} (at most {worst.rank:,} of {worst.k:,}): the rest was cut away unseen. More "
+        "--windows, or other text, show more."
     ]
 
 
