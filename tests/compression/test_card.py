@@ -55,6 +55,20 @@ def test_the_same_windows_are_measured_once_and_others_added(small: Path) -> Non
     ]
 
 
+def test_it_says_which_texts_calibrated_and_which_evaluated(small: Path, calibration: unirank.Calibration) -> None:
+    def row(title: str) -> str:
+        (line,) = [line for line in (small / "README.md").read_text().splitlines() if line.startswith(f"| {title} |")]
+        return line
+
+    assert "6 windows of 24 tokens of `words.txt`" in row("calibration")
+    assert "none here; what it costs on your text is not known" in row("evaluation")
+    add_evaluation(small, REPORT)
+    assert 'on `some "text".txt`; what it costs on text of another kind is not known' in row("evaluation")
+    model = unirank.open_compressed(small, device="cpu")
+    add_evaluation(small, model.evaluate(calibration.text, window=24, limit=2))
+    assert 'on `some "text".txt`; on `words.txt`, which calibrated too; what' in row("evaluation")
+
+
 def test_the_command(run_unirank: Run, small: Path, model_dir: Path, text_file: Path) -> None:
     on = ["--text", text_file, "--window", 24, "--limit", 2, "--device", "cpu"]
     code, out, _ = run_unirank("eval", small, "--against", model_dir, *on, "--card", "--json")

@@ -44,6 +44,7 @@ def render_card(
         "low-rank form": plan.described_form,
         "settings": plan.described_settings(),
         "calibration": calibration_line(identity),
+        "evaluation": _evaluation_line(identity, evaluations),
     }
     if identity is None:
         rows["records"] = GONE
@@ -91,6 +92,19 @@ def calibration_line(identity: Identity | None, *, mark: str = "`") -> str:
     used = identity.calibration
     clip = f", tokens clipped at {used.clip:g} medians" if used.clip else ""
     return f"{used.windows} windows of {used.window} tokens of {mark}{used.text}{mark}, seed {used.seed}{clip}"
+
+
+def _evaluation_line(identity: Identity | None, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The texts of the evaluations, and which of them calibrated too: whether two are of one domain cannot be known."""
+    if not evaluations:
+        return "none here; what it costs on your text is not known"
+    used = None if identity is None else identity.calibration
+    seen = set() if used is None else {used.text_sha256, *(text.sha256 for text in used.texts or ())}
+    names = dict.fromkeys(
+        f"`{one['report']['text']}`{', which calibrated too' if one['report']['text_sha256'] in seen else ''}"
+        for one in evaluations
+    )
+    return f"on {'; on '.join(names)}; what it costs on text of another kind is not known"
 
 
 def _base_model(source: str, identity: Identity | None) -> str:

@@ -29,7 +29,7 @@ def as_lines(compressed: CompressedModel) -> str:
         f"{report.low_rank} linears low-rank, {report.dense} dense; {plan.scheme}, {plan.allocator}, form {plan.form}",
         "; ".join(trained + bits),
         *measured[-2:],
-        'next: .generate("..."), .evaluate(text=...), .curve(text=...), .save(OUT)',
+        'next: .generate("..."), .evaluate(text=...), .curve(...), .save(OUT)',
     )
 
 
