@@ -2,8 +2,8 @@
 
 The unit is a multiplication with an addition of a forward pass. A forward pass over T tokens is `T` times the weights
 that it multiplies by, the decoder's linears and the head; attention itself, norms and softmax are in no figure. The
-table is from SmolLM2-135M, float32, CPU seconds on one thread (`bench/pipeline/bench_stages.py` measures the same with
-wall time). Another model, or a GPU, has other ratios: `unirank.estimate` corrects them while a job runs.
+table is from SmolLM2-135M in float32 on a CPU (`bench/pipeline/bench_stages.py` measures it again). Another model, or a
+GPU, has other ratios: `unirank.estimate` corrects them while a job runs.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from typing import Any
 from unirank.progress import Stage
 from unirank.types import LoadedModel
 
-# Forward passes over the stage's tokens.
-_GRADIENTS = 5.2  # bench/README.md, "What two passes cost"
-_GRADIENTS_FORWARD, _GRADIENTS_HEAD = 0.17, 0.12  # shares of them: the first half of the steps, and the first one back
-_CALIBRATION = 2.0
-_SECOND_PASS = 2.9
-_HEALING = 5.0  # a pass, with its looks; at most 15 for three passes is what bench_heal.py asks for
-_DISTILLATION = 6.0  # a step: student forward and backward, teacher forward, AdamW
-_MEASURING = 1.3  # of the layers behind a linear, and of the head
-_EVALUATION = 1.1
-_BACKWARD = 3.5  # a training step
+# Times a forward pass over the stage's tokens; of decoder layers alone where the head does not run.
+_GRADIENTS = 6.0  # bench/README.md: 5.2 without the files that pass between layers; docs/results.json: 6 to 7
+    6.0  # bench/README.md has 5.2 without the writing of what the layers hand on; rows of docs/results.json 6 to 7
+)
+_GRADIENTS_FORWARD, _GRADIENTS_HEAD = 0.2, 0.12  # shares of that: the first half of the steps, and the first step back
+_CALIBRATION = 2.0  # docs/results.json, `analyze_seconds` of `fast`
+_SECOND_PASS = 4.4  # the same, `apply_seconds`
+_HEALING = 4.4  # for each pass; the same, `heal_seconds`
+_MEASURING = 1.3  # of the layers behind a linear, and of the head; docs/experiments.md, "The search of lems": 2.6
+_DISTILLATION = 6.0  # counted, not measured: 3 for the student, 1 for the dense model, AdamW of all factors, looks
+_TRAINING = 3.5  # the same for adapters
+_EVALUATION = 1.1  # the loss is computed in float32
 # Times `M N min(M, N)` of every linear.
-_DECOMPOSITION = {"whiten": 10.0, "afm": 10.0, "kfac": 30.0}
+_DECOMPOSITION = {"whiten": 10.0, "afm": 10.0, "kfac": 30.0}  # what 8 windows take beyond their passes
 _DECOMPOSITION_OF_OTHERS = 15.0
-_FIT = 10.0
-# Times the parameters.
-_LOAD, _SAVE, _TRUNCATION = 200.0, 200.0, 30.0
+_FIT = 13.0  # bench/README.md: 16 s whatever the tokens
+# Times the parameters: seconds, where a forward pass over 4096 tokens takes eleven.
+_LOAD, _SAVE, _TRUNCATION = 1000.0, 500.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -141,4 +143,4 @@ def distillation(sizes: Sizes, steps: int, tokens: int) -> Stage:
 
 def training(sizes: Sizes, name: str, steps: int, tokens: int) -> Stage:
     """Args: `tokens` of a step."""
-    return Stage(name, _BACKWARD * steps * sizes.forward(tokens))
+    return Stage(name, _TRAINING * steps * sizes.forward(tokens))
