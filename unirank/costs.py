@@ -17,8 +17,6 @@ from unirank.types import LoadedModel
 
 # Times a forward pass over the stage's tokens; of decoder layers alone where the head does not run.
 _GRADIENTS = 6.0  # bench/README.md: 5.2 without the files that pass between layers; docs/results.json: 6 to 7
-    6.0  # bench/README.md has 5.2 without the writing of what the layers hand on; rows of docs/results.json 6 to 7
-)
 _GRADIENTS_FORWARD, _GRADIENTS_HEAD = 0.2, 0.12  # shares of that: the first half of the steps, and the first step back
 _CALIBRATION = 2.0  # docs/results.json, `analyze_seconds` of `fast`
 _SECOND_PASS = 4.4  # the same, `apply_seconds`
