@@ -114,7 +114,7 @@ def test_an_illegal_argument_is_named(argument, value, tokenizer, text_file) -> 
 
 
 def test_a_limit_beyond_the_text_is_said(tokenizer: PreTrainedTokenizerFast, text_file: Path) -> None:
-    said = r"The text words\.txt gives 125 windows of 32 tokens, fewer than limit = 1000\."
+    said = r"The text words\.txt gives 125 windows of 32 tokens, and limit= asks for 1000\."
     with pytest.warns(unirank.UnirankWarning, match=said):
         report = unirank.evaluate(build("llama"), tokenizer, text=str(text_file), window=32, limit=1000)
     assert report.windows == 125

@@ -149,7 +149,7 @@ def prepare(
     bos = bos_of(tokenizer, model)
     windows = evaluation_windows(tokens, window=window, limit=limit, bos=bos, name=content.name)
     if limit is not None and len(windows) < limit:
-        warn(f"The text {content.name} gives {len(windows)} windows of {window} tokens, fewer than limit = {limit}.")
+        warn(f"The text {content.name} gives {len(windows)} windows of {window} tokens, and limit= asks for {limit}.")
     return EvalWindows(content.name, content.sha256, windows, bos is not None)
 
 
