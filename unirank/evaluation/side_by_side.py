@@ -12,7 +12,7 @@ from unirank.evaluation.perplexity import EvalReport, evaluate, generate
 from unirank.evaluation.speed import Speed, tokens_per_second
 from unirank.layerwise.recording import foreign
 from unirank.models.loading import load_pretrained
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, Stage, expect, silent
 from unirank.text.windows import BUILTIN_HELD_OUT
 
 PROMPT = "The capital of France is"  # of two models, where nobody asked for another (**choice**)
@@ -86,11 +86,16 @@ def measure(
     `tokens_per_second` raises. What nobody asked for and cannot be had is a note.
     """
     several = len(names) > 1
+    labels = [Path(name).name for name in names]
+    labels = labels if len({*labels}) == len(labels) else list(names)  # a stage has one name
+    expect(progress, [stage for label in labels for stage in _stages(label)])
     reports, samples, models, notes = [], [], [], []
-    for name in names:
+    for name, label in zip(names, labels, strict=True):
+        progress(f"load {label}", 0, 1)
         model, tokenizer = load_pretrained(name, **dict(loading or {}))
+        progress(f"load {label}", 1, 1)
         asked: dict[str, Any] = {"text": text, "window": window, "limit": limit, "split": split}
-        stage = f"perplexity, {Path(name).name}"
+        stage = f"perplexity, {label}"
         reports.append(evaluate(model, tokenizer, **asked, stage=stage, progress=progress))
         if prompt is not None:
             samples.append(generate(model, tokenizer, prompt))
@@ -114,6 +119,11 @@ def measure(
         speeds,
         tuple(notes),
     )
+
+
+def _stages(label: str) -> list[Stage]:
+    """Of one model, announced when nothing is known of its size: the text is what takes the time."""
+    return [Stage(f"load {label}", 0.05, typical=False), Stage(f"perplexity, {label}", 1.0)]
 
 
 def _tried(what: str, run: Callable[[], _T]) -> tuple[_T | None, list[str]]:
