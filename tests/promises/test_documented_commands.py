@@ -29,6 +29,9 @@ PAGES = (
     "docs/large-models.md",
 )
 
+# Of a model like the tiny one, where the pages have those of real ones.
+AMOUNTS = {"100M": "20k", "200MB": "48kB"}
+
 
 def steps(page: str) -> list[tuple[str, str]]:
     """("command" or "python", what stands there), in the order of the page."""
@@ -41,7 +44,8 @@ def steps(page: str) -> list[tuple[str, str]]:
 
 def quick(code: str) -> str:
     """Python of a page, with the model that is there and little to do."""
-    for shown, here in (("path/to/model", "MODEL"), ("steps=200", "steps=4"), ("windows=64", "windows=4")):
+    less = (("limit=16", "limit=1"), ("minutes=30", "presets=('unirank',)"))
+    for shown, here in (("path/to/model", "MODEL"), ("steps=200", "steps=4"), ("windows=64", "windows=4"), *less):
         code = code.replace(shown, here)
     return code
 
@@ -86,6 +90,8 @@ def test_it_runs_as_written(page: str, workplace: Path, run_unirank: Run) -> Non
                 (workplace / "ranks.json").write_text(json.dumps(dict(plan.ranks)))
             # 200 steps and 64 windows are the defaults and teach this test nothing that 4 do not.
             short = {"finetune": ["--steps", "4", "--window", "64"], "heal": ["--windows", "4", "--window", "64"]}
+            short["auto"] = [*short["heal"], "--evaluations", "2", "--preset", "unirank", "--preset", "fast"]
+            arguments = [AMOUNTS.get(one, one) for one in arguments]
             more = short.get(arguments[0], short["heal"] if {"healed", "distilled"} & set(arguments) else [])
             code, _, err = run_unirank(*arguments, *more)
             assert (code, err) == (0, ""), step
