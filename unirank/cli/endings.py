@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from unirank.disk.files import bytes_on_disk
 from unirank.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,12 +41,16 @@ def megabytes(size: float) -> str:
 
 def saved_sizes(compressed: CompressedModel, out: Path) -> dict[str, Any]:
     """MB (a million bytes) of the weights: `mb_after` on the disk, `mb_before` of the dense ones in that dtype."""
+    from unirank.disk.files import bytes_on_disk
+
     before = compressed.report.model_before * compressed.model.dtype.itemsize
     return {"mb_before": before / 1e6, "mb_after": bytes_on_disk(out) / 1e6}
 
 
 def grown_sizes(compressed: Path, out: Path) -> dict[str, Any]:
     """The same of what was made plain again: `mb_before` is the compressed checkpoint."""
+    from unirank.disk.files import bytes_on_disk
+
     return {"mb_before": bytes_on_disk(compressed) / 1e6, "mb_after": bytes_on_disk(out) / 1e6}
 
 
@@ -65,6 +68,8 @@ def with_ratio_and_size(records: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     On the disk where the model is a directory with safetensors, else parameters in the dtype in which they ran.
     """
     import torch
+
+    from unirank.disk.files import bytes_on_disk
 
     found = []
     for record in records:
