@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.support.command_line import Run
 from tests.support.measured import a_curve
 from tests.support.tiny import WORDS, build
 from unirank import Curve, InputError, StoreError
+from unirank.cli.how_far import curve_command, read_ladders
 from unirank.evaluation import perplexity
 from unirank.tradeoff import sweep
 from unirank.tradeoff.ladder import LADDER
@@ -153,6 +155,7 @@ def test_one_store_serves_its_scheme_and_says_so_before_any_work(
         ({"presets": ("unirank", "unirank")}, "each once"),
         ({"presets": "none"}, "'none' does not exist"),
         ({"remove": (1.0,)}, "remove = 1.0"),
+        ({"remove": {"fast": (0.1,)}}, "the preset 'fast', and the curve is of unirank"),
         ({"more": -1}, "more = -1"),
         ({"form": "round"}, "form = 'round'"),
         ({"min_rank": 0}, "min_rank = 0"),
@@ -232,11 +235,18 @@ def test_the_command(dense: Path, text_file: Path, other: Path, tmp_path: Path, 
     assert not (tmp_path / "other").exists()
 
 
+def test_fractions_by_preset() -> None:
+    both = ["unirank", "fast"]
+    assert read_ladders(None, both) is None
+    assert read_ladders(["0.1", "0.2"], both) == {"unirank": [0.1, 0.2], "fast": [0.1, 0.2]}
+    assert read_ladders(["fast=0.2,0.4", "fast=0.5"], both) == {"fast": [0.2, 0.4, 0.5]}
+    assert read_ladders(["0.1", "fast=0.2"], both) == {"unirank": [0.1], "fast": [0.2]}
+    for wrong in ("x", "fast=", "fast=0.2;0.4", "fast=0.2,"):
+        with pytest.raises(InputError, match=r"--remove .* is not legal"):
+            read_ladders([wrong], both)
+
+
 def test_the_help_names_the_ladder() -> None:
-    import inspect
-
-    from unirank.cli.how_far import curve_command
-
     said = inspect.signature(curve_command).parameters["remove"].annotation
     assert all(f"{fraction:g}" in said for fraction in LADDER)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from unirank import InputError
-from unirank.tradeoff.ladder import LADDER, check_ladder, next_fraction
+from unirank.tradeoff.ladder import LADDER, check_ladder, check_ladders, next_fraction
 
 
 def test_the_ladder_is_in_order_and_every_fraction_once() -> None:
@@ -18,6 +18,15 @@ def test_the_ladder_is_in_order_and_every_fraction_once() -> None:
             check_ladder(wrong, 0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="more = -1"):
         check_ladder(None, -1)
+
+
+def test_every_preset_has_its_ladder() -> None:
+    names = ("unirank", "fast")
+    assert check_ladders(None, names, 0) == {"unirank": LADDER, "fast": LADDER}
+    assert check_ladders((0.2,), names, 0) == {"unirank": (0.2,), "fast": (0.2,)}
+    assert check_ladders({"fast": (0.4, 0.2)}, names, 0) == {"unirank": LADDER, "fast": (0.2, 0.4)}
+    with pytest.raises(InputError, match="the preset 'best', and the curve is of unirank, fast"):
+        check_ladders({"best": (0.2,)}, names, 0)
 
 
 def test_a_straight_line_needs_no_more_points() -> None:

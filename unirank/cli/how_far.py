@@ -40,9 +40,10 @@ def curve_command(
         list[str] | None, options.option("A preset, see `unirank compress`. Repeatable. Default: unirank.")
     ] = None,
     remove: Annotated[
-        list[float] | None,
+        list[str] | None,
         options.option(
-            "A fraction to measure. Repeatable. Default: 0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5 and 0.6.",
+            "A fraction to measure, 0.2; or PRESET=0.2,0.4: of this preset, those alone. Repeatable. Default: 0, 0.01, "
+            "0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5 and 0.6.",
             "--remove",
             "-r",
         ),
@@ -109,11 +110,12 @@ def curve_command(
             calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
         )
         dense = model if against is None else against
+        presets = preset or ["unirank"]
         found = curve(
             dense,
             store=store,
-            presets=preset or ("unirank",),
-            remove=remove,
+            presets=presets,
+            remove=read_ladders(remove, presets),
             more=more,
             texts=text or (options.BUILTIN_HELD_OUT,),
             window=text_window,
@@ -134,6 +136,21 @@ def curve_command(
         )
         files = write_curve(found, out, png=png)
         session.show({"out": str(out)} | found.as_dict(), *curve_view(found, files, dense, out, store))
+
+
+def read_ladders(given: list[str] | None, presets: list[str]) -> dict[str, list[float]] | None:
+    """`["0.1", "fast=0.2,0.4"]` -> fractions by preset: those without a name are of all presets that are not named."""
+    if given is None:
+        return None
+    usual: list[float] = []
+    named: dict[str, list[float]] = {}
+    for one in given:
+        name, equals, numbers = one.rpartition("=")
+        try:
+            (named.setdefault(name, []) if equals else usual).extend(float(number) for number in numbers.split(","))
+        except ValueError:
+            raise InputError(f"--remove {one} is not legal; it is a fraction, 0.2, or PRESET=0.2,0.4.") from None
+    return (dict.fromkeys(presets, usual) if usual else {}) | named
 
 
 def curve_view(curve: Curve, files: list[Path], model: str, out: Path, store: Path | None) -> list[Any]:

@@ -14,6 +14,21 @@ _BEND = 0.02  # of the logarithm of the perplexity: how far a straight line may 
 _STEP = 0.005  # added fractions are multiples of it
 
 
+def check_ladders(
+    remove: Sequence[float] | Mapping[str, Sequence[float]] | None, presets: Sequence[str], more: int
+) -> dict[str, tuple[float, ...]]:
+    """The fractions of every preset; one that `remove` does not name has the usual ones.
+
+    Raises InputError like `check_ladder`, and for a name that is not among `presets`.
+    """
+    if not isinstance(remove, Mapping):
+        return dict.fromkeys(presets, check_ladder(remove, more))
+    for name in remove:
+        if name not in presets:
+            raise InputError(f"remove has the preset {name!r}, and the curve is of {', '.join(presets)}.")
+    return {name: check_ladder(remove.get(name), more) for name in presets}
+
+
 def check_ladder(remove: Sequence[float] | None, more: int) -> tuple[float, ...]:
     """The fractions, ascending, each once. Raises InputError for what cannot be one, and for `more` below 0."""
     if more < 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from unirank.rank_plan import check_form
 from unirank.recipes import Preset, recipe
 from unirank.text.windows import BUILTIN_HELD_OUT
 from unirank.tradeoff.kept import CURVE_FILE, Kept
-from unirank.tradeoff.ladder import MORE, check_ladder, next_fraction
+from unirank.tradeoff.ladder import MORE, check_ladders, next_fraction
 from unirank.tradeoff.points import Points
 from unirank.tradeoff.stores import Stores
 from unirank.types import Form, LoadedModel
@@ -41,7 +41,7 @@ def curve(
     *,
     store: AnalysisStore | str | Path | None = None,
     presets: str | Sequence[str] = ("unirank",),
-    remove: Sequence[float] | None = None,
+    remove: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     more: int = MORE,
     texts: str | Path | Sequence[str | Path] = (BUILTIN_HELD_OUT,),
     window: int | None = None,
@@ -71,8 +71,8 @@ def curve(
         store: a finished analysis of it, for all presets; None makes one for each scheme in
             `place/analysis-SCHEME`, where it is resumed and found again.
         presets: names from `unirank.presets()`.
-        remove: fractions of the decoder linears' weights, in [0, 1); 0, the dense model, is always measured. None is 0,
-            1, 2, 5, 10, 15, 20, 30, 40, 50 and 60 %.
+        remove: fractions of the decoder linears' weights, in [0, 1), for all presets, or by preset; 0, the dense model,
+            is always measured. None, and a preset that is not named, is 0, 1, 2, 5, 10, 15, 20, 30, 40, 50 and 60 %.
         more: at most so many points are added to each preset, where a straight line between two points would be off by
             2 % of the perplexity or more, the worst interval first, in its middle (**choice**). 0 adds none.
         texts: of the perplexities, see `unirank.evaluate`, like `window`, `limit` and `split`. The first one says where
@@ -103,7 +103,7 @@ def curve(
     if form is not None:
         check_form(form)
     recipes = {name: recipe(name, form=form) for name in names}
-    ladder = check_ladder(remove, more)
+    ladders = check_ladders(remove, names, more)
     analysis = None
     if store is not None:
         analysis = store if isinstance(store, AnalysisStore) else open_store(store)
@@ -135,7 +135,7 @@ def curve(
             place=folder,
             progress=_between_points(report),
         )
-        asked = _Asked(recipes, ladder, more, {"form": form, "min_rank": min_rank, "multiple_of": multiple_of})
+        asked = _Asked(recipes, ladders, more, {"form": form, "min_rank": min_rank, "multiple_of": multiple_of})
         return _Sweep(points, asked, folder, report).run()
 
 
@@ -154,7 +154,7 @@ class _Asked:
     """What was asked of a curve; `options` are those of every plan."""
 
     recipes: dict[str, Preset]
-    ladder: tuple[float, ...]
+    ladders: dict[str, tuple[float, ...]]
     more: int
     options: dict[str, Any]
 
@@ -198,7 +198,7 @@ class _Sweep:
         """The fractions above 0 that can be had; what cannot be is noted. Raises InputError for other reasons."""
         self._points.check(name, 0.0, **self._asked.options)
         found = []
-        for at in self._asked.ladder:
+        for at in self._asked.ladders[name]:
             try:
                 self._points.check(name, at, **self._asked.options)
             except InputError as error:
