@@ -54,7 +54,7 @@ def made(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "words.txt").write_text(" ".join(WORDS[2 + 7 * i % 94] for i in range(1000)))
     build("llama").save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
-    calibration = unirank.Calibration(text=str(folder / "words.txt"), windows=2, window=16, batch=2)
+    calibration = unirank.Calibration(text=str(folder / "words.txt"), windows=4, window=16, batch=2)
     model = unirank.compress(folder / "dense", 0.4, calibration=calibration, store=folder / "STORE", device="cpu")
     model.save(folder / "OUT")
     return folder
@@ -238,7 +238,7 @@ def test_links_of_a_store_are_not_written_through(made: Path, tmp_path: Path) ->
         unirank.plan(open_store(store), 0.3)
     (store / "layer-0001.safetensors").unlink()
     os.symlink(theirs, store / "layer-0001.safetensors.tmp")
-    calibration = unirank.Calibration(text=str(made / "words.txt"), windows=2, window=16, batch=2)
+    calibration = unirank.Calibration(text=str(made / "words.txt"), windows=4, window=16, batch=2)
     unirank.analyze(load(made / "dense"), store, calibration=calibration)
     assert theirs.read_bytes() == b"years of work"
 
@@ -341,7 +341,7 @@ def test_a_slip_of_ours_is_no_damage(
     """It comes through as it is; called damage, it would make people delete good files."""
     for name in ("OUT", "STORE", "dense"):
         shutil.copytree(made / name, tmp_path / name)
-    calibration = unirank.Calibration(text=str(made / "words.txt"), windows=2, window=16, batch=2, gradient_windows=1)
+    calibration = unirank.Calibration(text=str(made / "words.txt"), windows=4, window=16, batch=2, gradient_windows=1)
     if reader == "all tensors of a file":
         unirank.analyze(load(made / "dense"), tmp_path / "STORE", calibration=calibration, overwrite=True)
     report = EvalReport(2.0, 0.7, "a", "b", window=4, windows=2, predicted_tokens=6, bos=False, dtype="x", parameters=9)

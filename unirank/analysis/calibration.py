@@ -191,7 +191,7 @@ def checked_windows(
         notes.append(
             f"Only {tokens:,} tokens calibrate, and the widest linear ({widest.name}) has {widest.n:,} inputs: what no "
             f"token shows counts for nothing and is cut away. Needed are at least {needed:,} windows of "
-            f"{calibration.window}{longer} (Calibration.windows); several times as many are better."
+            f"{calibration.window} (Calibration.windows){longer}; several times as many are better."
         )
     return windows, notes
 
