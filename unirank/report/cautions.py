@@ -151,8 +151,9 @@ def _unknown(data: ReportData) -> str:
         missing.append("how it was calibrated")
     if not data.damping:
         missing.append("damping, for the analysis store was not given")
-    if not any(change.times is not None for change in perplexities(data).values()):
-        missing.append("perplexity against the dense model")
+    compared = sum(change.times is not None for change in perplexities(data).values())
+    if compared < 2:
+        missing.append("perplexity against the dense model" + (" on a second, other text" if compared else ""))
     return f"Not known: {'; '.join(missing)}." if missing else ""
 
 

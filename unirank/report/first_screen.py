@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ from unirank.report import html
 from unirank.report.gather import ReportData
 from unirank.report.html import UNMEASURED, percent, rounded
 from unirank.report.measured import PHASES, Change, busy, perplexities, sample, speeds
+
+_BLANK = re.compile(r"\n\s*\n")  # empty lines, which take the room of the first screen
 
 
 def verdict(data: ReportData) -> str:
@@ -31,27 +34,30 @@ def before_and_after(data: ReportData) -> str:
     report = data.record.report
     size = Change(data.bytes_before, data.bytes_after)
     rows = [
-        _row("parameters", Change(report.model_before, report.model_after), lambda count: f"{count / 1e6:,.1f} M"),
-        _row("MB on disk", size, lambda count: f"{count / 1e6:,.1f}"),
+        _row("million parameters", Change(report.model_before, report.model_after), lambda n: f"{n / 1e6:,.1f}"),
+        _row("MB on disk", size, lambda n: f"{n / 1e6:,.1f}"),
     ]
     measured = perplexities(data) or {"": Change(None, None)}
     rows += [_row(f"perplexity on {text}" if text else "perplexity", change) for text, change in measured.items()]
-    rows += [_row(PHASES[phase], change) for phase, change in speeds(data)[0].items()]
+    comparable = busy(data) is None
+    rows += [_row(PHASES[phase], change, times=comparable) for phase, change in speeds(data)[0].items()]
     head = "".join(f'<th scope="col">{name}</th>' for name in ("dense", "this model", "times"))
     body = f'<table class="change"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    body += _notes(data)
     found = sample(data)
     if found is not None:
         prompt, dense, compressed = found
-        body += f"<h3>Generated behind “{html.text(prompt)}”</h3>{html.pair(dense, compressed)}"
-    return html.section("Before and after", body) + _notes(data)
+        texts = (_BLANK.sub("\n", said.strip()) for said in (dense, compressed))
+        body += f"<h3>Generated behind “{html.text(prompt)}”</h3>{html.pair(*texts)}"
+    return html.section("Before and after", body)
 
 
-def _row(name: str, change: Change, shown: Callable[[float], str] = rounded) -> str:
+def _row(name: str, change: Change, shown: Callable[[float], str] = rounded, *, times: bool = True) -> str:
     head = f'<tr><th scope="row">{html.text(name)}</th>'
     if change.before is None and change.after is None:
         return f'{head}<td colspan="3" class="soft">{UNMEASURED}</td></tr>'
     values = [UNMEASURED if value is None else shown(value) for value in (change.before, change.after)]
-    values.append("" if change.times is None else f"{change.times:.2f}")
+    values.append("" if change.times is None or not times else f"{change.times:.2f}")
     return head + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
 
 
