@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.store import AnalysisStore, open_store
+from unirank.demands import require, with_gradients
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.inputs import loaded_from, ranks_text
-from unirank.job import Job, analyze_for, require, with_gradients, workbench_for
+from unirank.job import Job, analyze_for, workbench_for
 from unirank.planning.imported_ranks import import_plan
 from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
 from unirank.progress import Progress, silent

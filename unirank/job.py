@@ -13,15 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration, calibration_of
+from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
+from unirank.demands import require, with_gradients
 from unirank.display import shows_progress, told
 from unirank.distributed import rank
-from unirank.errors import InputError, StoreError
+from unirank.errors import InputError
 from unirank.inputs import loaded_from, ranks_text
 from unirank.planning.imported_ranks import form_of, import_plan, read_rank_file, read_ranks
 from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
-from unirank.progress import OnProgress, Progress, silent
+from unirank.progress import OnProgress, Progress, Stage, silent
 from unirank.rank_plan import RankPlan, check_form
 from unirank.recipes import Preset
 from unirank.stages import announce_job
@@ -54,6 +55,10 @@ class Chooser(Protocol):
 
     def check(self, job: Job, loaded: LoadedModel) -> None:
         """Raise InputError for what can be known to be wrong before the analysis."""
+
+    def stages(self, job: Job, loaded: LoadedModel, windows: int, window: int) -> list[Stage]:
+        """What finding it costs; `windows` of `window` tokens calibrate."""
+        ...
 
     def __call__(self, job: Job, loaded: LoadedModel, store: AnalysisStore) -> float:
         """The fraction to remove; `loaded` is dense, and is dense again afterwards."""
@@ -126,7 +131,11 @@ class Job:
     def _announce(self, loaded: LoadedModel | None, store: AnalysisStore | None = None) -> None:
         """Tell who watches which stages come, as well as that is known by now."""
         asked = calibration_of(self.calibration) if store is None else store.identity.calibration
-        announce_job(self.progress, loaded, self.recipe, asked, ranks_are_given=self.ranks is not None, then=self.then)
+        search: list[Stage] = []
+        if self.choose is not None and loaded is not None:
+            search = self.choose.stages(self, loaded, asked.windows, asked.window)
+        given = self.ranks is not None
+        announce_job(self.progress, loaded, self.recipe, asked, ranks_are_given=given, search=search, then=self.then)
 
     @property
     def tokens_for(self) -> str:
@@ -321,28 +330,6 @@ def apply(
     )
 
 
-def require(store: AnalysisStore, chosen: Preset) -> None:
-    """Raise StoreError where a finished store lacks what a recipe needs: says what, and which command makes it."""
-    scheme, used = store.identity.scheme, store.identity.calibration
-    command = f"unirank analyze MODEL -o NEW-STORE --scheme {chosen.scheme} --calib {used.text}"
-    command += f" --windows {used.windows} --window {used.window} --seed {used.seed} --batch {used.batch}"
-    if used.texts:
-        command += f" --calib-shares {','.join(str(text.windows) for text in used.texts)}"
-    command += f" --clip {used.clip or 0:g}"
-    if chosen.needs_gradients:
-        count = min(GRADIENT_WINDOWS, used.windows)
-        command += f" --gradients-from {store.path}" if store.has_gradients else f" --gradients {count}"
-    if scheme != chosen.scheme:
-        raise StoreError(
-            f"The store {store.path} has the scheme {scheme}, and {chosen.scheme} is needed; make one with: {command}."
-        )
-    if chosen.needs_gradients and not store.has_gradients:
-        raise StoreError(
-            f"The store {store.path} has no gradients, and {chosen.needs_gradients_for} needs them; make one with: "
-            f"{command}."
-        )
-
-
 def analyze_for(
     loaded: LoadedModel,
     place: Path,
@@ -369,18 +356,6 @@ def analyze_for(
         overwrite=overwrite,
         progress=progress,
     )
-
-
-def with_gradients(calibration: Calibration, chosen: Preset) -> Calibration:
-    """Gradients are made where the recipe needs them and nothing is said about them (**choice**: 32 windows)."""
-    if not chosen.needs_gradients or calibration.gradient_windows is not None:
-        if chosen.needs_gradients and calibration.gradient_windows == 0:
-            raise InputError(
-                f"{chosen.needs_gradients_for.capitalize()} needs gradients; Calibration.gradient_windows must be at "
-                "least 1."
-            )
-        return calibration
-    return dataclasses.replace(calibration, gradient_windows=min(GRADIENT_WINDOWS, calibration.windows))
 
 
 def workbench_for(loaded: LoadedModel, store: AnalysisStore, text: str | None, progress: OnProgress) -> Workbench:

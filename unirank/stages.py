@@ -87,19 +87,23 @@ def announce_job(
     calibration: Calibration | CalibrationIdentity,
     *,
     ranks_are_given: bool,
+    search: Sequence[Stage] = (),
     then: Sequence[str] = (),
 ) -> None:
     """Announce a whole compression.
 
     Args:
         loaded: None before the model is loaded; the stages then have names and cost nothing yet.
+        search: for the fraction to remove, behind what allocators measure.
         then: stages that follow: "save".
     """
     sizes = Sizes.of(loaded)
     numbers: dict[str, Any] = {"windows": calibration.windows, "window": calibration.window}
     stages = [costs.load(sizes)]
     stages += analysis_stages(sizes, recipe.scheme, **numbers, backward=_backward(recipe, calibration))
-    stages += stages_behind(sizes, recipe, **numbers, ranks_are_given=ranks_are_given)
+    if not ranks_are_given:
+        stages += planning_stages(sizes, recipe, window=calibration.window)
+    stages += [*search, *stages_behind(sizes, recipe, **numbers, ranks_are_given=True)]
     expect(progress, stages + [_THEN[name](sizes) for name in then])
 
 

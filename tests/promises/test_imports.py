@@ -21,7 +21,7 @@ ORDER = (
     "planning | compression | diagnosis",
     "finetuning | report",
     "recipes, stages",
-    "inputs, job",
+    "inputs, demands, job",
     "tradeoff",
     "api",
     "serving | cli",

@@ -10,28 +10,35 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unirank import costs
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.held_out_text import held_out_text
 from unirank.analysis.redraw import calibration_to_redraw
 from unirank.analysis.store import AnalysisStore
 from unirank.compression.evaluations import evaluation_of
 from unirank.disk.files import make_directory, write_text
+from unirank.display import told
 from unirank.errors import InputError
 from unirank.evaluation.measured_curve import Curve, CurvePoint
 from unirank.evaluation.perplexity import prepare
 from unirank.job import Job
+from unirank.progress import Stage
 from unirank.recipes import name_of
+from unirank.stages import stages_behind
 from unirank.text.windows import BUILTIN, BUILTIN_HELD_OUT
 from unirank.tradeoff.points import Points
 from unirank.tradeoff.searching import Found, largest_within, least_within
 from unirank.tradeoff.sizes import Sizes
 from unirank.tradeoff.target import Target
+from unirank.tradeoff.telling import between_points
 from unirank.types import DENSE, Form, LoadedModel, Rank
 
 if TYPE_CHECKING:
     from unirank.compression.checkpoint import CompressedModel
 
 HELD_OUT_FILE = "held-out.txt"
+SEARCH = "search"
+_WINDOWS = 16  # of a text whose length is not known yet, to tell how long the search will take
 _STEP = 1e-5  # of fractions that parameters or bytes ask for: a thousandth of a percent (**choice**)
 _MOST = 0.95  # the largest fraction that is tried (**choice**)
 
@@ -102,6 +109,16 @@ class TargetChooser:
     def whole_model_for(self) -> str:
         return "measuring perplexities" if self.target.max_perplexity_increase is not None else ""
 
+    def stages(self, job: Job, loaded: LoadedModel, windows: int, window: int) -> list[Stage]:
+        """What the search costs, to be announced."""
+        if self.target.max_perplexity_increase is None:
+            return []
+        sizes = costs.Sizes.of(loaded)
+        made = stages_behind(sizes, job.recipe, windows=windows, window=window, ranks_are_given=True)
+        read = costs.evaluation(sizes, "", 1024 * (self.target.limit or _WINDOWS)).work
+        points = self.target.evaluations
+        return [Stage(SEARCH, points * sum(one.work for one in made) + (points + 1) * read)]
+
     def check(self, job: Job, loaded: LoadedModel) -> None:
         """Read the text. Raises InputError like `unirank.evaluation.perplexity.prepare` and `held_out_text`."""
         if self.target.max_perplexity_increase is None:
@@ -169,7 +186,7 @@ def by_perplexity(target: Target, job: Job, loaded: LoadedModel, store: Analysis
 
     Raises InputError where none that was tried does, and like `Points` and `held_out_text`.
     """
-    limit = target.max_perplexity_increase
+    limit, report = target.max_perplexity_increase, told(job.progress)
     assert limit is not None
     with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
         drawn = calibration_to_redraw(store, job.text)
@@ -182,13 +199,15 @@ def by_perplexity(target: Target, job: Job, loaded: LoadedModel, store: Analysis
             limit=target.limit,
             calibration=job.text,
             place=place,
-            progress=job.progress,
+            progress=between_points(report),
         )
+    report(SEARCH, 0, target.evaluations + 1)
     dense = points.dense()
     recipe = dataclasses.replace(job.recipe, scheme=store.identity.scheme)
     found: dict[float, CurvePoint] = {}
 
     def increase(remove: float) -> float:
+        report(SEARCH, 1 + len(found), target.evaluations + 1)
         found[remove] = points.at(
             recipe,
             remove,
@@ -200,6 +219,7 @@ def by_perplexity(target: Target, job: Job, loaded: LoadedModel, store: Analysis
         return increase_of(found[remove], dense)
 
     search = largest_within(increase, limit, evaluations=target.evaluations, most=reachable(job, loaded))
+    report(SEARCH, target.evaluations + 1, target.evaluations + 1)
     if search.remove == 0:
         least, value = min(search.tried)
         raise InputError(

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from unirank.analysis.identity import weights_hash
 from unirank.analysis.redraw import calibration_to_redraw, check_model
 from unirank.analysis.store import AnalysisStore
+from unirank.demands import require
 from unirank.disk.hashing import sha256_tensors
 from unirank.errors import InputError, UnirankError
 from unirank.evaluation.measured_curve import DENSE_PRESET, CurvePoint
 from unirank.evaluation.perplexity import EvalWindows, prepare
 from unirank.evaluation.speed import tokens_per_second
-from unirank.job import Job, apply, require, workbench_for
+from unirank.job import Job, apply, workbench_for
 from unirank.planning.ranks import fitting_multiple
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, meta, versions

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.store import AnalysisStore, open_store
+from unirank.demands import require
 from unirank.disk.files import make_directory, write_text
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.evaluation.measured_curve import Curve, CurvePoint
 from unirank.inputs import loaded_from
-from unirank.job import require
 from unirank.progress import OnProgress, Progress
 from unirank.rank_plan import check_form
 from unirank.recipes import Preset, recipe
@@ -26,13 +26,11 @@ from unirank.tradeoff.kept import CURVE_FILE, Kept
 from unirank.tradeoff.ladder import MORE, check_ladders, next_fraction
 from unirank.tradeoff.points import Points
 from unirank.tradeoff.stores import Stores
+from unirank.tradeoff.telling import between_points
 from unirank.types import Form, LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Stages of a single point, which would begin again at each: the stage "points" counts the points themselves.
-_WITHIN = ("truncate", "perplexity", "speed", "refine", "heal", "train", "distill")
 
 
 @shows_progress
@@ -133,20 +131,10 @@ def curve(
             calibration=None if calibration is None else calibration_of(calibration).text,
             speed=speed,
             place=folder,
-            progress=_between_points(report),
+            progress=between_points(report),
         )
         asked = _Asked(recipes, ladders, more, {"form": form, "min_rank": min_rank, "multiple_of": multiple_of})
         return _Sweep(points, asked, folder, report).run()
-
-
-def _between_points(progress: OnProgress) -> OnProgress:
-    """Who is told of what happens once, and not of the stages of each point."""
-
-    def told_of(stage: str, done: int, total: int) -> None:
-        if not stage.startswith(_WITHIN):
-            progress(stage, done, total)
-
-    return told_of
 
 
 @dataclass(frozen=True)

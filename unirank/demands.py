@@ -1,0 +1,44 @@
+"""What a recipe demands: of a finished store, and of the calibration that makes one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
+from unirank.analysis.store import AnalysisStore
+from unirank.errors import InputError, StoreError
+from unirank.recipes import Preset
+
+
+def require(store: AnalysisStore, chosen: Preset) -> None:
+    """Raise StoreError where a finished store lacks what a recipe needs: says what, and which command makes it."""
+    scheme, used = store.identity.scheme, store.identity.calibration
+    command = f"unirank analyze MODEL -o NEW-STORE --scheme {chosen.scheme} --calib {used.text}"
+    command += f" --windows {used.windows} --window {used.window} --seed {used.seed} --batch {used.batch}"
+    if used.texts:
+        command += f" --calib-shares {','.join(str(text.windows) for text in used.texts)}"
+    command += f" --clip {used.clip or 0:g}"
+    if chosen.needs_gradients:
+        count = min(GRADIENT_WINDOWS, used.windows)
+        command += f" --gradients-from {store.path}" if store.has_gradients else f" --gradients {count}"
+    if scheme != chosen.scheme:
+        raise StoreError(
+            f"The store {store.path} has the scheme {scheme}, and {chosen.scheme} is needed; make one with: {command}."
+        )
+    if chosen.needs_gradients and not store.has_gradients:
+        raise StoreError(
+            f"The store {store.path} has no gradients, and {chosen.needs_gradients_for} needs them; make one with: "
+            f"{command}."
+        )
+
+
+def with_gradients(calibration: Calibration, chosen: Preset) -> Calibration:
+    """Gradients are made where the recipe needs them and nothing is said about them (**choice**: 32 windows)."""
+    if not chosen.needs_gradients or calibration.gradient_windows is not None:
+        if chosen.needs_gradients and calibration.gradient_windows == 0:
+            raise InputError(
+                f"{chosen.needs_gradients_for.capitalize()} needs gradients; Calibration.gradient_windows must be at "
+                "least 1."
+            )
+        return calibration
+    return dataclasses.replace(calibration, gradient_windows=min(GRADIENT_WINDOWS, calibration.windows))
