@@ -22,7 +22,8 @@ from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear
 from unirank.types import LoadedModel
 
-pytestmark = pytest.mark.slow
+# Few tokens, for speed: what is asked here is whether a kind of model is understood, and some are wider than that.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::unirank.UnirankWarning")]
 
 # What transformers itself cannot build from a configuration of the type; the third needs a package that tests lack.
 NOT_TINY = {

@@ -47,7 +47,8 @@ def workplace(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     build("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "MODEL")
     tokenizer.save_pretrained(tmp_path / "MODEL")
     for seed, name in enumerate(("my-text.txt", "other-text.txt")):
-        (tmp_path / name).write_text(" ".join(WORDS[2 + (7 + seed) * i % 94] for i in range(5000)))
+        text = " ".join(WORDS[2 + (7 + seed) * i % 94] for i in range(33_000))  # the default, 64 windows of 512
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return tmp_path
