@@ -255,7 +255,7 @@ def test_the_help_names_the_ladder() -> None:
 @pytest.mark.smollm2
 def test_two_points_of_the_real_model(smollm2: str, tmp_path: Path) -> None:
     """Its perplexity rises with what is removed, and a point is what `compress` makes."""
-    calibration = unirank.Calibration(windows=4, window=256)
+    calibration = unirank.Calibration(windows=6, window=256)
     asked: dict[str, Any] = {"texts": "builtin-held-out", "window": 512, "limit": 1, "more": 0, "remove": (0.05, 0.2)}
     curve = unirank.curve(smollm2, calibration=calibration, place=tmp_path / "out", device="cpu", **asked)
     perplexities = [point.evaluations[0].perplexity for point in curve.of("unirank")]
