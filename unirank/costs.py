@@ -18,19 +18,19 @@ from unirank.types import LoadedModel
 # Times a forward pass over the stage's tokens; of decoder layers alone where the head does not run.
 _GRADIENTS = 6.0  # bench/README.md: 5.2 without the files that pass between layers; docs/results.json: 6 to 7
 _GRADIENTS_FORWARD, _GRADIENTS_HEAD = 0.2, 0.12  # shares of that: the first half of the steps, and the first step back
-_CALIBRATION = 2.0  # docs/results.json, `analyze_seconds` of `fast`
-_SECOND_PASS = 4.4  # the same, `apply_seconds`
+_CALIBRATION = 1.95  # CPU seconds of 8 windows, and of 64 (docs/results.json, `analyze_seconds`)
+_SECOND_PASS = 4.5  # the same, `apply_seconds`
 _HEALING = 4.4  # for each pass; the same, `heal_seconds`
-_MEASURING = 1.3  # of the layers behind a linear, and of the head; docs/experiments.md, "The search of lems": 2.6
+_BEHIND, _HEAD = 1.03, 1.53  # of the layers behind a linear, and of the head with its divergence; 8 windows
 _DISTILLATION = 6.0  # counted, not measured: 3 for the student, 1 for the dense model, AdamW of all factors, looks
 _TRAINING = 3.5  # the same for adapters
 _EVALUATION = 1.1  # the loss is computed in float32
 # Times `M N min(M, N)` of every linear.
-_DECOMPOSITION = {"whiten": 10.0, "afm": 10.0, "kfac": 30.0}  # what 8 windows take beyond their passes
+_DECOMPOSITION = {"whiten": 13.0, "afm": 13.0, "kfac": 30.0}  # what is left of 8 windows; `kfac` is a guess from 64
 _DECOMPOSITION_OF_OTHERS = 15.0
-_FIT = 13.0  # bench/README.md: 16 s whatever the tokens
+_FIT = 23.0  # what is left of 8 windows
 # Times the parameters: seconds, where a forward pass over 4096 tokens takes eleven.
-_LOAD, _SAVE, _TRUNCATION = 1000.0, 500.0, 600.0
+_LOAD, _SAVE, _TRUNCATION = 1200.0, 400.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def measuring(sizes: Sizes, name: str, windows: int, tokens: int, linears: float
         linears: the share that is measured.
     """
     layers = max(1, sizes.layers)
-    costs = [(layers - layer) / layers * sizes.targets + sizes.head for layer, _, _ in sizes.linears]
+    costs = [_BEHIND * (layers - layer) / layers * sizes.targets + _HEAD * sizes.head for layer, _, _ in sizes.linears]
     total = sum(costs)
     parts = tuple((1 / len(costs) / windows, cost / total / windows) for cost in costs) * windows if costs else ()
-    return Stage(name, _MEASURING * linears * windows * tokens * total, parts)
+    return Stage(name, linears * windows * tokens * total, parts)
 
 
 def evaluation(sizes: Sizes, name: str, tokens: int, times: float = 1.0) -> Stage:

@@ -17,7 +17,7 @@ _CAUTION = 1.2
 # What ran before counts as so much of a stage's own work, until its own speed is known.
 _PRIOR = 0.15
 # No time is told before so much of the job, or of a stage that nobody announced, is done.
-_KNOWN = 0.01
+_KNOWN = 0.02
 # The time that is told follows the estimate with this time constant, a share of the whole job's time.
 _SMOOTH = 0.05
 _NEAR = 1.2
