@@ -1,0 +1,122 @@
+"""What a job announces is what it reports: the names of its stages, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import unirank
+from unirank.costs import Sizes
+from unirank.progress import Stage
+from unirank.recipes import Preset, preset
+from unirank.stages import analysis_stages, planning_stages, stages_behind
+
+
+class Watching:
+    """A progress that understands announcements, and keeps everything."""
+
+    def __init__(self) -> None:
+        self.announced: dict[str, Stage] = {}
+        self.reported: list[str] = []
+        self.unannounced: list[str] = []
+        self.ended: dict[str, bool] = {}
+
+    def expect(self, stages: Sequence[Stage]) -> None:
+        self.announced |= {stage.name: stage for stage in stages}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.announced:
+            self.unannounced.append(stage)
+        if stage not in self.reported:
+            self.reported.append(stage)
+        self.ended[stage] = done == total
+
+    def check(self) -> None:
+        assert self.unannounced == []
+        assert self.reported == [name for name in self.announced if name in self.reported]
+        assert all(self.ended.values())
+        assert all(stage.work > 0 for stage in self.announced.values())
+
+
+HEAL = {"passes": 1, "held_out": 0.3, "distill_steps": 1}
+
+
+@pytest.mark.filterwarnings("ignore::unirank.errors.UnirankWarning")
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ({}, ["load", "calibrate and decompose", "truncate"]),
+        ({"preset": "fast"}, ["load", "calibrate and decompose", "measure each linear", "refine"]),
+        ({"preset": "best"}, ["load", "gradients", "calibrate and decompose", "measure each linear", "refine"]),
+        ({"heal": HEAL}, ["load", "calibrate and decompose", "truncate", "heal", "distill"]),
+        ({"allocator": "swift"}, ["load", "calibrate and decompose", "measure allocations", "truncate"]),
+        ({"allocator": "ara", "options": {"steps": 1}}, ["load", "calibrate and decompose", "train ranks", "truncate"]),
+        (
+            {"allocator": "lems", "options": {"depth": 1, "rounds": 1, "swaps": 1, "held_out": 1}},
+            [
+                *("load", "calibrate and decompose", "measure each linear", "try depth factors"),
+                *("measure in plan 1, below", "measure in plan 1, above", "measure in plan 1, compare"),
+                *("swap ranks", "truncate"),
+            ],
+        ),
+    ],
+)
+def test_a_compression_reports_what_it_announced(
+    recipe: dict[str, Any], stages: list[str], model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked = dict(recipe)
+    if "heal" in asked:
+        asked["heal"] = unirank.Heal(**asked["heal"])
+    calibration = unirank.Calibration(text=str(text_file), windows=4, window=24, batch=2)
+    watching = Watching()
+    common: dict[str, Any] = {"calibration": calibration, "store": tmp_path / "store", "device": "cpu"}
+    unirank.compress(model_dir, 0.4, multiple_of=1, **asked, **common, progress=watching)
+    assert watching.reported == stages
+    watching.check()
+
+
+@pytest.mark.filterwarnings("ignore::unirank.errors.UnirankWarning")
+def test_so_do_an_analysis_and_a_plan(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = unirank.Calibration(text=str(text_file), windows=4, window=24, batch=2)
+    watching = Watching()
+    common: dict[str, Any] = {"calibration": calibration, "device": "cpu"}
+    store = unirank.analyze(model_dir, tmp_path / "s", preset="best", **common, progress=watching)
+    assert watching.reported == ["load", "gradients", "calibrate and decompose"]
+    watching.check()
+    watching = Watching()
+    more: dict[str, Any] = {"against": model_dir, "calibration": str(text_file), "device": "cpu"}
+    unirank.plan(store, 0.3, preset="best", **more, progress=watching)
+    assert watching.reported == ["load", "measure each linear"]
+    watching.check()
+
+
+SMOLLM2 = Sizes._of(
+    tuple(
+        (layer, m, n)
+        for layer in range(30)
+        for m, n in ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+    ),
+    30,
+    49152 * 576,
+)
+
+
+def test_costs_are_in_proportion_to_what_was_measured() -> None:
+    """CPU seconds of `fast` over 8 windows of 512 tokens on one thread, and what the table says of them."""
+    recipe: Preset = preset("fast")
+    stages = analysis_stages(SMOLLM2, "afm", windows=8, window=512, backward=0)
+    stages += stages_behind(SMOLLM2, recipe, windows=8, window=512, ranks_are_given=False)
+    measured = {"calibrate and decompose": 31.5, "measure each linear": 211.3, "refine": 65.3}
+    unit = sum(measured.values()) / sum(stage.work for stage in stages)
+    for stage in stages:
+        assert stage.work * unit == pytest.approx(measured[stage.name], rel=0.1), stage.name
+
+
+def test_early_linears_cost_more_than_late_ones() -> None:
+    (stage,) = planning_stages(SMOLLM2, preset("fast"), window=512)
+    half = [stage.share(done, 420) for done in (105, 210, 315, 420)]
+    assert half[0] == pytest.approx(0.320, abs=0.01)  # measured: 67.6 s of 211.3 s
+    assert half[1:] == pytest.approx([0.5, 0.5 + half[0], 1.0])
