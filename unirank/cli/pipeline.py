@@ -30,19 +30,23 @@ if TYPE_CHECKING:
 
 
 def demo_command(
-    out: Annotated[Path, options.out("Directory for store, checkpoints and demo.json.")] = Path("unirank-demo"),
+    out: Annotated[Path, options.out("Directory for analyses, checkpoints, reports, the curve and demo.json.")] = Path(
+        "unirank-demo"
+    ),
     remove: Annotated[
         list[float] | None, options.option(options.REMOVE_HELP + " Repeatable.", "--remove", "-r")
     ] = None,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """The main job on the embedded default: SmolLM2-135M, uniform ranks against UniRank, dense in the same table."""
+    """The main job on the embedded default, SmolLM2-135M: uniform ranks, the paper's, the preset fast, and dense."""
     from unirank.cli.demo import demo
+    from unirank.cli.demo_view import demo_record, demo_view
 
     with run_session(as_json) as session:
-        result = demo(out, remove=remove or (0.2, 0.4), device=device, progress=session.progress)
-        session.show(views.demo_record(result), *views.demo_view(result))
+        result = demo(out, remove=remove or (0.1, 0.3), device=device, progress=session.progress)
+        following = endings.after_compress(result.checkpoints[0], options.EMBEDDED)
+        session.show(demo_record(result), *demo_view(result), following)
 
 
 def analyze_command(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from unirank.types import DENSE, SUBLAYERS
 if TYPE_CHECKING:
     from unirank.analysis.needs import Needs
     from unirank.analysis.store import AnalysisStore
-    from unirank.cli.demo import DemoResult
     from unirank.compression.checkpoint import CompressedModel
     from unirank.diagnosis.claim import Diagnosis
     from unirank.rank_plan import RankPlan
@@ -292,43 +290,6 @@ def info_table(record: dict[str, Any]) -> Table:
             value = ", ".join(map(str, value)) or None
         table.add_row(key.replace("_", " "), Text("none" if value is None else str(value)))
     return table
-
-
-def demo_record(result: DemoResult) -> dict[str, Any]:
-    return {"rows": [asdict(row) for row in result.rows], "seconds": result.seconds, "meta": result.meta}
-
-
-def demo_view(result: DemoResult) -> list[Any]:
-    """The table, one sample a row, seconds a stage, how to load."""
-    from unirank.cli.demo import PROMPT
-
-    first = result.rows[0]
-    table = _table(
-        f"{first.model}: perplexity on the held-out part of Python's documentation",
-        "allocation",
-        "removed of targets",
-        "removed of model",
-        "perplexity",
-        "x dense",
-        "parameters",
-        "MB",
-    )
-    for row in result.rows:
-        table.add_row(
-            row.allocator,
-            f"{1 - row.used / first.used:.2%}",
-            f"{row.removed_of_model:.2%}",
-            f"{row.perplexity:.2f}",
-            f"{row.perplexity / first.perplexity:.2f}",
-            f"{row.parameters:,}",
-            f"{row.bytes / 1e6:.1f}",
-        )
-    said = Text(f"\n{PROMPT} ...\n")
-    for row in result.rows:
-        said.append(f"  {row.allocator} {row.remove:.0%}: ", style="bold")
-        said.append(" ".join(row.sample.split()) + "\n")
-    seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in result.seconds.items())
-    return [table, said, Text(f"Seconds per stage, summed: {seconds}"), *load_hint(result.checkpoints)]
 
 
 def needs_view(found: Needs) -> tuple[Any, ...]:
