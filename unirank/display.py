@@ -77,11 +77,12 @@ def display(progress: Progress, *, console: Console | None = None) -> Iterator[O
 
 
 def _chosen(console: Console | None, *, always: bool) -> Display | None:
-    if console is not None or sys.stderr.isatty():
+    errors = cast("IO[str] | None", sys.stderr)  # None in a program without a console
+    if console is not None or (errors is not None and errors.isatty()):
         return Terminal(console)
     if _in_notebook():
         return Lines(sys.stdout, again=True)
-    return Lines(sys.stderr) if always else None
+    return Lines(errors) if always and errors is not None else None
 
 
 def _in_notebook() -> bool:
