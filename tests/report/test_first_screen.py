@@ -79,7 +79,7 @@ def test_the_verdict_is_made_of_the_numbers(plain: ReportData) -> None:
         f"million parameters {report.model_before / 1e6:,.1f} {report.model_after / 1e6:,.1f}",
         "perplexity on first 20.00 26.00 1.30",
         "perplexity on second 30.00 33.00 1.10",
-        "tokens a second, reading a prompt 100.00 120.00 1.20",
+        "tokens a second, reading a prompt 100.0 120.0 1.20",
         "tokens a second, writing 10.00 12.00 1.20",
         "Generated behind “Once” dense a compressed b",
     ):

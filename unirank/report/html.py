@@ -69,5 +69,7 @@ def percent(share: float) -> str:
 
 
 def rounded(value: float) -> str:
-    """A perplexity, or tokens a second, with two digits behind the point where these say something."""
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.3g}"
+    """A perplexity, or tokens a second, with as many digits behind the point as say something."""
+    if value >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:,.{2 if value < 100 else 1 if value < 1000 else 0}f}"

@@ -10,7 +10,7 @@ from html import escape
 _WIDTH, _HEIGHT = 340, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 12, 40
 _MARKS = ("circle", "square", "triangle")
-_FINE = (1, 1.5, 2, 3, 4, 5, 7)  # labels within a decade of a log axis
+_FINE, _COARSE = (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5)  # labels within a decade of a log axis
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ class _Axis:
         if not self._log:
             return [(value, f"{value:g}") for value in _round_steps(self._low, self._high)]
         powers = range(math.ceil(self._low), math.floor(self._high) + 1)
-        if len(powers) >= 2:
+        if len(powers) >= 3:
             return [(10.0**power, f"{10.0**power:g}" if power > -4 else f"1e{power}") for power in powers]
-        fine = [round(step * 10.0**power, 12) for power in _decades(self._low, self._high) for step in _FINE]
+        steps = _FINE if self._high - self._low < 1 else _COARSE
+        fine = [round(step * 10.0**power, 12) for power in _decades(self._low, self._high) for step in steps]
         fine = [value for value in fine if self._low <= math.log10(value) <= self._high] if self._low > -9 else []
         if len(fine) >= 3:
             return [(value, f"{value:g}") for value in fine]
