@@ -188,6 +188,14 @@ def test_a_terminal_shows_stage_share_and_both_times() -> None:
     assert "done in 0:00:50" in stream.getvalue().splitlines()[-2]
 
 
+def test_what_took_no_time_leaves_nothing_behind() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    with Terminal(console, Clock()) as progress:
+        progress("a", 1, 1)
+    assert stream.getvalue().endswith("\x1b[2K")  # the line is wiped out
+
+
 def test_a_terminal_says_where_it_was_stopped() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, color_system=None)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _REDRAW = 4  # times a second, in a terminal
 _LINE_EVERY = 30.0  # seconds between two lines of a log, within a stage
 _NOTEBOOK_EVERY = 0.5  # and between two states of the line of a notebook
+_WORTH_A_LINE = 2.0  # seconds; what took less leaves nothing behind
 _active = threading.local()  # whether this thread draws: what it calls does not draw once more
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -155,6 +156,7 @@ class Terminal(Display):
         if look.number:
             took = duration(look.elapsed)
             self._ended = f"done in {took}" if kind is None else f"stopped after {took} in {title(look)}"
+        self._live.transient = kind is None and look.elapsed < _WORTH_A_LINE
         self._live.stop()
 
     def _drawn(self) -> RenderableType:
