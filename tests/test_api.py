@@ -51,6 +51,7 @@ def test_a_temporary_store_goes_with_what_was_made_from_it(
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:The text words.txt:unirank.UnirankWarning")  # for 64 windows of 512 it is short
 def test_a_text_is_a_calibration(make_model, text_file: Path, tmp_path: Path) -> None:
     small = {"windows": 64, "window": 512}
     for given in (str(text_file), text_file):

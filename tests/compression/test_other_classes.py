@@ -45,7 +45,7 @@ def low_rank(model: PreTrainedModel) -> int:
 def saved(tmp_path_factory, tokenizer: PreTrainedTokenizerFast, text_file: Path) -> Path:
     """Compressed causal language models by their names; "body", of a Llama's body, and "base", its original."""
     root = tmp_path_factory.mktemp("classes")
-    calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
+    calibration = unirank.Calibration(text=str(text_file), windows=8, window=16, batch=2)
     for name, (scheme, form) in MADE.items():
         model = build_any("gemma3") if name == "gemma3" else build(name)  # a multimodal model, with its wrapper
         made = unirank.compress(model, 0.4, tokenizer=tokenizer, scheme=scheme, form=form, calibration=calibration)
@@ -105,7 +105,7 @@ def test_a_body_that_was_compressed_is_opened_and_gone_on_with(
     assert list(opened.plan.ranks) == [f"model.{name}" for name in before.ranks]
     assert (opened.plan.used, opened.plan.total) == (before.used, before.total)
     assert opened.save(tmp_path / "again").is_dir()
-    calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
+    calibration = unirank.Calibration(text=str(text_file), windows=8, window=16, batch=2)
     again = unirank.open_compressed(tmp_path / "again", device="cpu", stream=stream)
     healed = unirank.heal(again, calibration, unirank.Heal(passes=1), work=tmp_path / "work", against=saved / "base")
     assert healed.plan == opened.plan

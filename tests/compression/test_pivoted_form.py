@@ -54,7 +54,7 @@ def low_rank(model: torch.nn.Module) -> dict[str, LowRankLinear]:
 def made(tmp_path_factory, tokenizer, text_file: Path) -> tuple[Path, dict[str, CompressedModel]]:
     """Checkpoints in the pivoted form, and the models that they were saved from."""
     root = tmp_path_factory.mktemp("pivoted")
-    calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
+    calibration = unirank.Calibration(text=str(text_file), windows=8, window=16, batch=2)
     models = {}
     for name, (architecture, scheme) in CASES.items():
         asked: dict[str, Any] = {"tokenizer": tokenizer, "scheme": scheme, "calibration": calibration}
@@ -194,7 +194,7 @@ def test_peft_adapts_the_inner_linears(made) -> None:
 
 
 def test_in_bfloat16_it_opens_and_is_near(made, tmp_path: Path, tokenizer, text_file: Path) -> None:
-    calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
+    calibration = unirank.Calibration(text=str(text_file), windows=8, window=16, batch=2)
     model = build("llama").to(torch.bfloat16)
     compressed = unirank.compress(model, 0.3, tokenizer=tokenizer, form="pivoted", calibration=calibration)
     assert {p.dtype for p in compressed.model.parameters()} == {torch.bfloat16}

@@ -64,7 +64,7 @@ def root(tmp_path_factory, tokenizer: PreTrainedTokenizerFast, text_file: Path) 
     for name, (scheme, form) in MADE.items():
         build("llama" if name == "afm" else name).save_pretrained(root / f"{name}-base")
         tokenizer.save_pretrained(root / f"{name}-base")
-        calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
+        calibration = unirank.Calibration(text=str(text_file), windows=8, window=16, batch=2)
         options: dict[str, Any] = {"scheme": scheme, "form": form, "calibration": calibration, "device": "cpu"}
         unirank.compress(root / f"{name}-base", 0.4, **options).save(root / name)
     return root
@@ -162,7 +162,7 @@ def test_card_and_page_say_what_is_not_known(again) -> None:
 
 
 def test_a_store_is_not_shown_beside_it(root: Path, again, text_file: Path, tmp_path: Path) -> None:
-    calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
+    calibration = unirank.Calibration(text=str(text_file), windows=8, window=16, batch=2)
     store = unirank.analyze(root / "llama-base", tmp_path / "store", calibration=calibration, device="cpu")
     with pytest.raises(InputError, match="does not say which analysis it was made from; leave the store out"):
         gather(again(), store, None)

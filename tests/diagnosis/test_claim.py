@@ -223,7 +223,7 @@ def test_an_svd_store_holds_the_weights_spectra_itself(trained, calibration, tmp
 
 
 def test_two_layers_are_too_few_for_a_correlation(make_model, text_file: Path, tmp_path: Path) -> None:
-    calibration = Calibration(text=str(text_file), windows=2, window=16, batch=1)
+    calibration = Calibration(text=str(text_file), windows=8, window=16, batch=1)
     store = unirank.analyze(make_model("gpt2", n_layer=2), tmp_path / "s", calibration=calibration)
     found = diagnose(store, permutations=50, windows=1)
     assert any("attn.c_proj: 2 sublayers are too few" in m.reason for m in found.missing)

@@ -151,6 +151,7 @@ def test_settings_that_are_not_legal_are_refused(changes: dict[str, Any], words:
         unirank.Heal(**changes)
 
 
+@pytest.mark.filterwarnings("ignore:The text:unirank.UnirankWarning")  # it is short on purpose
 def test_train_and_held_out_windows_share_no_token(make_model, words, tmp_path: Path) -> None:
     """Of a short text, random windows for both would overlap."""
     loaded = make_model()
@@ -162,6 +163,7 @@ def test_train_and_held_out_windows_share_no_token(make_model, words, tmp_path: 
     assert set(drawn.looks[0].flatten().tolist()) == {WORDS.index("w2")}
 
 
+@pytest.mark.filterwarnings("ignore:The text:unirank.UnirankWarning")  # it is short on purpose
 def test_windows_of_several_texts_are_shared_out(make_model, words, tmp_path: Path) -> None:
     loaded = make_model()
     for name in ("w3", "w4"):

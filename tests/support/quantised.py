@@ -41,10 +41,11 @@ def ranks_of(model: nn.Module) -> dict[str, Any]:
 def quantised_checkpoints(tmp_path_factory, tokenizer, text_file: Path) -> tuple[Path, dict[str, CompressedModel]]:
     """Checkpoints NAME, and what is made of them with 8 and 4 bits, in memory and saved as NAME-8 and NAME-4."""
     root = tmp_path_factory.mktemp("quantised")
-    calibration = unirank.Calibration(text=str(text_file), windows=4, window=16, batch=2)
     models = {}
     for name, (architecture, scheme, form, dtype) in CASES.items():
         model = build(architecture, intermediate_size=64).to(dtype)
+        wide = 2 if architecture == "gpt2" else 1  # 128 inputs, and as many tokens
+        calibration = unirank.Calibration(text=str(text_file), windows=4 * wide, window=16, batch=2)
         asked: dict[str, Any] = {"tokenizer": tokenizer, "scheme": scheme, "calibration": calibration, "form": form}
         unirank.compress(model, ranks=ranks_of(model), **asked).save(root / name)
         for bits in (8, 4):
