@@ -55,8 +55,8 @@ class Stage:
 def expect(progress: OnProgress, stages: Sequence[Stage]) -> None:
     """Announce stages to a `progress` that understands it, one with a method `expect`; others are told nothing.
 
-    A stage that was announced before, by its name, takes the new numbers. New ones come behind the stage that runs; so a
-    job announces all it knows, and its parts announce themselves again, or what only they know.
+    A stage that was announced before, by its name, takes the new numbers. New ones come behind the stage that runs; so
+    a job announces all it knows, and its parts announce themselves again, or what only they know.
     """
     announce = getattr(progress, "expect", None)
     if announce is not None:

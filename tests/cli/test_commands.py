@@ -51,7 +51,7 @@ def test_help_exits_0_and_defines_remove(command: str, run_unirank: Run) -> None
     code, out, err = run_unirank(command, "--help")
     assert (code, err) == (0, "")
     assert (REMOVE in " ".join(re.sub(r"[│|]", " ", out).split())) == ("--remove" in out)
-    assert ("--remove" in out) == (command in ("compress", "demo", "plan"))
+    assert ("--remove" in out) == (command in ("compress", "curve", "demo", "plan"))
 
 
 def test_every_stage_speaks_json_and_compress_reuses_the_store(

@@ -43,6 +43,7 @@ def test_the_command_has_every_argument_of_the_function(name: str) -> None:
     own = parameters(getattr(unirank, name)) - IN_MEMORY
     if name == "analyze":
         own -= {"store"}  # its --out
+    own -= {"target"}  # an option for each of its fields, see below
     flags = parameters(COMMANDS[name]) | {"out"}
     for argument in own:
         assert NAMES.get(argument, argument) in flags, argument
@@ -56,6 +57,10 @@ def test_every_field_of_the_settings_is_an_option() -> None:
     assert calibration <= parameters(COMMANDS["compress"])
     refine = {field.name for field in dataclasses.fields(unirank.Refine)} - {"mix"}
     assert {"refine", *(f"refine_{name}" for name in refine)} <= parameters(COMMANDS["compress"])
+    target = {field.name for field in dataclasses.fields(unirank.Target)}
+    measured = {"window": "text_window", "limit": "text_limit"}
+    for command in ("compress", "auto"):
+        assert {measured.get(name, name) for name in target} <= parameters(COMMANDS[command])
     assert {field.name for field in dataclasses.fields(unirank.Finetune)} <= parameters(COMMANDS["finetune"])
     assert {field.name for field in dataclasses.fields(unirank.Heal)} <= parameters(COMMANDS["heal"])
 
@@ -64,9 +69,9 @@ def test_the_dense_model_and_texts_have_one_name_each() -> None:
     for name, command in COMMANDS.items():
         own = parameters(command)
         assert not own & {"dense", "teacher", "data", "plan"}, name
-        assert ("calib" in own) == (name in ("analyze", "plan", "compress", "curve", "heal", "diagnose"))
+        assert ("calib" in own) == (name in ("analyze", "plan", "compress", "auto", "curve", "heal", "diagnose"))
         assert ("against" in own) == (name in ("plan", "curve", "eval", "heal", "finetune", "report", "diagnose"))
-        assert ("text" in own) == (name in ("compress", "curve", "eval", "heal", "finetune"))
+        assert ("text" in own) == (name in ("compress", "auto", "curve", "eval", "heal", "finetune"))
 
 
 def test_whatever_loads_a_model_can_be_told_to_trust_its_code() -> None:
@@ -125,7 +130,10 @@ def test_help_has_groups_and_the_common_options_come_first(run_unirank: Run) -> 
         ("Calibration.gradient_windows must be at least 1", "--gradients must be at least 1"),
         ("a shorter Calibration.window", "a shorter --window"),
         ("Finetune.window = 100 is not legal", "--window = 100 is not legal"),
-        ("Exactly one of remove=, ranks= and target= is needed; remove= and ranks= was given.", "--remove, --ranks and --target is needed"),
+        (
+            "Exactly one of remove=, ranks= and target= is needed; remove= and ranks= was given.",
+            "--remove, --ranks and --target is needed",
+        ),
         ("a lower Heal.lr may help", "a lower --lr may help"),
         ("remove = 1.5 is not legal", "remove = 1.5 is not legal"),
         ("sha256=abc is", "sha256=abc is"),

@@ -114,13 +114,15 @@ def read_target(
     size: str | None,
     bits: int | None,
     text: str | None,
+    window: int | None,
     limit: int | None,
     evaluations: int | None,
 ) -> Target | None:
     """What is to be reached; None where nothing was said about it."""
     from unirank.cli.amounts import read_bytes, read_count, read_share
 
-    given: dict[str, Any] = {"bits": bits, "text": text, "limit": limit, "evaluations": evaluations}
+    given: dict[str, Any] = {"bits": bits, "text": text, "window": window, "limit": limit}
+    given["evaluations"] = evaluations
     if max_perplexity_increase is not None:
         given["max_perplexity_increase"] = read_share("--max-perplexity-increase", max_perplexity_increase)
     if params is not None:

@@ -18,9 +18,9 @@ def auto_command(
     ctx: typer.Context,
     model: options.Model,
     out: Annotated[Path, options.out("Directory of the compressed checkpoint.")],
-    max_perplexity_increase: options.MaxPerplexityIncrease = None,
-    params: options.Params = None,
-    size: options.Size = None,
+    max_perplexity_increase: options.GoalIncrease = None,
+    params: options.GoalParams = None,
+    size: options.GoalSize = None,
     bits: options.Bits = None,
     text: Annotated[
         str | None,
@@ -29,6 +29,7 @@ def auto_command(
             "calibrate."
         ),
     ] = None,
+    text_window: options.TextWindow = None,
     text_limit: Annotated[int | None, options.option("The first so many windows of the text. Default: all.")] = None,
     evaluations: Annotated[
         int | None, options.option("The most fractions that are measured with each preset. Default: 6.")
@@ -74,7 +75,7 @@ def auto_command(
         if sum(one is not None for one in given) != 1:
             hint = "--max-perplexity-increase, --params or --size"
             raise typer.BadParameter("exactly one of them must be given.", ctx=ctx, param_hint=hint)
-        target = read_target(*given, bits, text, text_limit, evaluations)
+        target = read_target(*given, bits, text, text_window, text_limit, evaluations)
         assert target is not None
         check_output(out, marker=PLAN_FILE, overwrite=overwrite)
         check_page(usual_page(out), overwrite=overwrite, ours=True)

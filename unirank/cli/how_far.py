@@ -42,7 +42,7 @@ def curve_command(
     remove: Annotated[
         list[str] | None,
         options.option(
-            "A fraction to measure, 0.2; or PRESET=0.2,0.4: of this preset, those alone. Repeatable. Default: 0, 0.01, "
+            f"{options.REMOVE_HELP} Or PRESET=0.2,0.4: of this preset, those alone. Repeatable. Default: 0, 0.01, "
             "0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5 and 0.6.",
             "--remove",
             "-r",

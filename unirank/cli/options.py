@@ -48,20 +48,20 @@ RanksFile = Annotated[
         "Instead of --remove: ranks from this JSON file, a plan (also of another store) or names and ranks.", "--ranks"
     ),
 ]
-MaxPerplexityIncrease = Annotated[
-    str | None,
-    option(
-        "Instead of --remove: the most that can be removed with so much more perplexity than the dense model's on "
-        "--text, such as 10%. Found by measuring."
-    ),
-]
-Params = Annotated[
-    str | None, option("Instead of --remove: at most so many parameters in the whole model, such as 100M.")
-]
-Size = Annotated[
-    str | None,
-    option("Instead of --remove: at most so many bytes of weights on disk, in the model's dtype, such as 200MB."),
-]
+_INSTEAD = "Instead of --remove: "
+_INCREASE = (
+    "the most that can be removed with so much more perplexity than the dense model's on --text, such as 10%. Found by "
+    "measuring."
+)
+_PARAMS = "at most so many parameters in the whole model, such as 100M."
+_SIZE = "at most so many bytes of weights on disk, in the model's dtype, such as 200MB."
+MaxPerplexityIncrease = Annotated[str | None, option(_INSTEAD + _INCREASE)]
+Params = Annotated[str | None, option(_INSTEAD + _PARAMS)]
+Size = Annotated[str | None, option(_INSTEAD + _SIZE)]
+# Of a command that has no --remove.
+GoalIncrease = Annotated[str | None, option(_INCREASE.capitalize(), "--max-perplexity-increase")]
+GoalParams = Annotated[str | None, option(_PARAMS.capitalize(), "--params")]
+GoalSize = Annotated[str | None, option(_SIZE.capitalize(), "--size")]
 Bits = Annotated[
     int | None, option("With --size: as many as after `unirank quantize OUT --bits` 8 or 4, which comes afterwards.")
 ]
@@ -74,6 +74,9 @@ TargetText = Annotated[
 ]
 TextLimit = Annotated[
     int | None, option("With --max-perplexity-increase: the first so many windows of the text. Default: all.")
+]
+TextWindow = Annotated[
+    int | None, option("Tokens a window of the text that is measured. Default: 1024, or the model's positions.")
 ]
 Evaluations = Annotated[
     int | None, option("With --max-perplexity-increase: the most fractions that are measured. Default: 6.")

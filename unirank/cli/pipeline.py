@@ -183,6 +183,7 @@ def compress_command(
     size: options.Size = None,
     bits: options.Bits = None,
     text: options.TargetText = None,
+    text_window: options.TextWindow = None,
     text_limit: options.TextLimit = None,
     evaluations: options.Evaluations = None,
     ranks: options.RanksFile = None,
@@ -252,7 +253,8 @@ def compress_command(
 
     with run_session(as_json, parallel=True) as session:
         check_source(ctx, remove, ranks, max_perplexity_increase, params, size)
-        target = read_target(max_perplexity_increase, params, size, bits, text, text_limit, evaluations)
+        measured = (text, text_window, text_limit, evaluations)
+        target = read_target(max_perplexity_increase, params, size, bits, *measured)
         second = read_refine(refine, refine_damping, refine_metric, refine_metric_damping, refine_centred, refine_dense)
         check_preset(ctx, preset, PLANNING)
         recipe: Preset = recipe_of(
