@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import unirank
 from tests.support.tiny import WORDS, build
 from unirank import InputError, NonFiniteError
+from unirank.evaluation.perplexity import EvalWindows
 
 
 @torch.no_grad()
@@ -120,3 +121,10 @@ def test_a_limit_beyond_the_text_is_said(tokenizer: PreTrainedTokenizerFast, tex
     assert report.windows == 125
     exactly = unirank.evaluate(build("llama"), tokenizer, text=str(text_file), window=32, limit=125)  # warns not
     assert exactly == report
+
+
+def test_a_perplexity_beyond_any_number_is_said(monkeypatch) -> None:
+    prepared = EvalWindows("text", "sha", torch.ones(2, 4, dtype=torch.int64), False)
+    monkeypatch.setattr("unirank.evaluation.perplexity.total_nll", lambda *_, **__: 6 * 800.0)
+    with pytest.raises(NonFiniteError, match="The mean loss is 800 nats, so the perplexity is infinite"):
+        prepared.measure(build("llama"))

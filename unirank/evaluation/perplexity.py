@@ -119,7 +119,7 @@ class EvalWindows:
         predicted = self.windows.numel() - len(self.windows)
         nll = total_nll(model, self.windows, stage=stage, progress=progress) / predicted
         return EvalReport(
-            perplexity=math.exp(nll),
+            perplexity=_perplexity(nll),
             nll=nll,
             text=self.name,
             text_sha256=self.sha256,
@@ -175,6 +175,16 @@ def total_nll(
         total += loss
         progress(stage, index + 1, len(windows))
     return total
+
+
+def _perplexity(nll: float) -> float:
+    """`exp(nll)`. Raises NonFiniteError where that is beyond float64, which no working model reaches."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        raise NonFiniteError(
+            f"The mean loss is {nll:.0f} nats, so the perplexity is infinite; the model is damaged."
+        ) from None
 
 
 @torch.no_grad()
