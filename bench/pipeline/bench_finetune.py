@@ -27,8 +27,8 @@ from transformers import set_seed
 
 import unirank
 from bench.support.record import write_result
-from unirank.cli.terminal import bars
 from unirank.disk.files import write_text
+from unirank.display import display
 from unirank.finetuning.adapters import adapted, attach, merge, set_state, train_only
 from unirank.finetuning.loop import run
 from unirank.finetuning.settings import Schedule
@@ -234,7 +234,10 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
-    with tempfile.TemporaryDirectory() as scratch, bars(console, enabled=console.is_terminal) as progress:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        display(None if console.is_terminal else False, console=console) as progress,
+    ):
         arguments.work = arguments.work or Path(scratch) / "work"
         arguments.json = arguments.json or Path(scratch) / "finetune.json"
         rows = benchmark(arguments, console, progress)

@@ -37,9 +37,9 @@ from bench.quality.recipes import PARTS, RECIPES
 from bench.support.record import write_result
 from unirank import Calibration, ScoreSettings, apply, load, plan
 from unirank.analysis.store import AnalysisStore
-from unirank.cli.terminal import bars
 from unirank.disk.files import write_text
 from unirank.disk.hashing import sha256_text
+from unirank.display import display
 from unirank.evaluation.perplexity import evaluate
 from unirank.models.embedded import NAME
 from unirank.recipes import presets
@@ -101,7 +101,7 @@ def reference(data: Path, store_path: Path, console: Console) -> tuple[list[dict
     """Run the protocol; one flat row per allocation and removed fraction, dense first."""
     test = str(data / "wiki.test.raw")
     rows = []
-    with bars(console, enabled=console.is_terminal) as progress:
+    with display(None if console.is_terminal else False, console=console) as progress:
         loaded = load(NAME, dtype="float32", device="cpu")
         start = time.perf_counter()
         stores = {}
