@@ -10,6 +10,7 @@ from rich.table import Table
 
 from unirank.cli import options
 from unirank.cli.arguments import read_calibration, read_form
+from unirank.cli.endings import next_line
 from unirank.cli.terminal import run_session
 from unirank.errors import InputError
 
@@ -135,7 +136,7 @@ def curve_command(
             progress=session.progress,
         )
         files = write_curve(found, out, png=png)
-        session.show({"out": str(out)} | found.as_dict(), *curve_view(found, files, dense, out, store))
+        session.show({"out": str(out)} | found.as_dict(), *curve_view(found, files, dense, out, store, calib))
 
 
 def read_ladders(given: list[str] | None, presets: list[str]) -> dict[str, list[float]] | None:
@@ -153,7 +154,9 @@ def read_ladders(given: list[str] | None, presets: list[str]) -> dict[str, list[
     return (dict.fromkeys(presets, usual) if usual else {}) | named
 
 
-def curve_view(curve: Curve, files: list[Path], model: str, out: Path, store: Path | None) -> list[Any]:
+def curve_view(
+    curve: Curve, files: list[Path], model: str, out: Path, store: Path | None, calib: str | None
+) -> list[Any]:
     """The table, what has to be said beside it, where the files are, and what comes next."""
     from unirank.tradeoff.showing import head_of, notes_of, rows_of
 
@@ -170,5 +173,8 @@ def curve_view(curve: Curve, files: list[Path], model: str, out: Path, store: Pa
     from unirank.recipes import preset as preset_of
 
     place = store or out / f"analysis-{preset_of(best).scheme}"
-    following = f"unirank compress {model} -o OUT --preset {best} --store {place} --remove {curve.points[0].remove:g}"
-    return [table, *notes_of(curve), f"Written: {', '.join(map(str, files))}.", f"Next: {following}"]
+    command: list[object] = ["compress", model, "-o", "OUT", "--preset", best, "--store", place]
+    command += ["--remove", f"{curve.points[0].remove:g}"]
+    if calib is not None and preset_of(best).needs_tokens:
+        command += ["--calib", calib]
+    return [table, *notes_of(curve), f"Written: {', '.join(map(str, files))}.", next_line(*command)]
