@@ -164,7 +164,9 @@ class Points:
         Args:
             preset: a name from `unirank.presets()`, or a recipe.
             remove: in [0, 1); 0 is the dense model.
-            form, min_rank, multiple_of: as in `unirank.compress`.
+            form: as in `unirank.compress`.
+            min_rank: the same.
+            multiple_of: the same.
             name: of the point's preset, where `preset` is a recipe; None is its scheme and allocator.
 
         Raises InputError like `check`; StoreError where the store lacks what the recipe needs; NonFiniteError for a

@@ -79,7 +79,9 @@ def curve(
             there; and `curve.json`. None keeps nothing.
         calibration: which tokens calibrate, as in `unirank.compress`; beside `store` only its text, where it was a
             file.
-        form, min_rank, multiple_of: as in `unirank.compress`.
+        form: as in `unirank.compress`.
+        min_rank: the same.
+        multiple_of: the same.
         speed: also measure tokens a second; worth something on a machine that does nothing else.
         tokenizer: needed when `model` is a `PreTrainedModel`.
         overwrite: replace an analysis of something else in `place`.
