@@ -29,6 +29,8 @@ CHILD = Path(__file__).parents[1] / "support" / "harm_commands.py"
 DATA = ["--calib", "BASE/words.txt", "--windows", "6", "--window", "24", "--batch", "2", "--device", "cpu"]
 TRAINING = ["--steps", "4", "--batch", "2", "--window", "24", "--rank", "2", "--evaluate-every", "2"]
 HEALING = ["--windows", "6", "--window", "24", "--passes", "1"]
+QUIETLY = ["--no-speed", "--device", "cpu"]
+PAGE = "small.html"  # comes behind the checkpoint; where it is missing, `unirank report` makes it
 STAGES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "analyze": (["analyze", "BASE/dense", "-o", "store", *DATA], ("store",)),
     "analyze, gradients": (
@@ -36,14 +38,14 @@ STAGES: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("store",),
     ),
     "plan": (["plan", "BASE/store", "-r", "0.3", "-o", "plan.json"], ("plan.json",)),
-    "compress": (["compress", "BASE/dense", "-r", "0.3", "-o", "small", *DATA], ("small", "small-analysis")),
+    "compress": (["compress", "BASE/dense", "-r", "0.3", "-o", "small", *DATA], ("small", "small-analysis", PAGE)),
     "compress, replacing": (
         ["compress", "BASE/dense", "-r", "0.5", "-o", "small", "--overwrite", "--store", "BASE/store", *DATA],
-        ("small",),
+        ("small", PAGE),
     ),
     "compress --stream": (
         ["compress", "BASE/dense", "-r", "0.3", "-o", "small", "--stream", *DATA],
-        ("small", "small-analysis"),
+        ("small", "small-analysis", PAGE),
     ),
     "finetune": (
         ["finetune", "BASE/small", "--data", "BASE/words.txt", "-o", "tuned", "--device", "cpu", *TRAINING],
@@ -52,6 +54,10 @@ STAGES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "heal": (
         ["heal", "BASE/small", "--calib", "BASE/words.txt", "-o", "healed", "--device", "cpu", *HEALING],
         ("healed",),
+    ),
+    "eval": (
+        ["eval", "small", "--against", "BASE/dense", "--text", "BASE/words.txt", "--limit", "1", *QUIETLY],
+        ("small",),
     ),
     "quantize": (["quantize", "BASE/small", "-o", "eight", "--device", "cpu"], ("eight",)),
     "densify": (["densify", "BASE/small", "-o", "plain", "--device", "cpu"], ("plain",)),
@@ -119,7 +125,7 @@ def prepare(base: Path) -> Commands:
 def start(commands: Commands, stage: str, place: Path) -> dict[str, dict[str, str]]:
     """The directory of a try, and what is in it before."""
     place.mkdir()
-    if stage == "compress, replacing":
+    if stage in ("compress, replacing", "eval"):
         shutil.copytree(commands.base / "small", place / "small")
     return {name: tree(place / name) for name in STAGES[stage][1] if (place / name).exists()}
 
@@ -136,6 +142,11 @@ def half_written(place: Path, before: dict[str, Any], whole: dict[str, Any]) -> 
         if name in GROWING:
             files = {file: content for file, content in (now or {}).items() if not file.startswith(PASSING)}
             found += [f"{name}/{file}" for file, content in files.items() if expected.get(file) != content]
+        elif now is not None and name in before and expected.keys() >= before[name].keys():  # written into: `eval`
+            files = {file: content for file, content in now.items() if not file.startswith(".")}
+            known = before[name]
+            found += [name for file, content in files.items() if content not in (known.get(file), expected.get(file))]
+            found += [f"{name}/{file} (lost)" for file in known.keys() - now.keys()]
         elif now is not None and now not in (before.get(name), expected):
             found.append(name)
         elif now is None and name in before:
@@ -159,7 +170,8 @@ def survive(commands: Commands, stage: str, whole: dict[str, Any], harm: str, wh
         wrong.append(f"ended with {done.code}: {done.errors}")
     if harm == "full disk":  # no process died, so nothing may be left
         wrong += [f"left: {file.name}" for file in place.rglob(".*.tmp")]
-    if not all((place / name).exists() and tree(place / name) == whole[name] for name in outputs):
+    needed = [name for name in outputs if name != PAGE]
+    if not all((place / name).exists() and tree(place / name) == whole[name] for name in needed):
         again = commands.run(place, arguments)
         if again.code != 0:
             wrong.append(f"run again, it ended with {again.code}: {again.errors}")
@@ -176,10 +188,12 @@ def undisturbed(commands: Commands, stage: str) -> tuple[int, dict[str, dict[str
     arguments, outputs = STAGES[stage]
     place = commands.base / "try"
     start(commands, stage, place)
+    before = tree(place)
     done = commands.run(place, arguments)
     assert done.code == 0, done.errors
     whole = {name: tree(place / name) for name in outputs}
-    largest = max(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    written = [name for name, content in tree(place).items() if before.get(name) != content]
+    largest = max((place / name).stat().st_size for name in written)
     shutil.rmtree(place)
     return done.calls, whole, largest
 
@@ -214,4 +228,6 @@ def test_every_harm_is_survived(stage: str, commands: Commands) -> None:
     print(f"{stage}:", ", ".join(f"{count} x {harm} ({code})" for (harm, code), count in ended.items()))
     assert not wrong, "\n".join(wrong)
     for harm in HARMS:
-        assert ended[harm, CODES[harm][0]], f"no {harm} came to pass"
+        # The figures of `eval` were shown: that they could not be recorded is a note.
+        code = 0 if (stage, harm) == ("eval", "full disk") else CODES[harm][0]
+        assert ended[harm, code], f"no {harm} came to pass"

@@ -10,13 +10,14 @@ from unirank.stages import analysis_stages, planning_stages, stages_behind
 from unirank.types import LoadedModel
 
 _TOKENS = 1024  # a window of perplexity
+_CAUTION = 1.2  # a promise to be done in time is better kept than sharp (**choice**)
 
 
 class Prices:
     """Seconds of analyses and points, predicted.
 
     Costs in forward passes are those of `unirank.costs`; seconds a unit of them are measured: of the dense model's
-    evaluation first, then of each stage of work that was run, whichever is slower.
+    evaluation first, then of everything that was run.
     """
 
     def __init__(self, loaded: LoadedModel, calibration: Calibration, *, windows: int) -> None:
@@ -26,18 +27,15 @@ class Prices:
         """
         self._sizes, self._calibration = Sizes.of(loaded), calibration
         self.evaluation = costs.evaluation(self._sizes, "", windows * _TOKENS).work
-        self._rate: float | None = None
+        self._work = self._seconds = 0.0
 
     def learn(self, work: float, seconds: float) -> None:
-        """`work` took `seconds`. The slowest rate that was seen is the one that predicts (**choice**: a promise to be
-        done in time is better kept than sharp)."""
-        if work > 0:
-            self._rate = max(self._rate or 0.0, seconds / work)
+        """`work` took `seconds`."""
+        self._work, self._seconds = self._work + work, self._seconds + seconds
 
     def seconds(self, work: float) -> float:
-        """Raises AssertionError before anything was learned."""
-        assert self._rate is not None
-        return work * self._rate
+        """What `work` will take at the mean speed of all that was learned, and a fifth more. 0 before that."""
+        return _CAUTION * work * self._seconds / self._work if self._work else 0.0
 
     def analysis(self, recipe: Preset) -> float:
         """Work of an analysis."""
