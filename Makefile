@@ -28,6 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
 install: $(VENV)/.demo
+	@echo 'Installed. Now: . $(VENV)/bin/activate && unirank info'
 
 test: $(VENV)/.dev
 	UNIRANK_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest --ignore=tests/native --durations=15

@@ -110,5 +110,5 @@ def auto_command(
             sizes_line(sizes, result.compressed.report.removed_of_targets),
             *page.lines(str(out)),
             f"{result.seconds / 60:.1f} minutes. Analyses and points are in {place}; delete it when you need no more.",
-            after_compress(out, model),
+            after_compress(out, model, text, text_limit),
         )

@@ -79,8 +79,13 @@ def with_ratio_and_size(records: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     return found
 
 
-def after_compress(out: Path, model: str) -> Text:
-    return next_line("eval", out, "--against", model)
+def after_compress(out: Path, model: str, text: str | None = None, limit: int | None = None) -> Text:
+    """
+    Args:
+        text: what a target was measured on, and its first `limit` windows.
+    """
+    more = [*(["--text", text] if text else []), *(["--limit", limit] if text and limit else [])]
+    return next_line("eval", out, "--against", model, *more)
 
 
 def after_analyze(out: Path, model: str, preset: str | None, calib: str | None) -> Text:
@@ -143,7 +148,9 @@ def after_looking(model: str, against: str | None, ratio: float | None) -> Text:
         return next_line("eval", model, *beside)
     if record.quantized is None:
         if ratio is not None and ratio > _WORTH_TRAINING and record.training is None and dense is not None:
-            return next_line("heal", model, "-o", beside_name(model, "-healed"), *beside)
+            known = None if record.identity is None else record.identity.calibration.text
+            text = ["--calib", known] if known and known != "builtin" else []  # of a file only its name is known
+            return next_line("heal", model, "-o", beside_name(model, "-healed"), *beside, *text)
         if find_spec("torchao") is not None:
             return next_line("quantize", model, "-o", beside_name(model, "-int8"))
     return next_line("report", model, *beside, "--overwrite")

@@ -179,6 +179,8 @@ def evaluate_command(
             kept = keep_evaluation(Path(model), found, card=card, trust_remote_code=trust_remote_code)
             shown |= kept.as_dict() | {"notes": [*found.notes, *kept.notes]}
             lines += kept.lines(model)
+            if kept.recorded and not card:
+                lines.append("The model card stays as it is; --card writes the perplexity into it.")
         ratio = None if against is None else records[-1]["ratio"]
         session.show(shown, *lines, endings.after_looking(model, against, ratio))
 

@@ -240,6 +240,8 @@ def compress_command(
     as_json: options.Json = False,
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
+    from unirank.analysis.deficient import deficient, told
+    from unirank.analysis.store import open_store
     from unirank.api import dry_run as needs_of
     from unirank.compression.card import PLAN_FILE
     from unirank.disk.files import beside, check_output
@@ -312,6 +314,8 @@ def compress_command(
         record |= {"budget": compressed.plan.budget, "used": compressed.plan.used}
         record |= endings.saved_sizes(compressed, out)
         lines = views.compress_view(compressed, out, place)
+        if short := deficient(made_from := open_store(place)):
+            lines.append(in_flags(told(short, len(made_from.linears))))
         lines.append(endings.sizes_line(record, compressed.report.removed_of_targets))
         if reached is not None:
             record["target"] = reached.as_dict()
@@ -320,7 +324,8 @@ def compress_command(
             written = write_usual_page(out, place)
             record |= {"page": written.as_dict()["page"], "notes": list(written.notes)}
             lines += written.lines(str(out))
-        session.show(record, *lines, endings.after_compress(out, model))
+        following = endings.after_compress(out, model, text, text_limit)
+        session.show(record, *lines, following)
 
 
 def _show_needs(session: Session, found: Needs) -> None:

@@ -168,7 +168,7 @@ def eval_table(records: Sequence[dict[str, Any]]) -> Table:
     first = records[0]
     title = f"perplexity on {first['text']} (sha256 {first['text_sha256'][:12]}), windows of {first['window']} tokens"
     timed = ("tokens/s reading", "tokens/s writing") if "speed" in first else ()
-    table = _table(title, "model", "perplexity", "x first", "windows", "parameters", "MB", "dtype", *timed)
+    table = _table(title, "model", "perplexity", "ratio", "windows", "parameters", "MB", "dtype", *timed)
     for r in records:
         rates = (f"{r['speed'][phase]:,.1f}" for phase in ("prefill", "decode")) if timed else ()
         cells = [f"{r['perplexity']:.2f}", f"{r['ratio']:.3f}", str(r["windows"]), f"{r['parameters']:,}"]
@@ -193,7 +193,10 @@ def task_table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def samples(records: Sequence[dict[str, Any]]) -> list[Text]:
-    return [Text(f"{r['model']}: {r['sample']!r}") for r in records if "sample" in r]
+    """How each model goes on, behind what it was given."""
+    said = [r for r in records if "sample" in r]
+    given = [Text(f"{said[0]['prompt']} ...")] if said and "prompt" in said[0] else []
+    return [*given, *(Text(f"  {r['model']}: {r['sample']!r}") for r in said)]
 
 
 def diagnosis_view(diagnosis: Diagnosis) -> list[Any]:

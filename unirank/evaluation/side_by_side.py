@@ -48,12 +48,12 @@ class Measured:
         return None if self.speeds is None or len(self.speeds) != 2 else (self.speeds[0], self.speeds[1])
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """One record a model: the perplexity's, and "sample", "speed" where there are any."""
+        """One record a model: the perplexity's, and "prompt" with "sample", "speed" where there are any."""
         records = []
         for index, report in enumerate(self.reports):
             record = report.as_dict()
             if self.samples is not None:
-                record["sample"] = self.samples[index]
+                record |= {"prompt": self.prompt, "sample": self.samples[index]}
             if self.speeds is not None:
                 record["speed"] = self.speeds[index].as_dict()
             records.append(record)

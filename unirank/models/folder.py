@@ -19,7 +19,11 @@ _OTHERS = {
     "Flax's": (".msgpack",),
     "ONNX": (".onnx",),
 }
-_FROM_GGUF = "AutoModelForCausalLM.from_pretrained(DIRECTORY, gguf_file=NAME).save_pretrained(NEW) converts it"
+# transformers 5 reads GGUF, and refuses to save what it read while it counts as quantised.
+_FROM_GGUF = (
+    "model = AutoModelForCausalLM.from_pretrained(DIRECTORY, gguf_file=NAME), del model.config.quantization_config, "
+    "model.hf_quantizer = None, model.save_pretrained(NEW), and the same for the tokenizer, convert it"
+)
 RESAVE = "where you trust it, AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW) writes safetensors"
 _ARGUMENTS = "training_args.bin"  # of the Trainer: no weights
 
