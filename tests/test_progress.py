@@ -280,3 +280,15 @@ def test_a_function_that_shows_progress_takes_all_four(capsys: pytest.CaptureFix
 
 def test_a_duration_has_hours_minutes_and_seconds() -> None:
     assert [duration(s) for s in (0, 59.6, 3723)] == ["0:00:00", "0:01:00", "1:02:03"]
+
+
+def test_a_log_is_told_of_long_work_alone() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Lines(out, after=120.0, clock=clock) as lines:
+        lines("calibrate", 0, 10)
+        clock.now += 100
+        lines("calibrate", 5, 10)
+        assert out.getvalue() == ""
+        clock.now += 30
+        lines("calibrate", 6, 10)
+    assert out.getvalue().startswith("stage 1 of 1: calibrate, 6 of 10")

@@ -181,16 +181,26 @@ class Lines(Display):
 
     Args:
         again: write over the line.
+        after: seconds in which nothing is written: short work has nothing to tell.
     """
 
-    def __init__(self, stream: IO[str], *, again: bool = False, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        again: bool = False,
+        after: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         super().__init__(clock)
-        self._stream, self._again = stream, again
+        self._stream, self._again, self._after = stream, again, after
         self._stage, self._when, self._width = "", -float("inf"), 0
 
     def _told(self) -> None:
         look = self.look()
         every = _NOTEBOOK_EVERY if self._again else _LINE_EVERY
+        if look.elapsed < self._after:
+            return
         if look.stage != self._stage or look.elapsed - self._when >= every or look.share >= 1:
             self._stage, self._when = look.stage, look.elapsed
             self._write(f"{title(look)}, {look.share:.0%}, {duration(look.elapsed)} elapsed, {left(look)}")

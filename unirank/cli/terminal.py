@@ -17,9 +17,11 @@ from rich.markup import escape
 from rich.text import Text
 
 from unirank.cli.warned import warnings_in_yellow
-from unirank.display import display, process_number
+from unirank.display import Lines, display, process_number
 from unirank.errors import InputError, UnirankError, is_out_of_memory
 from unirank.progress import OnProgress
+
+_LONG = 120.0  # seconds
 
 
 class Session:
@@ -58,6 +60,17 @@ class Session:
 
 
 @contextmanager
+def _shown(errors: Console, *, as_json: bool, first: bool) -> Iterator[OnProgress]:
+    """The display of a terminal; in a log, lines on stderr once it takes long, so that it does not look hung."""
+    if as_json or errors.is_terminal or not first:
+        with display(None if errors.is_terminal and not as_json else False, console=errors) as progress:
+            yield progress
+        return
+    with Lines(sys.stderr, after=_LONG) as lines:
+        yield lines
+
+
+@contextmanager
 def run_session(as_json: bool, *, parallel: bool = False, models: bool = True) -> Iterator[Session]:
     """A progress display while a command runs; Ctrl-C ends it with one sentence and code 130.
 
@@ -78,7 +91,7 @@ def run_session(as_json: bool, *, parallel: bool = False, models: bool = True) -
     errors = Console(stderr=True)
     try:
         with (
-            display(None if errors.is_terminal and not as_json else False, console=errors) as progress,
+            _shown(errors, as_json=as_json, first=not process) as progress,
             warnings_in_yellow(errors, in_flags, enabled=not process),
         ):
             session = Session(as_json, progress)
