@@ -141,3 +141,11 @@ def test_another_process_gets_the_same_logits_and_none_without_unirank(
     result = subprocess.run([sys.executable, "-c", without, out, logits], capture_output=True, text=True)
     assert result.returncode != 0
     assert "mismatch" in result.stderr
+
+
+def test_a_target_holds(smollm2: str, store: AnalysisStore) -> None:
+    target = unirank.Target(max_perplexity_increase=0.5, window=512, limit=2, evaluations=3)
+    made = unirank.compress(smollm2, target=target, store=store.path, device="cpu")
+    dense = perplexity(unirank.load(smollm2, device="cpu"))
+    assert made.plan.remove > 0.01
+    assert perplexity(made) == made.evaluations[0]["report"]["perplexity"] <= 1.5 * dense

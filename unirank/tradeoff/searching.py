@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 STEP = 0.001  # fractions are multiples of it, so that a person can write down what was found (**choice**)
+_FIRST = 0.2
 _POWER = 1.5  # the loss of quality grows about like this power of the removed fraction (**choice**; SmolLM2: 1.3 to 2)
 
 
@@ -46,7 +47,7 @@ def largest_within(
         limit: the largest that holds, above 0.
         evaluations: the most calls of `increase`.
         most: the largest fraction that may be tried.
-        first: where to begin; None begins at `limit` itself, 10 % removed for 10 % more.
+        first: where to begin; None begins at `limit` itself, 10 % removed for 10 % more, and at most at 20 %.
         step: fractions are multiples of it; the search ends when no fraction lies between the last that holds and the
             first that does not.
 
@@ -56,7 +57,7 @@ def largest_within(
     low, high = 0, last + 1
     values: dict[int, float] = {0: 0.0}
     tried: list[tuple[float, float]] = []
-    at = min(max(round((first or limit) / step), 1), last)
+    at = min(max(round((first or min(limit, _FIRST)) / step), 1), last)
     while len(tried) < evaluations and high - low > 1:
         value = increase(_fraction(at, step))
         tried.append((_fraction(at, step), value))
