@@ -13,6 +13,8 @@ import torch
 import unirank
 from tests.support.components import cost, request_of
 from unirank.analysis.scheme.base import Problem
+from unirank.tradeoff.picture import picture
+from unirank.tradeoff.showing import markdown
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -116,3 +118,13 @@ def test_the_scheme_of_the_contributing_page_works() -> None:
     (factors,) = scheme.decompose([Problem("w", weight, None, max_rank=6)])
     torch.testing.assert_close(factors.left @ factors.right, weight.double())
     assert bool((factors.energy.diff() <= 0).all())
+
+
+def test_the_picture_and_the_table_of_the_curve_are_of_its_figures() -> None:
+    curve = unirank.Curve.from_json((DOCS / "curve.json").read_text())
+    assert (DOCS / "curve.svg").read_text() == picture(curve)
+    rows = [line for line in markdown(curve).splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    page = (DOCS / "how-far.md").read_text()
+    assert [row for row in rows if row not in page] == []
+    assert "docs/curve.svg" in (ROOT / "README.md").read_text()
