@@ -291,4 +291,10 @@ def test_a_log_is_told_of_long_work_alone() -> None:
         assert out.getvalue() == ""
         clock.now += 30
         lines("calibrate", 6, 10)
-    assert out.getvalue().startswith("stage 1 of 1: calibrate, 6 of 10")
+        for _ in range(3):
+            lines("calibrate", 10, 10)
+    told = out.getvalue().splitlines()
+    assert [line.split(", ")[:2] for line in told] == [
+        ["stage 1 of 1: calibrate", "6 of 10"],
+        ["stage 1 of 1: calibrate", "10 of 10"],
+    ]

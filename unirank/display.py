@@ -194,14 +194,15 @@ class Lines(Display):
     ) -> None:
         super().__init__(clock)
         self._stream, self._again, self._after = stream, again, after
-        self._stage, self._when, self._width = "", -float("inf"), 0
+        self._stage, self._when, self._width, self._ended = "", -float("inf"), 0, False
 
     def _told(self) -> None:
         look = self.look()
         every = _NOTEBOOK_EVERY if self._again else _LINE_EVERY
         if look.elapsed < self._after:
             return
-        if look.stage != self._stage or look.elapsed - self._when >= every or look.share >= 1:
+        ends, self._ended = look.share >= 1 and not self._ended, look.share >= 1
+        if look.stage != self._stage or look.elapsed - self._when >= every or ends:
             self._stage, self._when = look.stage, look.elapsed
             self._write(f"{title(look)}, {look.share:.0%}, {duration(look.elapsed)} elapsed, {left(look)}")
 

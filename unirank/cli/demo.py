@@ -112,6 +112,7 @@ def demo(
     clock = Stopwatch()
     device = device or default_device()
     calibration = calibration or Calibration(text=BUILTIN, windows=WINDOWS)
+    expect(report, [costs.load(costs.Sizes.of(None))])  # what it costs is known when it is there
     report("load", 0, 1)
     loaded = load(model, device=device)
     clock.lap("load")
@@ -170,7 +171,7 @@ class _Run:
         sizes, asked = costs.Sizes.of(self._loaded), self._calibration
         numbers = {"windows": asked.windows, "window": asked.window}
         tokens = self._limit * 1024
-        stages, known = [costs.evaluation(sizes, "dense: perplexity", tokens)], set()
+        stages, known = [costs.load(sizes), costs.evaluation(sizes, "dense: perplexity", tokens)], set()
         for name, recipe in self._recipes.items():
             for fraction in self._remove:
                 label = f"{name} {fraction:.0%}"
