@@ -194,12 +194,12 @@ class Job:
             self.remove or 0.0,
             allocator=self.recipe.allocator,
             min_rank=self.min_rank,
-            multiple_of=self._multiple_for(linears),
+            multiple_of=self.multiple_for(linears),
             options=self.recipe.options,
             form=self.form or self.recipe.form,
         )
 
-    def _multiple_for(self, linears: Sequence[LinearSpec]) -> int:
+    def multiple_for(self, linears: Sequence[LinearSpec]) -> int:
         """What ranks will be multiples of."""
         if self.multiple_of is not None:
             return self.multiple_of
@@ -255,7 +255,7 @@ class Job:
             allocator=self.recipe.allocator,
             settings=self.recipe.settings,
             min_rank=self.min_rank,
-            multiple_of=self._multiple_for(store.linears),
+            multiple_of=self.multiple_for(store.linears),
             options=self.recipe.options,
             workbench=workbench,
             form=self._form,

@@ -10,21 +10,12 @@ import pytest
 
 import unirank
 from tests.support.command_line import command_line as command_line
-from tests.support.tiny import build
 from unirank import InputError, Target
 from unirank.tradeoff import automatic
 from unirank.tradeoff.pricing import Prices
 
 CALIBRATION: dict[str, Any] = {"windows": 6, "window": 24, "batch": 2}
 WINDOWS: dict[str, Any] = {"window": 24, "limit": 3}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("dense") / "llama"
-    build("llama", num_hidden_layers=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def choose(dense: Path, place: Path, target: Target, text_file: Path, **more: Any) -> unirank.AutoResult:

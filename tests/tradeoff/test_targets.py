@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import unirank
-from tests.support.tiny import build
 from unirank import InputError, Target
 from unirank.cli.amounts import read_bytes, read_count, read_share
 from unirank.disk.files import bytes_on_disk
@@ -19,14 +18,6 @@ from unirank.tradeoff.choosing import TargetChooser
 
 CALIBRATION: dict[str, Any] = {"windows": 6, "window": 24, "batch": 2}
 WINDOWS: dict[str, Any] = {"window": 24, "limit": 3}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("dense") / "llama"
-    build("llama", num_hidden_layers=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from unirank.tradeoff.kept import CURVE_FILE
 from unirank.tradeoff.picture import write_curve
 from unirank.tradeoff.sizes import Sizes
 from unirank.tradeoff.stores import Stores
+from unirank.tradeoff.swapping import added_biases
 from unirank.types import DENSE, LoadedModel, Rank
 
 RESULTS = "demo.json"
@@ -232,9 +233,7 @@ class _Run:
     ) -> tuple[DemoRow, CurvePoint, CompressedModel]:
         """Row and point, and the model with its perplexity in its record."""
         plan, report, sizes = made.plan, made.report, self._sizes
-        biased = bool(sizes.added(plan.ranks, True)) and made.report.model_after > report.model_before - (
-            report.targets_before - report.targets_after
-        )
+        biased = added_biases(made.model, plan.ranks)
         facts: dict[str, Any] = {"remove": plan.remove, "removed_of_targets": report.removed_of_targets}
         facts |= {"removed_of_model": report.removed_of_model, "used": plan.used, "budget": plan.budget}
         facts |= {"parameters": report.model_after, "bytes": sizes.table(plan.ranks, plan.form, adds_bias=biased)}

@@ -23,7 +23,6 @@ from unirank.evaluation.measured_curve import DENSE_PRESET, CurvePoint
 from unirank.evaluation.perplexity import EvalWindows, prepare
 from unirank.evaluation.speed import tokens_per_second
 from unirank.job import Job, apply, workbench_for
-from unirank.planning.ranks import fitting_multiple
 from unirank.progress import OnProgress, silent
 from unirank.provenance import device_name, meta, versions
 from unirank.rank_plan import RankPlan, budget_of
@@ -180,7 +179,7 @@ class Points:
         if name is None:
             name = preset if isinstance(preset, str) else f"{recipe.scheme}+{recipe.allocator}"
         store = self.store(recipe)
-        multiple = self._multiple(recipe, remove, min_rank, multiple_of)
+        multiple = job.multiple_for(self.loaded.linears)
         conditions = {
             "recipe": asdict(dataclasses.replace(recipe, multiple_of=multiple)),
             "store": store.digest,
@@ -259,13 +258,6 @@ class Points:
             form=form,
             progress=self.progress,
         )
-
-    def _multiple(self, recipe: Preset, remove: float, min_rank: int, asked: int | None) -> int:
-        """What ranks will be multiples of."""
-        if asked is not None:
-            return asked
-        wanted, form = recipe.multiple_of, recipe.form
-        return fitting_multiple(self.loaded.linears, remove, wanted, min_rank=min_rank, form=form)
 
     def _point(
         self, name: str, recipe: Preset, store: AnalysisStore, remove: float, min_rank: int, multiple: int
