@@ -6,7 +6,7 @@ import dataclasses
 
 from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
 from unirank.analysis.store import AnalysisStore
-from unirank.errors import InputError, StoreError
+from unirank.errors import InputError, StoreError, capitalised
 from unirank.recipes import Preset
 
 
@@ -37,7 +37,7 @@ def with_gradients(calibration: Calibration, chosen: Preset) -> Calibration:
     if not chosen.needs_gradients or calibration.gradient_windows is not None:
         if chosen.needs_gradients and calibration.gradient_windows == 0:
             raise InputError(
-                f"{chosen.needs_gradients_for.capitalize()} needs gradients; Calibration.gradient_windows must be at "
+                f"{capitalised(chosen.needs_gradients_for)} needs gradients; Calibration.gradient_windows must be at "
                 "least 1."
             )
         return calibration

@@ -47,6 +47,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
 
 
+def capitalised(words: str) -> str:
+    """`words` as the beginning of a sentence: str.capitalize would make names such as 100M small."""
+    return words[:1].upper() + words[1:]
+
+
 class UnirankWarning(UserWarning):
     """What was asked for is legal and rarely what one wants; says what would be better. The run goes on."""
 

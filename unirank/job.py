@@ -18,7 +18,7 @@ from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
 from unirank.demands import require, with_gradients
 from unirank.display import shows_progress, told
 from unirank.distributed import rank
-from unirank.errors import InputError
+from unirank.errors import InputError, capitalised
 from unirank.inputs import loaded_from, ranks_text
 from unirank.planning.imported_ranks import form_of, import_plan, read_rank_file, read_ranks
 from unirank.planning.ranks import check_request, fitting_multiple, plan_ranks
@@ -177,10 +177,10 @@ class Job:
         """Raise InputError where this model cannot be compressed as asked; before any expensive work."""
         loaded.require_dense()
         if self.tokens_for:
-            loaded.require_whole(self.tokens_for.capitalize())
+            loaded.require_whole(capitalised(self.tokens_for))
         if self.choose is not None:
             if self.choose.whole_model_for:
-                loaded.require_whole(self.choose.whole_model_for.capitalize())
+                loaded.require_whole(capitalised(self.choose.whole_model_for))
             self.choose.check(self, loaded)
         if self.ranks is None:
             self._check_budget(loaded.linears)

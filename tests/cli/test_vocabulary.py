@@ -90,6 +90,13 @@ def test_names_that_help_shows_are_the_librarys() -> None:
     assert tuple(records.NAMED) == options.NAMED
 
 
+def test_units_and_sentences_of_the_targets_keep_their_capitals() -> None:
+    for name in ("compress", "auto"):
+        for wanted, given in (("params", "100M"), ("size", "200MB"), ("max_perplexity_increase", "10%. Found")):
+            option = inspect.get_annotations(COMMANDS[name], eval_str=True)[wanted].__metadata__[0]
+            assert given in option.help, (name, wanted)
+
+
 def test_old_spellings_work_and_stand_in_no_help(
     run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

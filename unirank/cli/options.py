@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from unirank.analysis.scheme import schemes
+from unirank.errors import capitalised
 from unirank.planning.allocator import allocators
 from unirank.recipes import presets
 
@@ -59,9 +60,9 @@ MaxPerplexityIncrease = Annotated[str | None, option(_INSTEAD + _INCREASE)]
 Params = Annotated[str | None, option(_INSTEAD + _PARAMS)]
 Size = Annotated[str | None, option(_INSTEAD + _SIZE)]
 # Of a command that has no --remove.
-GoalIncrease = Annotated[str | None, option(_INCREASE.capitalize(), "--max-perplexity-increase")]
-GoalParams = Annotated[str | None, option(_PARAMS.capitalize(), "--params")]
-GoalSize = Annotated[str | None, option(_SIZE.capitalize(), "--size")]
+GoalIncrease = Annotated[str | None, option(capitalised(_INCREASE), "--max-perplexity-increase")]
+GoalParams = Annotated[str | None, option(capitalised(_PARAMS), "--params")]
+GoalSize = Annotated[str | None, option(capitalised(_SIZE), "--size")]
 Bits = Annotated[
     int | None, option("With --size: as many as after `unirank quantize OUT --bits` 8 or 4, which comes afterwards.")
 ]
