@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from unirank.errors import UnirankError
+from unirank.errors import UnirankError, is_out_of_memory
 
 _PART = 1 << 23  # entries that go to the next process at once, 32 MiB in float32 (**choice**)
 PATIENCE = timedelta(minutes=30)  # the longest that one process may keep the others waiting (**choice**)
@@ -53,7 +53,7 @@ def process_group() -> Iterator[None]:
     except dist.DistError as error:
         raise UnirankError(f"{who} lost another one; run the same command again to resume.") from error
     except RuntimeError as error:
-        if "gloo" not in str(error).lower():
+        if is_out_of_memory(error) or "gloo" not in str(error).lower():
             raise
         raise UnirankError(f"{who} lost another one; run the same command again to resume.") from error
     finally:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import inspect
 import warnings
 
+# What errors of memory say that have no class of their own: torch's allocator on a CPU; the CUDA runtime, of which the
+# native ops pass the text on; cuBLAS and cuSOLVER, which allocate by themselves; the system, also through Rust.
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's, a GPU's (torch has a class for it), or a CPU's (a RuntimeError, known by its text)."""
+    """Python's, a GPU's (torch has a class for it), or one of the system or a library that is known by its text.
+
+    Whoever turns errors of others into one of ours lets these pass, for what helps is less work, not another input.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(said in str(error) for said in _NO_MEMORY)
 
 
 class UnirankError(Exception):

@@ -8,7 +8,7 @@ import torch
 
 from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
 from unirank.distributed import owners, rank, send_to_zero, size
-from unirank.errors import NonFiniteError, UnirankError
+from unirank.errors import NonFiniteError, UnirankError, is_out_of_memory
 from unirank.models.structure import weight_of
 from unirank.types import Factors, Gradient, LayerStats, LinearSpec, LoadedModel
 
@@ -32,7 +32,7 @@ def decompose_layer(
     processes each decomposes some of the linears; process 0 returns all of them, the others their own.
 
     Raises:
-        UnirankError: the solver failed; names the layer.
+        UnirankError: the solver failed; names the layer. Errors of memory pass as they are.
         NonFiniteError: a factor or an energy is NaN or infinity (or does not fit the dtype); names the linear.
     """
     problems = []
@@ -49,6 +49,8 @@ def decompose_layer(
         try:
             solved = scheme.decompose(part)
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UnirankError(f"The decomposition of {loaded.layers}.{stats.layer} failed: {error}") from error
         results |= {problem.name: _rounded(problem, found) for problem, found in zip(part, solved, strict=True)}
     return _gathered(results, members, owner_of, weight_of(loaded.model.get_submodule(members[0].name)))

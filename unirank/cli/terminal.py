@@ -156,8 +156,9 @@ def in_flags(sentence: str) -> str:
 
 
 _LESS = (
-    "A smaller --batch or --window needs less, --stream keeps one layer at a time (analyze, compress, heal), "
-    "--micro-batch and --gradient-checkpointing help finetune; what was finished is kept."
+    "A smaller --batch or --window needs less, --stream keeps one layer at a time (analyze, compress, heal), fewer "
+    "--windows leave less between two layers, --micro-batch and --gradient-checkpointing help finetune; a GPU that "
+    "others use too has less room (take another one with --device). What was finished is kept."
 )
 
 

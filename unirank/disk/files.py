@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from unirank.errors import InputError, WriteError
+from unirank.errors import InputError, WriteError, is_out_of_memory
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def explained(path: Path) -> Iterator[None]:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         told = type(error) is Exception and "(os error " in text
         told = told or (type(error) is RuntimeError and frame.f_globals["__name__"] == "torch.serialization")
-        if not (told or isinstance(error, OSError | SafetensorError)):
+        if is_out_of_memory(error) or not (told or isinstance(error, OSError | SafetensorError)):
             raise
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
         reason = "the disk is full" if full else getattr(error, "strerror", None) or text

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from unirank.disk.files import write_atomically
 from unirank.disk.hashing import sha256_tensors, sha256_text
 from unirank.disk.strictjson import Damaged, entry, parse_object
+from unirank.errors import is_out_of_memory
 
 _KEY = "unirank"
 _SUMS = "sha256"
@@ -80,6 +81,8 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise Damaged(str(error)) from error
 
 

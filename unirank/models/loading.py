@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
+from unirank.errors import InputError, NonFiniteError, UnirankError, first_line, is_out_of_memory
 from unirank.models.companions import companions_in_memory, companions_of
 from unirank.models.embeddings import embedding_rows
 from unirank.models.folder import RESAVE
@@ -85,7 +85,9 @@ def _text_part(config: Any) -> Any:
     """The configuration of the text decoder; the whole one where it does not tell of one, which is refused later."""
     try:
         return config.get_text_config()
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return config
 
 
@@ -122,6 +124,8 @@ def _read(source: Source, **options: Any) -> PreTrainedModel:
     except UnirankError:
         raise
     except Exception as error:  # OSError, SafetensorError, or anything that a config made transformers do
+        if is_out_of_memory(error):
+            raise
         if isinstance(error, OSError) and not Path(source.path).exists() and "safetensors" in str(error):
             raise InputError(f"{source.name!r} holds no weights in safetensors; {RESAVE}.") from error
         if "ignore_mismatched_sizes" in str(error):  # transformers' own sentence is about a report that it logged
@@ -167,6 +171,8 @@ def _check_width(model: PreTrainedModel) -> None:
     try:
         width = getattr(model.config.get_text_config(), "hidden_size", None)
     except (ValueError, RuntimeError) as error:  # several text models; a value that differs by layer
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"The configuration of {name} does not tell of one decoder: {first_line(error)}.") from error
     if not isinstance(width, int):
         raise InputError(

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from unirank.errors import InputError, first_line
+from unirank.errors import InputError, first_line, is_out_of_memory
 from unirank.models import embedded
 from unirank.models.folder import adapter_message, check_folder
 from unirank.models.structure import refuse_experts, stated_experts
@@ -90,6 +90,8 @@ def read_config(name: str, path: str, common: Mapping[str, Any]) -> Any:
             f"on the hub ({first_line(error)})."
         ) from error
     except Exception as error:  # what transformers raises for a damaged config is anybody's guess
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"The config.json of {name!r} is damaged: {first_line(error)}.") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
@@ -108,6 +110,8 @@ def _read_tokenizer(name: str, path: str, common: Mapping[str, Any]) -> PreTrain
     try:
         return AutoTokenizer.from_pretrained(path, **common)
     except Exception as error:  # what a damaged or missing file, or a missing library, makes it raise
+        if is_out_of_memory(error):
+            raise
         _refuse_code(name, error, common)
         raise InputError(
             f"The model {name!r} has no tokenizer that can be read ({first_line(error)}); put the tokenizer's files of "
@@ -142,6 +146,8 @@ def skeleton_of(name: str, config: Any, trust_remote_code: bool) -> PreTrainedMo
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config makes transformers, or a checkpoint's own code, do
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"transformers cannot build the causal language model {name!r}: {first_line(error)}."
         ) from error
@@ -152,5 +158,7 @@ def _usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without the backend
+        if is_out_of_memory(error):  # a GPU that others fill has no room for us to begin
+            raise
         raise InputError(f"The device {name!r} cannot be used here: {first_line(error)}.") from error
     return device
