@@ -7,37 +7,31 @@ which define the meaning.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unirank import reference
+from unirank.libraries import covers, load_cpu_library, load_cuda_library
 
-_CPU_LIBRARY = "unirank_cpu.so"
-_CUDA_LIBRARY = "unirank_cuda.so"
-
-
-def _load_library(name: str) -> bool:
-    # An editable install keeps the libraries in site-packages, away from the source: the package's path names both.
-    package = sys.modules["unirank"]
-    for folder in package.__path__:
-        path = Path(folder) / name
-        if path.exists():
-            torch.ops.load_library(str(path))
-            return True
-    return False
-
-
-if not _load_library(_CPU_LIBRARY):
-    raise ImportError(
-        f"unirank's native library {_CPU_LIBRARY} is not built: run `pip install --no-build-isolation -e .` "
-        "in the source tree, with torch already installed."
-    )
-# Built against a CUDA torch, the library cannot load into a CPU torch that was installed over it.
-_has_cuda_kernels = torch.version.cuda is not None and _load_library(_CUDA_LIBRARY)
+load_cpu_library()
+_cuda = load_cuda_library()
 _native = torch.ops.unirank
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_code(index: int) -> bool:
+    return covers(_cuda.architectures, torch.cuda.get_device_capability(index))
+
+
+def _serving(tensor: Tensor) -> Any:
+    """The dispatcher; or the compositions, for a GPU that the loaded library has no code for."""
+    if tensor.is_cuda and _cuda.problem is None and not _has_code(tensor.device.index):
+        return _Compositions
+    return _native
 
 
 def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor) -> None:
@@ -58,7 +52,7 @@ def cosine_accumulate_(state: Tensor, x: Tensor, y: Tensor) -> None:
 
     Source: UniRank's functional importance, arXiv 2606.21847.
     """
-    _native.cosine_accumulate_(state, x, y)
+    _serving(x).cosine_accumulate_(state, x, y)
 
 
 @torch.library.register_fake("unirank::cosine_accumulate_")
@@ -84,7 +78,7 @@ def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor) -> None:
 
     Source: the input moment C of every activation-aware scheme, for example SVD-LLM, arXiv 2403.07378.
     """
-    _native.gram_accumulate_(gram, mean, x)
+    _serving(x).gram_accumulate_(gram, mean, x)
 
 
 @torch.library.register_fake("unirank::gram_accumulate_")
@@ -110,7 +104,7 @@ def batched_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: LAPACK Users' Guide, driver xSYEVD.
     """
-    return _native.batched_eigh(a)
+    return _serving(a).batched_eigh(a)
 
 
 @torch.library.register_fake("unirank::batched_eigh")
@@ -138,7 +132,7 @@ def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Source: LAPACK Users' Guide, driver xGESDD.
     """
-    return _native.batched_svd(a)
+    return _serving(a).batched_svd(a)
 
 
 @torch.library.register_fake("unirank::batched_svd")
@@ -189,7 +183,7 @@ def global_topk(
 
     Source: UniRank's sorting and truncation, arXiv 2606.21847; pivoted storage is PIFA's, arXiv 2501.19090.
     """
-    return _native.global_topk(value, cost, dense_cost, offsets, budget, min_rank, multiple_of, pivoted)
+    return _serving(value).global_topk(value, cost, dense_cost, offsets, budget, min_rank, multiple_of, pivoted)
 
 
 @torch.library.register_fake("unirank::global_topk")
@@ -213,8 +207,25 @@ def has_lapack() -> bool:
 
 
 def has_cuda_kernels() -> bool:
-    """Whether CUDA tensors are served by `unirank_cuda.so`; without, by the torch compositions."""
-    return _has_cuda_kernels
+    """Whether CUDA tensors are served by `unirank_cuda.so`; without, by the torch compositions.
+
+    False too where the library has no code for the current device; without a usable device, whether it is loaded.
+    """
+    return cuda_kernels_missing() is None
+
+
+def cuda_kernels_missing() -> str | None:
+    """Why CUDA tensors are served by torch compositions, a sentence without its end; None where kernels serve them."""
+    if _cuda.problem is not None or not torch.cuda.is_available():
+        return _cuda.problem
+    index = torch.cuda.current_device()
+    if _has_code(index):
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"unirank_cuda.so has no code for {torch.cuda.get_device_name(index)} (capability {major}.{minor}); "
+        f"it was built for {', '.join(_cuda.architectures)}"
+    )
 
 
 def _global_topk_on_host(
@@ -233,12 +244,21 @@ def _global_topk_on_host(
     return ranks.to(value.device), threshold.to(value.device)
 
 
+class _Compositions:
+    """What serves CUDA tensors without a kernel; the names are those of the ops."""
+
+    cosine_accumulate_ = staticmethod(reference.cosine_accumulate_)
+    gram_accumulate_ = staticmethod(reference.gram_accumulate_)
+    batched_eigh = staticmethod(reference.batched_eigh)
+    batched_svd = staticmethod(reference.batched_svd)
+    global_topk = staticmethod(_global_topk_on_host)
+
+
 def _register_compositions() -> None:
     lapack_ops = ("batched_eigh", "batched_svd")
-    if not has_cuda_kernels():
-        for name in ("cosine_accumulate_", "gram_accumulate_", *lapack_ops):
-            torch.library.impl(f"unirank::{name}", "CUDA", getattr(reference, name))
-        torch.library.impl("unirank::global_topk", "CUDA", _global_topk_on_host)
+    if _cuda.problem is not None:
+        for name in ("cosine_accumulate_", "gram_accumulate_", *lapack_ops, "global_topk"):
+            torch.library.impl(f"unirank::{name}", "CUDA", getattr(_Compositions, name))
     if not has_lapack():
         for name in lapack_ops:
             torch.library.impl(f"unirank::{name}", "CPU", getattr(reference, name))
