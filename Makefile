@@ -23,7 +23,7 @@ RELEASE ?= .venv-release
 VLLM_VENV ?= .venv-vllm
 
 .PHONY: demo install test test-fast test-eval test-vllm lint docs format clean check-native check-cuda check-cuda-link test-gpu bench-gpu
-.PHONY: lock wheel sbom audit fuzz
+.PHONY: lock wheel wheel-cuda sdist sbom audit fuzz gpu-check
 demo: $(VENV)/.demo
 	$(BIN)/unirank demo --out $(OUT)
 
@@ -65,16 +65,27 @@ check-cuda: $(VENV)/.torch
 check-cuda-link: $(CUDA_VENV)/.linked
 	$(CUDA_VENV)/bin/python tools/check_cuda_link.py
 
-# On a machine with a GPU, in the environment where unirank was installed beside a CUDA build of torch.
-test-gpu:
-	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m pytest tests/gpu
+# One command for a machine with a GPU, in the environment of PYTHON, which has a CUDA build of torch: builds unirank
+# there as a link to this directory, tests, compares with the CPU and measures, in BUDGET seconds at most and without a
+# network. Without a GPU it says so in one line and ends with 0. DEVICE=cpu TINY=1 tries the command itself.
+gpu-check:
+	@PY='$(PYTHON)' DEVICE='$(DEVICE)' TINY='$(TINY)' BUDGET='$(BUDGET)' bash tools/gpu_check.sh
+
+# The tests there. They need the library beside the source, which `python -m` puts first. What others deprecate in the
+# image at hand must not stop them while they are collected; our own warnings stay errors.
+test-gpu: gpu-installed
+	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m pytest -W default -W error::unirank.errors.UnirankWarning tests/gpu
 
 # The ops' benchmarks there; bench/README.md says how to read them.
-bench-gpu:
+bench-gpu: gpu-installed
 	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_cosine --device cuda
 	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_gram --device cuda
 	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_eigh --device cuda
 	UNIRANK_REQUIRE_CUDA=1 $(PYTHON) -m bench.ops.bench_topk --device cuda
+
+.PHONY: gpu-installed
+gpu-installed:
+	@$(PYTHON) tools/gpu_installed.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -103,11 +114,27 @@ lock: $(RELEASE)/.tools
 		requirements/build.in pyproject.toml -o requirements/vllm.lock
 
 # One wheel for every Python, in dist/, with torch's libraries left to torch.
+REPAIR = $(RELEASE)/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' \
+	--exclude 'libnvJitLink*' -w dist
 wheel: $(VENV)/.torch $(RELEASE)/.tools
 	rm -rf build/wheel
 	PATH="$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
-	PATH="$(RELEASE)/bin:$$PATH" $(RELEASE)/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
-		-w dist build/wheel/*.whl
+	PATH="$(RELEASE)/bin:$$PATH" $(REPAIR) build/wheel/*.whl
+
+# The same with the CUDA kernels, of what git has under HEAD. Its version ends in +cuXYZ, after the CUDA of CUDA_TORCH:
+# no file has the name of another, pip prefers it to the plain one, and PyPI does not take it.
+wheel-cuda: $(CUDA_VENV)/.torch $(RELEASE)/.tools
+	rm -rf build/wheel-cuda
+	mkdir -p build/wheel-cuda
+	git archive --prefix=source/ HEAD | tar -x -C build/wheel-cuda
+	$(CUDA_VENV)/bin/python tools/local_version.py build/wheel-cuda/source/pyproject.toml
+	UNIRANK_CUDA=ON PATH="$(abspath $(CUDA_VENV))/bin:$$PATH" $(CUDA_VENV)/bin/python -m pip wheel --quiet \
+		--no-build-isolation --no-deps -w build/wheel-cuda build/wheel-cuda/source
+	PATH="$(RELEASE)/bin:$$PATH" $(REPAIR) build/wheel-cuda/*.whl
+
+# What `pip install --no-binary unirank unirank` builds from, in dist/.
+sdist: $(VENV)/.torch
+	$(BIN)/python -c "from scikit_build_core.build import build_sdist; print(build_sdist('dist'))"
 
 # What an installation with every extra for users holds: dist/sbom.cdx.json (CycloneDX), and the licences of it.
 sbom: wheel
@@ -166,10 +193,13 @@ $(VENV)/.fuzz: $(VENV)/.dev
 	$(PIP) install --only-binary atheris 'atheris>=2.3' coverage
 	@touch $@
 
-$(CUDA_VENV)/.linked: $(SOURCES)
+$(CUDA_VENV)/.torch:
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet '$(CUDA_TORCH)' 'scikit-build-core>=0.11' ninja 'cmake>=3.24'
-	$(CUDA_VENV)/bin/python -m pip install --quiet 'transformers>=5.0,<6' 'accelerate>=1.0' 'rich>=13' 'typer>=0.15'
+	$(CUDA_VENV)/bin/python -m pip install --quiet '$(CUDA_TORCH)' 'scikit-build-core>=0.11' ninja 'cmake>=3.25.2'
+	@touch $@
+
+$(CUDA_VENV)/.linked: $(CUDA_VENV)/.torch $(SOURCES)
+	$(CUDA_VENV)/bin/python -m pip install --quiet 'transformers>=5.0,<6' 'accelerate>=1.0' 'psutil>=5.9' 'rich>=13' 'typer>=0.15'
 	UNIRANK_CUDA=ON PATH="$(abspath $(CUDA_VENV))/bin:$$PATH" \
 		$(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
 	@touch $@
