@@ -107,7 +107,7 @@ def refit(
         for owner in owners:
             pair = _measure(replay.inputs(paths[owner]), seen.pop(owner), clip)
             for spec in wanted[owner]:
-                g = metrics[spec.name].g if metrics else None
+                g = metrics[spec.name].g.to(probe.device) if metrics else None
                 fit(loaded, spec, ranks[spec.name], pair, g, settings, form)
         own_stream = replay.outputs()
         progress("refine", index + 1, loaded.layer_count)
