@@ -29,11 +29,8 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
     """What `--device` names. Without a usable GPU the program ends here: with 0, or 1 under UNIRANK_REQUIRE_CUDA=1."""
     if arguments.device == "cpu":
         return CPU
-    if not torch.cuda.is_available():
-        missing = "no CUDA device is usable"
-    elif not ops.has_cuda_kernels():
-        missing = "unirank_cuda.so is not built, so the ops would run as torch compositions"
-    else:
+    missing = ops.cuda_kernels_missing() if torch.cuda.is_available() else "no CUDA device is usable"
+    if missing is None:
         return torch.device("cuda", torch.cuda.current_device())
     if os.environ.get("UNIRANK_REQUIRE_CUDA") == "1":
         sys.exit(f"UNIRANK_REQUIRE_CUDA=1, but {missing}")

@@ -13,9 +13,7 @@ from unirank import ops
 def _missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device is usable"
-    if not ops.has_cuda_kernels():
-        return "unirank_cuda.so is not built, so the ops would run as torch compositions"
-    return None
+    return ops.cuda_kernels_missing()
 
 
 # Hundreds of skipped tests would hide the one that matters.
