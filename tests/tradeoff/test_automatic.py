@@ -56,6 +56,23 @@ def test_what_does_not_fit_the_time_is_left_out(dense: Path, text_file: Path, tm
     assert all("minutes, and " in one.why for one in result.tried[1:])
 
 
+def test_a_search_ends_where_its_points_take_longer_than_expected(
+    dense: Path, text_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    measured: list[float] = []
+    own = automatic.increase_of
+
+    def increase(point, dense) -> float:
+        measured.append(point.remove)
+        return own(point, dense)
+
+    monkeypatch.setattr(automatic, "increase_of", increase)
+    monkeypatch.setattr(automatic._Clock, "left", property(lambda _: 0.0 if measured else 1e6))
+    target = Target(max_perplexity_increase=0.02, text=str(text_file), evaluations=6, **WINDOWS)
+    result = choose(dense, tmp_path / "curve", target, text_file, minutes=20)
+    assert len(measured) == result.tried[0].evaluations == 1
+
+
 def test_it_says_where_nothing_holds(dense: Path, text_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(automatic, "increase_of", lambda point, dense: 1.0)  # of a random model it may be below 0
     target = Target(max_perplexity_increase=0.1, text=str(text_file), evaluations=2, **WINDOWS)

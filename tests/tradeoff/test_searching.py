@@ -48,6 +48,13 @@ def test_noise_still_ends_at_a_fraction_that_held() -> None:
     assert dict(found.tried)[found.remove] <= 0.1
 
 
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_a_search_ends_where_it_may_not_go_on(more: int) -> None:
+    answers = iter([True] * more + [False])
+    found = largest_within(lambda remove: remove, 0.123, evaluations=8, most=0.9, go_on=lambda: next(answers))
+    assert len(found.tried) == 1 + more  # the first is always made
+
+
 def test_an_increase_below_zero_goes_on() -> None:
     found = largest_within(lambda remove: -0.01 if remove < 0.3 else 1.0, 0.1, evaluations=12, most=0.9)
     assert found.remove == pytest.approx(0.299, abs=0.03)

@@ -236,6 +236,7 @@ class _Search:
             evaluations=count,
             most=reachable(self.job(chosen), self.loaded),
             first=before or None,
+            go_on=lambda: self._time_for_another(chosen),
         )
         seconds = time.perf_counter() - start
         if search.remove == 0:
@@ -244,6 +245,11 @@ class _Search:
         self.fraction[name] = search.remove
         self.reached[name] = Reached(self.target, search.remove, self.text, self.dense, point, search)
         return Tried(name, point, search.increase, len(search.tried), seconds)
+
+    def _time_for_another(self, chosen: Preset) -> bool:
+        """Whether one more point fits, and then the compression: what was expected at first may have been too little."""
+        another, kept = self.prices.point(chosen), self.prices.making(chosen)
+        return self.prices.seconds(another + kept) <= self.clock.left
 
     def _measure(self, name: str, chosen: Preset, remove: float) -> CurvePoint:
         start, before = time.perf_counter(), self.points.evaluated

@@ -39,6 +39,7 @@ def largest_within(
     most: float,
     first: float | None = None,
     step: float = STEP,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Found:
     """Bracket, then narrow: the next fraction is where a power law through what was measured meets the limit.
 
@@ -50,6 +51,7 @@ def largest_within(
         first: where to begin; None begins at `limit` itself, 10 % removed for 10 % more, and at most at 20 %.
         step: fractions are multiples of it; the search ends when no fraction lies between the last that holds and the
             first that does not.
+        go_on: asked before every evaluation but the first; the search ends where it says no.
 
     An increase that is not rising everywhere still gives a fraction that was measured to hold.
     """
@@ -58,7 +60,7 @@ def largest_within(
     values: dict[int, float] = {0: 0.0}
     tried: list[tuple[float, float]] = []
     at = min(max(round((first or min(limit, _FIRST)) / step), 1), last)
-    while len(tried) < evaluations and high - low > 1:
+    while len(tried) < evaluations and high - low > 1 and (not tried or go_on()):
         value = increase(_fraction(at, step))
         tried.append((_fraction(at, step), value))
         values[at] = value
