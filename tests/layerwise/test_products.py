@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to see every op
 
+from tests.support.pretend import pretend_gpu
 from unirank.layerwise.products import ROWS, add_cross_moment_, cross_moment
 
 
@@ -39,3 +41,70 @@ def test_sums_go_on_and_squares_are_those_of_each_sum_of_products(tokens: int) -
         wanted += product.square().sum(1)
     torch.testing.assert_close(total, added, rtol=1e-14, atol=0)
     torch.testing.assert_close(squares, wanted, rtol=1e-14, atol=0)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def outlying(dtype: torch.dtype, tokens: int = ROWS + 300) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two streams that are alike, with one outlier channel whose squares are beyond float16, `[T, 6]`."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
+    x[:, 2] *= 1e4
+    y = x + 0.1 * torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
+    return x.to(dtype), y.to(dtype)
+
+
+def relative(found: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest error of `xᵀ y`, over the lengths of the two channels."""
+    scale = x.double().norm(dim=0)[:, None] * y.double().norm(dim=0)
+    return float(((found - x.double().T @ y.double()) / scale).abs().max())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_on_a_gpu_half_precision_is_multiplied_as_it_is_and_comes_out_in_float32(dtype, blocks: int) -> None:
+    x, y = outlying(dtype, blocks * ROWS - 100)
+    sums = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    with pretend_gpu(), Ops() as seen:
+        total, squares, left, right = (tensor.to("cuda") for tensor in (*sums, x, y))
+        add_cross_moment_(total, left, right, squares)
+        found = total.cpu(), squares.cpu()
+    assert seen.count("aten::mm.dtype") == blocks
+    assert seen.count("aten::mm") == 0
+    assert relative(found[0], x, y) < 1e-6
+    add_cross_moment_(sums[0], x, y, sums[1])
+    for one, wanted in zip(found, sums, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_gpu_full_precision_keeps_its_own(dtype: torch.dtype) -> None:
+    x, y = outlying(dtype)
+    with pretend_gpu(), Ops() as seen:
+        found = cross_moment(x.to("cuda"), y.to("cuda")).cpu()
+    assert seen.count("aten::mm.dtype") == 0
+    assert relative(found, x, y) < (1e-14 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_product_in_the_models_dtype_would_be_wrong(dtype: torch.dtype) -> None:
+    """What the second pass did once, and what the bound above is for."""
+    x, y = outlying(dtype)
+    assert not relative((x.T @ y).double(), x, y) < 1e-4  # in float16 it is not even finite
+
+
+class Ops(TorchDispatchMode):
+    """Counts ops by name, with their overload where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, overload = func._schema.name, func._schema.overload_name
+        self._seen.append(f"{name}.{overload}" if overload else name)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name: str) -> int:
+        return self._seen.count(name)

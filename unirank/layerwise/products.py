@@ -15,7 +15,8 @@ def cross_moment(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`Σ_t x_t y_tᵀ`, float64 `[M, N]`, of `x [T, M]` and `y [T, N]`, floating, of one dtype.
 
     Half precision is multiplied in float32 (float64 in float64), a block of rows at a time, so that neither an outlier
-    overflows nor a copy of all tokens is made; blocks are added in float64.
+    overflows nor a copy of all tokens is made; blocks are added in float64. A GPU's tensor cores take half precision as
+    it is and add in float32: a product of two 16-bit numbers is exact there.
     """
     total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
     add_cross_moment_(total, x, y)
@@ -26,10 +27,15 @@ def add_cross_moment_(
     total: torch.Tensor, x: torch.Tensor, y: torch.Tensor, squares: torch.Tensor | None = None
 ) -> None:
     """Add `cross_moment(x, y)` to `total [M, N]`, and the sums of its squared rows to `squares [M]`; both float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    products = (a.to(dtype).T @ b.to(dtype) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True))
+    products = (_product(a, b) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True))
     if squares is not None and len(x) > ROWS:  # squares are of the sum over all rows
         products = iter([cross_moment(x, y)])
+    if total.is_cuda:  # a GPU has no use for blocks, and widens where it adds
+        for product in products:
+            total += product
+            if squares is not None:
+                squares += torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).square()
+        return
     wide = torch.empty((min(_WIDENED, len(total)), total.shape[1]), dtype=torch.float64, device=total.device)
     for product in products:
         for first in range(0, len(total), _WIDENED):
@@ -38,3 +44,12 @@ def add_cross_moment_(
             total[rows] += block
             if squares is not None:
                 squares[rows] += block.square_().sum(1)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`xᵀ y`, in float32, of float64 in float64."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        # Since torch 2.8, for CUDA and XPU, these two dtypes and float32 alone; a CPU has no such product.
+        return torch.mm(x.T, y, out_dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype).T @ y.to(dtype)
