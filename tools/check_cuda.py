@@ -1,6 +1,7 @@
 """Compile csrc/cuda for a list of GPU generations, without a GPU, and hold every kernel to its register budget.
 
 Warnings are errors, spills are errors, and so is a kernel without a line `// registers: NAME <= N` in csrc/kernels.
+An object may have one thread_local variable, so that a thread has one handle of cuBLAS and of cuSOLVER on a device.
 The CPU build of torch is enough: nothing is linked. Objects are kept by the hash of all they are made from.
 
     python tools/check_cuda.py            sm_80, sm_90, sm_120
@@ -198,6 +199,25 @@ def problems(usages: list[Usage], limits: dict[str, int]) -> list[str]:
     return sorted(set(found))
 
 
+def thread_locals(target: Path) -> list[str]:
+    """The thread_local variables that an object defines, demangled; a template's are one for each instance."""
+    table = subprocess.run(["readelf", "-sW", target], capture_output=True, text=True, check=True).stdout
+    fields = [line.split() for line in table.splitlines()]
+    mangled = {f[7] for f in fields if len(f) > 7 and f[3] == "TLS" and f[6] != "UND"}
+    # A variable that is made at first use has a flag beside it, and the runtime's own have reserved names.
+    return [name for name in demangle(sorted(mangled)) if not name.startswith(("guard variable", "__"))]
+
+
+def shared_too_little(objects: list[Path]) -> list[str]:
+    """One line for every object with more thread_local variables than one."""
+    found = {target: thread_locals(target) for target in objects}
+    return [
+        f"{target.name} has {len(names)} thread_local variables, and one is allowed: {', '.join(names)}"
+        for target, names in sorted(found.items())
+        if len(names) > 1
+    ]
+
+
 def print_table(usages: list[Usage], limits: dict[str, int], architectures: tuple[str, ...]) -> None:
     """For each kernel the most registers that any of its instances takes, by architecture."""
     grouped: dict[str, list[Usage]] = defaultdict(list)
@@ -224,7 +244,7 @@ def main() -> None:
     usages = [u for unit, (_, log) in results.items() if unit.arch for u in parse(log, unit.arch)]
     limits = budgets()
     print_table(usages, limits, architectures)
-    broken = problems(usages, limits)
+    broken = problems(usages, limits) + shared_too_little([target for target, _ in results.values()])
     if broken:
         sys.exit("\n".join(broken))
     print(f"{len(results)} compilations without a warning, no spills, every kernel within its budget")

@@ -43,6 +43,8 @@ RULES = {
     "add_partials": Rule(),
     "add_lower": Rule(),
     "mirror_lower": Rule(must=(BARRIER,)),
+    "find_not_finite": Rule(atomics=True),
+    "turn_square": Rule(must=(BARRIER,)),
     "check_segments": Rule(must=(BARRIER,), atomics=True),
     "make_keys": Rule(atomics=True),
     "price_steps": Rule(),

@@ -5,13 +5,16 @@ namespace unirank::cuda::solver {
 
 template <typename T>
 void eigh(const Call& call, std::int64_t B, std::int64_t n, const T* a, T* w, T* v) {
-  const cusolverDnHandle_t handle = thread_handle(call);
-  const Params params(call);
-  int* info = allocate<int>(call, B);
-  // cuSOLVER overwrites the matrices with the vectors.
-  copy_on_device(call, v, a, B * n * n);
-  Workspace work(call);
-  wait_on_failure(call, [&] {
+  constexpr auto kRoutine = "cusolverDnXsyevBatched";
+  Outcome<T> outcome(B, n);
+  settle_on_failure(call, [&] {
+    const cusolverDnHandle_t handle = thread_handle(call);
+    const Params params(call);
+    require_finite(call, a, {0, B}, n, n, true);
+    int* info = allocate_info(call, B);
+    // cuSOLVER overwrites the matrices with the vectors.
+    copy_on_device(call, v, a, B * n * n);
+    Workspace work(call);
     in_chunks(
         B, chunk_length(n * n * static_cast<std::int64_t>(sizeof(T))), [&](std::int64_t first, std::int64_t count) {
           T *matrices = v + first * n * n, *values = w + first * n;
@@ -22,15 +25,14 @@ void eigh(const Call& call, std::int64_t B, std::int64_t n, const T* a, T* w, T*
                                                   &device_bytes, &host_bytes, count),
                 "cusolverDnXsyevBatched_bufferSize", {first, count});
           work.reserve(device_bytes, host_bytes);
-          check(call,
-                cusolverDnXsyevBatched(handle, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, n,
-                                       Api<T>::type, matrices, n, Api<T>::type, values, Api<T>::type, work.device(),
-                                       work.device_bytes(), work.host(), work.host_bytes(), info + first, count),
-                "cusolverDnXsyevBatched", {first, count});
+          const cusolverStatus_t status =
+              cusolverDnXsyevBatched(handle, params, CUSOLVER_EIG_MODE_VECTOR, CUBLAS_FILL_MODE_UPPER, n, Api<T>::type,
+                                     matrices, n, Api<T>::type, values, Api<T>::type, work.device(),
+                                     work.device_bytes(), work.host(), work.host_bytes(), info + first, count);
+          check_solver(call, status, kRoutine, {first, count}, info, a, n, n, true);
         });
-    Outcome<T> outcome(B, n);
     outcome.read(call, info, w);
-    check_outcome(call, outcome, a, n, n, [](std::int64_t i, std::int64_t j) { return i <= j; });
+    check_outcome(call, outcome, a, n, n, true);
   });
 }
 

@@ -1,11 +1,7 @@
-#include <cublas_v2.h>
-
 #include <algorithm>
-#include <map>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
+#include "cuda/blas_handle.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "kernels/gram.cuh"
@@ -13,43 +9,10 @@
 namespace unirank::cuda {
 namespace {
 
+constexpr const char* kOp = "gram_accumulate_";
+
 // Only here: mirror_lower has a row of blocks for every kTile rows, and a grid holds at most 65535 of them.
 constexpr i64 kMaxFeatures = i64{1} << 20;
-
-void check_blas(cublasStatus_t status, const char* routine) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw std::runtime_error(std::string("gram_accumulate_: ") + routine + " failed: " + cublasGetStatusString(status));
-}
-
-// cuBLAS handles are not for sharing between threads, and torch's own would leave torch with our settings.
-class Handles {
- public:
-  Handles() = default;
-  Handles(const Handles&) = delete;
-  Handles& operator=(const Handles&) = delete;
-  ~Handles() {
-    for (const auto& [device, handle] : handles_) cublasDestroy(handle);
-  }
-
-  cublasHandle_t on(int device, cudaStream_t stream) {
-    auto found = handles_.find(device);
-    if (found == handles_.end()) {
-      cublasHandle_t handle = nullptr;
-      check_blas(cublasCreate(&handle), "cublasCreate");
-      found = handles_.emplace(device, handle).first;
-      // No TF32, and partial sums of 16-bit products stay in fp32: the op promises fp32 within a chunk.
-      const auto mode =
-          static_cast<cublasMath_t>(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION);
-      check_blas(cublasSetMathMode(handle, mode), "cublasSetMathMode");
-      check_blas(cublasSetAtomicsMode(handle, CUBLAS_ATOMICS_NOT_ALLOWED), "cublasSetAtomicsMode");
-    }
-    check_blas(cublasSetStream(found->second, stream), "cublasSetStream");
-    return found->second;
-  }
-
- private:
-  std::map<int, cublasHandle_t> handles_;
-};
 
 template <typename In>
 constexpr cudaDataType_t kType = std::is_same_v<In, double>          ? CUDA_R_64F
@@ -66,7 +29,8 @@ struct Multiply {
   void operator()(const In* x, i64 stride, i64 T, i64 first, i64 last, int accumulate, C* out, i64 ld) const {
     const C one = 1, beta = static_cast<C>(accumulate);
     const auto compute = std::is_same_v<C, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
-    check_blas(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_T, int(last), int(last - first), int(T), &one, x, kType<In>,
+    check_blas(kOp,
+               cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_T, int(last), int(last - first), int(T), &one, x, kType<In>,
                             int(stride), x + first, kType<In>, int(stride), &beta, out, kType<C>, int(ld), compute,
                             CUBLAS_GEMM_DEFAULT),
                "cublasGemmEx");
@@ -78,13 +42,12 @@ void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x) {
   using Buffers = kernels::GramScratch<In, Acc>;
   const i64 T = x.size(0), N = x.size(1);
   const Queue queue(x);
-  Scratch scratch(x);
+  Scratch scratch(kOp, x);
   const Buffers buffers{
       scratch.take<double>(kernels::kMaxSlices * N),
       Buffers::widens ? scratch.take<kernels::Compute<In>>(std::min(kernels::kPanel, N) * N) : nullptr,
   };
-  static thread_local Handles handles;
-  const Multiply multiply{handles.on(x.get_device_index(), queue.stream())};
+  const Multiply multiply{thread_blas_handle(kOp, x.get_device_index(), queue.stream())};
   kernels::accumulate_gram(queue, multiply, kernels::Rows<In>{const_data<In>(x), x.stride(0), T, N}, buffers,
                            data<Acc>(gram), data<Acc>(mean));
 }
@@ -98,16 +61,15 @@ void accumulate(const Tensor& gram, const Tensor& mean, const Tensor& x) {
 }  // namespace
 
 void gram_accumulate_(Tensor gram, Tensor mean, Tensor x) {
-  const char* op = "gram_accumulate_";
-  check_tokens(op, x);
+  check_tokens(kOp, x);
   const i64 N = x.size(1);
-  check(N <= kMaxFeatures, op, ": N must be at most ", kMaxFeatures, ", got ", N);
-  check_moments(op, gram, mean, N);
-  check_device(op, "gram", gram, x);
-  check_device(op, "mean", mean, x);
+  check(N <= kMaxFeatures, kOp, ": N must be at most ", kMaxFeatures, ", got ", N);
+  check_moments(kOp, gram, mean, N);
+  check_device(kOp, "gram", gram, x);
+  check_device(kOp, "mean", mean, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   if (x.size(0) == 0 || N == 0) return;
-  x = with_rows(x);
+  x = with_rows(kOp, x);
   with_element_type<kernels::Bf16, kernels::Fp16>(x.scalar_type(),
                                                   [&]<typename In>() { accumulate<In>(gram, mean, x); });
 }

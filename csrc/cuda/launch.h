@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/memory.h"
 #include "operands.h"
 
 namespace unirank::cuda {
@@ -42,24 +43,25 @@ class Queue {
 // only behind them, on the same stream.
 class Scratch {
  public:
-  explicit Scratch(Tensor like) : like_(std::move(like)) {}
+  Scratch(const char* op, Tensor like) : op_(op), like_(std::move(like)) {}
 
   template <typename T>
   T* take(i64 count) {
-    held_.push_back(torch::stable::new_empty(like_, {count * static_cast<i64>(sizeof(T))}, ScalarType::Byte));
+    held_.push_back(empty_bytes(op_, like_, count * static_cast<i64>(sizeof(T))));
     return data<T>(held_.back());
   }
 
  private:
+  const char* op_;
   Tensor like_;
   std::vector<Tensor> held_;
 };
 
 // The same matrix with neighbouring elements in a row, copied only if they are not, or if rows are so far apart that a
-// 32-bit leading dimension does not reach.
-inline Tensor with_rows(const Tensor& x) {
+// 32-bit leading dimension does not reach. The stride of a single row says nothing: torch calls any contiguous.
+inline Tensor with_rows(const char* op, const Tensor& x) {
   const bool usable = x.stride(1) == 1 && x.stride(0) >= x.size(1) && x.stride(0) < (i64{1} << 31);
-  return usable ? x : torch::stable::contiguous(x);
+  return usable ? x : contiguous(op, x);
 }
 
 inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& like) {

@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cuda/memory.h"
 #include "cuda/solver.h"
 #include "operands.h"
 
@@ -21,19 +23,20 @@ using i64 = std::int64_t;
 // Torch's caching allocator orders reuse by stream, so memory freed when the op returns is safe.
 class TorchScratch final : public solver::Scratch {
  public:
-  explicit TorchScratch(Tensor like) : like_(std::move(like)) {}
+  TorchScratch(const char* op, Tensor like) : op_(op), like_(std::move(like)) {}
 
   void* device(std::size_t bytes) override {
-    tensors_.push_back(torch::stable::new_empty(like_, {static_cast<i64>(bytes)}, ScalarType::Byte));
+    tensors_.push_back(empty_bytes(op_, like_, static_cast<i64>(bytes)));
     return tensors_.back().mutable_data_ptr();
   }
 
   void* host(std::size_t bytes) override {
-    buffers_.push_back(std::make_unique<std::byte[]>(bytes));
+    buffers_.emplace_back(new (std::nothrow) std::byte[bytes]);
     return buffers_.back().get();
   }
 
  private:
+  const char* op_;
   Tensor like_;
   std::vector<Tensor> tensors_;
   std::vector<std::unique_ptr<std::byte[]>> buffers_;
@@ -45,15 +48,15 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Tensor transposed(const Tensor& t) { return torch::stable::contiguous(torch::stable::transpose(t, 1, 2)); }
+Tensor transposed(const char* op, const Tensor& t) { return contiguous(op, torch::stable::transpose(t, 1, 2)); }
 
 // A row-major lower half is a column-major upper half, and eigenvectors come back as rows.
 template <typename T>
 std::tuple<Tensor, Tensor> eigh(const solver::Call& call, const Tensor& a) {
   const i64 B = a.size(0), N = a.size(1);
-  Tensor w = torch::stable::new_empty(a, {B, N}), v = torch::stable::new_empty(a, {B, N, N});
+  Tensor w = empty(call.op, a, {B, N}), v = empty(call.op, a, {B, N, N});
   solver::eigh<T>(call, B, N, const_data<T>(a), data<T>(w), data<T>(v));
-  return {w, transposed(v)};
+  return {w, transposed(call.op, v)};
 }
 
 // cuSOLVER wants the longer side first, column-major. A wide row-major matrix is that already, as its own transpose
@@ -64,13 +67,12 @@ std::tuple<Tensor, Tensor, Tensor> svd(const solver::Call& call, const Tensor& a
   const i64 B = a.size(0), M = a.size(1), N = a.size(2);
   const bool tall = M > N;
   const i64 m = std::max(M, N), n = std::min(M, N);
-  const Tensor columns = tall ? transposed(a) : torch::stable::contiguous(a);  // [B, n, m]: n columns of m
-  Tensor s = torch::stable::new_empty(a, {B, n}), left = torch::stable::new_empty(a, {B, n, m}),
-         right = torch::stable::new_empty(a, {B, n, n});
+  const Tensor columns = tall ? transposed(call.op, a) : contiguous(call.op, a);  // [B, n, m]: n columns of m
+  Tensor s = empty(call.op, a, {B, n}), left = empty(call.op, a, {B, n, m}), right = empty(call.op, a, {B, n, n});
   solver::svd<T>(call, B, m, n, const_data<T>(columns), data<T>(s), data<T>(left), data<T>(right));
   // `left` now holds [n, m] rows that are left vectors, `right` the same.
-  if (tall) return {transposed(left), s, right};
-  return {transposed(right), s, left};
+  if (tall) return {transposed(call.op, left), s, right};
+  return {transposed(call.op, right), s, left};
 }
 
 }  // namespace
@@ -79,10 +81,10 @@ std::tuple<Tensor, Tensor> batched_eigh(Tensor a) {
   const char* op = "batched_eigh";
   check_square_matrices(op, a);
   const i64 B = a.size(0), N = a.size(1);
-  if (B == 0 || N == 0) return {torch::stable::new_empty(a, {B, N}), torch::stable::new_empty(a, {B, N, N})};
+  if (B == 0 || N == 0) return {empty(op, a, {B, N}), empty(op, a, {B, N, N})};
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  a = torch::stable::contiguous(a);
-  TorchScratch scratch(a);
+  a = contiguous(op, a);
+  TorchScratch scratch(op, a);
   const solver::Call call{op, a.get_device_index(), current_stream(a.get_device_index()), scratch};
   return a.scalar_type() == ScalarType::Double ? eigh<double>(call, a) : eigh<float>(call, a);
 }
@@ -91,12 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a) {
   const char* op = "batched_svd";
   check_matrices(op, a);
   const i64 B = a.size(0), M = a.size(1), N = a.size(2), K = std::min(M, N);
-  if (B == 0 || K == 0) {
-    return {torch::stable::new_empty(a, {B, M, K}), torch::stable::new_empty(a, {B, K}),
-            torch::stable::new_empty(a, {B, K, N})};
-  }
+  if (B == 0 || K == 0) return {empty(op, a, {B, M, K}), empty(op, a, {B, K}), empty(op, a, {B, K, N})};
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  TorchScratch scratch(a);
+  TorchScratch scratch(op, a);
   const solver::Call call{op, a.get_device_index(), current_stream(a.get_device_index()), scratch};
   return a.scalar_type() == ScalarType::Double ? svd<double>(call, a) : svd<float>(call, a);
 }

@@ -31,10 +31,11 @@ struct Call {
 inline constexpr std::int64_t kJacobiBatchedSide = 32;
 
 // All matrices are column-major and packed; T is float or double; B and every side at least 1.
-// Both functions return after the work is done: they synchronise the stream once to read the outcome of the batch, and
-// svd once more where Jacobi had to repair what the polar method left.
-// They throw std::invalid_argument where a matrix is not finite or did not converge (naming the first), and
-// std::runtime_error where cuSOLVER, the runtime or the allocator fails.
+// Both functions return after the work is done: they synchronise the stream once to learn that all matrices are finite,
+// before cuSOLVER gets them, once to read the outcome of the batch, and svd once more where QR iteration had to repair
+// what another method left.
+// They throw std::invalid_argument where a matrix is not finite, did not converge or overflows (naming the first), and
+// std::runtime_error where cuSOLVER, the runtime or the allocator fails, which says so where the context is lost.
 
 // a[b] = v[b] diag(w[b]) v[b]ᵀ with w ascending; reads the upper triangle of a [B, n, n]; w [B, n], v [B, n, n].
 template <typename T>
@@ -42,7 +43,7 @@ void eigh(const Call& call, std::int64_t B, std::int64_t n, const T* a, T* w, T*
 
 // a[b] = left[b] diag(s[b]) right[b]ᵀ with s descending, for m >= n; a and left [B, m, n], s [B, n], right [B, n, n].
 // Both sides up to kJacobiBatchedSide: gesvdjBatched, one call for the batch. Larger: Xgesvdp (polar), matrix by
-// matrix; where it perturbs a matrix, gesvdj solves that one again.
+// matrix. Where it perturbs a matrix, or either does not converge, Xgesvd (QR iteration) solves that one again.
 template <typename T>
 void svd(const Call& call, std::int64_t B, std::int64_t m, std::int64_t n, const T* a, T* s, T* left, T* right);
 

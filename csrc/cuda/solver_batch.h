@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/context.h"
+#include "cuda/matrices.h"
 #include "cuda/solver_handle.h"
 
 namespace unirank::cuda::solver {
@@ -24,8 +26,7 @@ struct Api;
 template <>
 struct Api<float> {
   static constexpr cudaDataType type = CUDA_R_32F;
-  static constexpr auto gesvdj_size = cusolverDnSgesvdj_bufferSize;
-  static constexpr auto gesvdj = cusolverDnSgesvdj;
+  static constexpr const char* name = "float32";
   static constexpr auto gesvdj_batched_size = cusolverDnSgesvdjBatched_bufferSize;
   static constexpr auto gesvdj_batched = cusolverDnSgesvdjBatched;
 };
@@ -33,16 +34,19 @@ struct Api<float> {
 template <>
 struct Api<double> {
   static constexpr cudaDataType type = CUDA_R_64F;
-  static constexpr auto gesvdj_size = cusolverDnDgesvdj_bufferSize;
-  static constexpr auto gesvdj = cusolverDnDgesvdj;
+  static constexpr const char* name = "float64";
   static constexpr auto gesvdj_batched_size = cusolverDnDgesvdjBatched_bufferSize;
   static constexpr auto gesvdj_batched = cusolverDnDgesvdjBatched;
 };
 
 template <typename T>
 T* allocate(const Call& call, std::int64_t count) {
-  void* p = call.scratch.device(static_cast<std::size_t>(count) * sizeof(T));
-  if (!p) throw std::runtime_error(std::string(call.op) + ": no device memory for cuSOLVER's workspace");
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  void* p = call.scratch.device(bytes);
+  if (!p) {
+    throw std::runtime_error(std::string(call.op) + ": " + kOutOfMemory + ". Tried to allocate " +
+                             std::to_string(bytes) + " bytes of memory for cuSOLVER's workspace.");
+  }
   return static_cast<T*>(p);
 }
 
@@ -113,6 +117,13 @@ void copy_to_host(const Call& call, T* target, const T* source, std::int64_t cou
       "cudaMemcpyAsync");
 }
 
+// [count] zeros.
+inline int* allocate_info(const Call& call, std::int64_t count) {
+  int* info = allocate<int>(call, count);
+  check(call, cudaMemsetAsync(info, 0, static_cast<std::size_t>(count) * sizeof(int), call.stream), "cudaMemsetAsync");
+  return info;
+}
+
 inline void synchronize(const Call& call) { check(call, cudaStreamSynchronize(call.stream), "cudaStreamSynchronize"); }
 
 // What became of a batch: cuSOLVER's info and the eigenvalues or singular values of each matrix.
@@ -139,42 +150,78 @@ struct Outcome {
   }
 };
 
-// Throws on the first matrix that failed. The input itself is looked at only then: a value that is not finite reaches
-// the results, or keeps the iteration from converging, so a batch that succeeds pays no pass for the check.
-// is_read(i, j) says which elements of an [m, n] matrix the routine reads.
-template <typename T, typename IsRead>
+// The first of `count` matrices that is not finite, or `count`; waits for the stream.
+template <typename T>
+std::int64_t first_not_finite(const Call& call, const T* a, std::int64_t count, std::int64_t m, std::int64_t n,
+                              bool upper) {
+  unsigned long long* device = allocate<unsigned long long>(call, 1);
+  unsigned long long found = 0;
+  queue_scan(call, a, count, m, n, upper, device);
+  copy_to_host(call, &found, device, 1);
+  synchronize(call);
+  return count - static_cast<std::int64_t>(found);
+}
+
+// Throws std::invalid_argument for the first matrix that is not finite. Before a solver gets it: what cuSOLVER does
+// with NaN is not documented, and differs between routines and versions: EXECUTION_FAILED, or an info. One pass over
+// the matrices, some thousandth of the time of the decomposition.
+template <typename T>
+void require_finite(const Call& call, const T* a, Range matrices, std::int64_t m, std::int64_t n, bool upper) {
+  const std::int64_t b = first_not_finite(call, a + matrices.first * m * n, matrices.count, m, n, upper);
+  if (b == matrices.count) return;
+  throw std::invalid_argument(std::string(call.op) + ": matrix " + std::to_string(matrices.first + b) +
+                              " of the batch is not finite");
+}
+
+// The status of a solver. EXECUTION_FAILED is its answer to input that it cannot take, and also to a kernel of its own
+// that broke; so the matrices are looked at once more, for a caller may have written to them meanwhile, and info, which
+// must have been zeroed, may tell which of the batch it was.
+template <typename T>
+void check_solver(const Call& call, cusolverStatus_t status, const char* routine, Range matrices, const int* info,
+                  const T* a, std::int64_t m, std::int64_t n, bool upper) {
+  if (status != CUSOLVER_STATUS_EXECUTION_FAILED) return check(call, status, routine, matrices);
+  const std::string lost = words_of_a_lost_context();
+  if (!lost.empty()) throw std::runtime_error(failure(call, status, routine, matrices) + '.' + lost);
+  require_finite(call, a, matrices, m, n, upper);
+  std::vector<int> told(static_cast<std::size_t>(matrices.count));
+  copy_to_host(call, told.data(), info + matrices.first, matrices.count);
+  synchronize(call);
+  const auto named = std::find_if(told.begin(), told.end(), [](int i) { return i != 0; });
+  if (named != told.end()) matrices = {matrices.first + (named - told.begin()), 1};
+  throw std::runtime_error(failure(call, status, routine, matrices) + ", info " +
+                           std::to_string(named == told.end() ? 0 : *named) + "; all values are finite");
+}
+
+// Throws on the first matrix that failed. It was finite when it was scanned, and is looked at once more, as above.
+template <typename T>
 void check_outcome(const Call& call, const Outcome<T>& outcome, const T* a, std::int64_t m, std::int64_t n,
-                   const IsRead& is_read) {
+                   bool upper) {
   for (std::int64_t b = 0; b < static_cast<std::int64_t>(outcome.info.size()); ++b) {
     const int info = outcome.info[static_cast<std::size_t>(b)];
     if (info == 0 && outcome.is_finite(b)) continue;
-    // After a failure the values may be whatever the memory held, so the input decides what to say.
-    bool finite = info != 0;
-    if (finite) {
-      std::vector<T> input(static_cast<std::size_t>(m * n));
-      copy_to_host(call, input.data(), a + b * m * n, m * n);
-      synchronize(call);
-      for (std::int64_t j = 0; j < n; ++j) {
-        for (std::int64_t i = 0; i < m; ++i) finite = finite && (!is_read(i, j) || std::isfinite(input[j * m + i]));
-      }
-    }
+    require_finite(call, a, {b, 1}, m, n, upper);
     std::ostringstream message;
     message << call.op << ": ";
-    if (finite) {
+    if (info != 0) {
       message << "cuSOLVER did not converge on matrix " << b << " of the batch (info " << info << ')';
     } else {
-      message << "matrix " << b << " of the batch is not finite";
+      message << "matrix " << b << " of the batch is finite, but its decomposition overflows " << Api<T>::name;
     }
     throw std::invalid_argument(message.str());
   }
 }
 
-// Runs the body; where it throws, waits for the stream first: what is queued may still write to host memory that the
-// unwinding would free.
+// Runs the body. Where it throws, waits for the device before anything is freed that queued work may still write to,
+// and leaves no error behind: one of a single call is taken away, a sticky one is told. What the body makes itself is
+// gone by then, so host memory that copies go to belongs outside.
 template <typename Body>
-void wait_on_failure(const Call& call, const Body& body) {
+void settle_on_failure(const Call& call, const Body& body) {
   try {
     body();
+  } catch (const std::runtime_error& error) {
+    const std::string lost = words_of_a_lost_context();
+    if (lost.empty() || std::string(error.what()).find(lost) != std::string::npos) throw;
+    throw std::runtime_error(std::string(error.what()) + '.' + lost);
   } catch (...) {
     cudaStreamSynchronize(call.stream);
     throw;

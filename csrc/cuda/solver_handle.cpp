@@ -1,9 +1,10 @@
 #include "cuda/solver_handle.h"
 
-#include <map>
 #include <sstream>
 #include <stdexcept>
-#include <string>
+
+#include "cuda/context.h"
+#include "cuda/thread_handles.h"
 
 namespace unirank::cuda::solver {
 namespace {
@@ -35,47 +36,20 @@ const char* name(cusolverStatus_t status) {
   }
 }
 
-// Handles of one thread by device.
-class ThreadHandles {
- public:
-  ThreadHandles() = default;
-  ThreadHandles(const ThreadHandles&) = delete;
-  ThreadHandles& operator=(const ThreadHandles&) = delete;
-
-  // The main thread's end is the process's, where the runtime may be unloading already: then it answers every call with
-  // an error, and the handles go with the process.
-  ~ThreadHandles() {
-    int current = 0;
-    if (by_device_.empty() || cudaGetDevice(&current) != cudaSuccess) return;
-    for (const auto& [device, handle] : by_device_) {
-      if (cudaSetDevice(device) == cudaSuccess) cusolverDnDestroy(handle);
-    }
-    cudaSetDevice(current);
-  }
-
-  cusolverDnHandle_t get(const Call& call) {
-    const auto found = by_device_.find(call.device);
-    if (found != by_device_.end()) return found->second;
-    cusolverDnHandle_t handle = nullptr;
-    check(call, cusolverDnCreate(&handle), "cusolverDnCreate");
-    return by_device_.emplace(call.device, handle).first->second;
-  }
-
- private:
-  std::map<int, cusolverDnHandle_t> by_device_;
-};
-
 }  // namespace
 
 cusolverDnHandle_t thread_handle(const Call& call) {
-  thread_local ThreadHandles handles;
-  const cusolverDnHandle_t handle = handles.get(call);
+  thread_local ThreadHandles<cusolverDnHandle_t, cusolverDnDestroy> handles;
+  const cusolverDnHandle_t handle = handles.get(call.device, [&] {
+    cusolverDnHandle_t created = nullptr;
+    check(call, cusolverDnCreate(&created), "cusolverDnCreate");
+    return created;
+  });
   check(call, cusolverDnSetStream(handle, call.stream), "cusolverDnSetStream");
   return handle;
 }
 
-void check(const Call& call, cusolverStatus_t status, const char* routine, Range matrices) {
-  if (status == CUSOLVER_STATUS_SUCCESS) return;
+std::string failure(const Call& call, cusolverStatus_t status, const char* routine, Range matrices) {
   std::ostringstream message;
   message << call.op << ": " << routine << " failed";
   if (matrices.count == 1) message << " on matrix " << matrices.first << " of the batch";
@@ -83,12 +57,18 @@ void check(const Call& call, cusolverStatus_t status, const char* routine, Range
     message << " on matrices " << matrices.first << " to " << matrices.first + matrices.count - 1 << " of the batch";
   }
   message << ": " << name(status) << " (" << static_cast<int>(status) << ')';
-  throw std::runtime_error(message.str());
+  if (status == CUSOLVER_STATUS_ALLOC_FAILED) message << ", " << kOutOfMemory;
+  return message.str();
+}
+
+void check(const Call& call, cusolverStatus_t status, const char* routine, Range matrices) {
+  if (status != CUSOLVER_STATUS_SUCCESS) throw std::runtime_error(failure(call, status, routine, matrices));
 }
 
 void check(const Call& call, cudaError_t error, const char* routine) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(call.op) + ": " + routine + " failed: " + cudaGetErrorString(error));
+  const char* words = error == cudaErrorMemoryAllocation ? kOutOfMemory : cudaGetErrorString(error);
+  throw std::runtime_error(std::string(call.op) + ": " + routine + " failed: " + words);
 }
 
 }  // namespace unirank::cuda::solver

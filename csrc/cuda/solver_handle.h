@@ -4,6 +4,7 @@
 #include <cusolverDn.h>
 
 #include <cstdint>
+#include <string>
 
 #include "cuda/solver.h"
 
@@ -18,6 +19,9 @@ struct Range {
   std::int64_t first = 0;
   std::int64_t count = 0;
 };
+
+// "OP: ROUTINE failed on matrix 3 of the batch: CUSOLVER_STATUS_... (n)"
+std::string failure(const Call& call, cusolverStatus_t status, const char* routine, Range matrices);
 
 // Throws std::runtime_error that names op, routine, matrices and status.
 void check(const Call& call, cusolverStatus_t status, const char* routine, Range matrices = {});

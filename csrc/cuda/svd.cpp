@@ -16,7 +16,6 @@ class Svd {
  public:
   Svd(const Call& call, i64 B, i64 m, i64 n, const T* a, T* s, T* left, T* right)
       : call_(call),
-        handle_(thread_handle(call)),
         B_(B),
         m_(m),
         n_(n),
@@ -24,19 +23,21 @@ class Svd {
         s_(s),
         left_(left),
         right_(right),
-        info_(allocate<int>(call, B)),
+        perturbation_(static_cast<std::size_t>(B)),
         outcome_(B, n) {}
 
   void run() {
+    handle_ = thread_handle(call_);
+    require_finite(call_, a_, {0, B_}, m_, n_, false);
+    info_ = allocate_info(call_, B_);
     if (m_ <= kJacobiBatchedSide && n_ <= kJacobiBatchedSide) {
       jacobi_batched();
-      outcome_.read(call_, info_, s_);
     } else {
       polar();
-      outcome_.read(call_, info_, s_);
-      repair();
     }
-    check_outcome(call_, outcome_, a_, m_, n_, [](i64, i64) { return true; });
+    outcome_.read(call_, info_, s_);
+    repair();
+    check_outcome(call_, outcome_, a_, m_, n_, false);
   }
 
  private:
@@ -45,7 +46,9 @@ class Svd {
   int m() const { return static_cast<int>(m_); }
   int n() const { return static_cast<int>(n_); }
 
-  // The Jacobi routine for small batches knows no thin form: left vectors come as m x m and lose their last columns.
+  // One call for a batch of small matrices, which is a block of threads each: matrix by matrix, as the other methods
+  // work, launches would take longer than the mathematics. At these sides Jacobi needs few sweeps and is at least as
+  // exact. It knows no thin form: left vectors come as m x m and lose their last columns.
   void jacobi_batched() {
     const JacobiInfo jacobi_info(call_);
     T* input = allocate<T>(call_, B_ * m_ * n_);
@@ -60,10 +63,9 @@ class Svd {
                                         batch),
             "cusolverDn*gesvdjBatched_bufferSize", {first, count});
       T* work = legacy_workspace<T>(call_, length, "cusolverDn*gesvdjBatched");
-      check(call_,
-            Api<T>::gesvdj_batched(handle_, kVectors, m(), n(), x, m(), s, u, m(), v, n(), work, length, info_ + first,
-                                   jacobi_info, batch),
-            "cusolverDn*gesvdjBatched", {first, count});
+      const cusolverStatus_t status = Api<T>::gesvdj_batched(handle_, kVectors, m(), n(), x, m(), s, u, m(), v, n(),
+                                                             work, length, info_ + first, jacobi_info, batch);
+      check_solver(call_, status, "cusolverDn*gesvdjBatched", {first, count}, info_, a_, m_, n_, false);
     });
     if (m_ != n_) {
       const std::size_t row = sizeof(T) * static_cast<std::size_t>(m_);
@@ -74,21 +76,30 @@ class Svd {
     }
   }
 
-  void jacobi(const std::vector<i64>& matrices) {
-    const JacobiInfo jacobi_info(call_);
+  // QR iteration, for the few matrices that the method before it could not do exactly: slower than the polar method and
+  // backward stable whatever the matrix. It leaves right vectors as rows.
+  void qr_iteration(const std::vector<i64>& matrices) {
+    constexpr auto kRoutine = "cusolverDnXgesvd";
+    constexpr signed char kThinVectors = 'S';
+    constexpr auto type = Api<T>::type;
+    const Params params(call_);
     T* input = single_input();
-    int length = 0;
+    T* rows = allocate<T>(call_, n_ * n_);
+    std::size_t device_bytes = 0, host_bytes = 0;
     check(call_,
-          Api<T>::gesvdj_size(handle_, kVectors, kThin, m(), n(), input, m(), s_, left_, m(), right_, n(), &length,
-                              jacobi_info),
-          "cusolverDn*gesvdj_bufferSize");
-    T* work = legacy_workspace<T>(call_, length, "cusolverDn*gesvdj");
+          cusolverDnXgesvd_bufferSize(handle_, params, kThinVectors, kThinVectors, m_, n_, type, input, m_, type, s_,
+                                      type, left_, m_, type, rows, n_, type, &device_bytes, &host_bytes),
+          "cusolverDnXgesvd_bufferSize");
+    Workspace work(call_);
+    work.reserve(device_bytes, host_bytes);
     for (const i64 b : matrices) {
       copy_on_device(call_, input, a_ + b * m_ * n_, m_ * n_);
-      check(call_,
-            Api<T>::gesvdj(handle_, kVectors, kThin, m(), n(), input, m(), s_ + b * n_, left_ + b * m_ * n_, m(),
-                           right_ + b * n_ * n_, n(), work, length, info_ + b, jacobi_info),
-            "cusolverDn*gesvdj", {b, 1});
+      const cusolverStatus_t status =
+          cusolverDnXgesvd(handle_, params, kThinVectors, kThinVectors, m_, n_, type, input, m_, type, s_ + b * n_,
+                           type, left_ + b * m_ * n_, m_, type, rows, n_, type, work.device(), work.device_bytes(),
+                           work.host(), work.host_bytes(), info_ + b);
+      check_solver(call_, status, kRoutine, {b, 1}, info_, a_, m_, n_, false);
+      queue_transpose(call_, rows, n_, right_ + b * n_ * n_);
     }
   }
 
@@ -96,7 +107,6 @@ class Svd {
     const Params params(call_);
     constexpr auto type = Api<T>::type;
     T* input = single_input();
-    perturbation_.assign(static_cast<std::size_t>(B_), 0);
     std::size_t device_bytes = 0, host_bytes = 0;
     check(call_,
           cusolverDnXgesvdp_bufferSize(handle_, params, kVectors, kThin, m_, n_, type, input, m_, type, s_, type, left_,
@@ -106,17 +116,17 @@ class Svd {
     work.reserve(device_bytes, host_bytes);
     for (i64 b = 0; b < B_; ++b) {
       copy_on_device(call_, input, a_ + b * m_ * n_, m_ * n_);
-      check(call_,
-            cusolverDnXgesvdp(handle_, params, kVectors, kThin, m_, n_, type, input, m_, type, s_ + b * n_, type,
-                              left_ + b * m_ * n_, m_, type, right_ + b * n_ * n_, n_, type, work.device(),
-                              work.device_bytes(), work.host(), work.host_bytes(), info_ + b, &perturbation_[b]),
-            "cusolverDnXgesvdp", {b, 1});
+      const cusolverStatus_t status =
+          cusolverDnXgesvdp(handle_, params, kVectors, kThin, m_, n_, type, input, m_, type, s_ + b * n_, type,
+                            left_ + b * m_ * n_, m_, type, right_ + b * n_ * n_, n_, type, work.device(),
+                            work.device_bytes(), work.host(), work.host_bytes(), info_ + b, &perturbation_[b]);
+      check_solver(call_, status, "cusolverDnXgesvdp", {b, 1}, info_, a_, m_, n_, false);
     }
   }
 
   // Near-singular matrices are perturbed by the polar method so that its factor becomes orthogonal, which shifts the
-  // small singular values by as much as it reports. Beyond the rounding of a backward stable SVD, and where it did not
-  // converge, Jacobi solves the matrix again.
+  // small singular values by as much as it reports. Beyond the rounding of a backward stable SVD, and where either
+  // method did not converge, the matrix is solved again.
   void repair() {
     constexpr double kUlps = 8;
     std::vector<i64> again;
@@ -126,18 +136,18 @@ class Svd {
       if (outcome_.info[b] > 0 || (outcome_.is_finite(b) && perturbed)) again.push_back(b);
     }
     if (again.empty()) return;
-    jacobi(again);
+    qr_iteration(again);
     outcome_.read(call_, info_, s_);
   }
 
   T* single_input() { return input_ ? input_ : input_ = allocate<T>(call_, m_ * n_); }
 
   const Call& call_;
-  cusolverDnHandle_t handle_;
+  cusolverDnHandle_t handle_ = nullptr;
   i64 B_, m_, n_;
   const T* a_;
   T *s_, *left_, *right_;
-  int* info_;
+  int* info_ = nullptr;
   T* input_ = nullptr;
   // What cuSOLVER writes to the host, perhaps only when the stream gets there.
   std::vector<double> perturbation_;
@@ -149,7 +159,7 @@ class Svd {
 template <typename T>
 void svd(const Call& call, i64 B, i64 m, i64 n, const T* a, T* s, T* left, T* right) {
   Svd<T> problem(call, B, m, n, a, s, left, right);
-  wait_on_failure(call, [&] { problem.run(); });
+  settle_on_failure(call, [&] { problem.run(); });
 }
 
 template void svd<float>(const Call&, i64, i64, i64, const float*, float*, float*, float*);

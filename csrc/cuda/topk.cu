@@ -77,14 +77,15 @@ std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_c
   check(multiple_of >= 1, kOp, ": multiple_of must be at least 1, got ", multiple_of);
 
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-  value = torch::stable::contiguous(value);
-  cost = torch::stable::contiguous(cost);
-  dense_cost = torch::stable::contiguous(dense_cost);
-  offsets = torch::stable::contiguous(offsets);
-  Tensor ranks = torch::stable::new_empty(cost, {L});
-  Tensor threshold = torch::stable::new_empty(value, {}, ScalarType::Double);
+  value = contiguous(kOp, value);
+  cost = contiguous(kOp, cost);
+  dense_cost = contiguous(kOp, dense_cost);
+  offsets = contiguous(kOp, offsets);
+  Tensor ranks = empty(kOp, cost, {L});
+  Tensor threshold = allocated(kOp, sizeof(double),
+                               [&] { return torch::stable::new_empty(value, std::vector<i64>{}, ScalarType::Double); });
   const Queue queue(value);
-  Scratch scratch(value);
+  Scratch scratch(kOp, value);
   const auto run = [&]<typename Score>(const Score* scores) {
     const kernels::RankProblem<Score> problem{scores,
                                               const_data<i64>(cost),

@@ -11,11 +11,12 @@
 
 namespace unirank::kernels {
 
-// Rows whose products are summed in the compute dtype before they join the gram; equal to the CPU kernel's chunk.
-constexpr i64 kChunk = 2048;
-// Rows of the gram that one product computes: wide enough for cuBLAS, and only these squares on the diagonal are
-// computed whole.
-constexpr i64 kPanel = 1024;
+// Rows whose products are summed in the compute dtype before they join the gram, which is read and written once for
+// each chunk: four of the CPU kernel's. docs/numerics.md bounds what the longer fp32 sum costs.
+constexpr i64 kChunk = 8192;
+// Rows of the gram that one product computes: enough for all multiprocessors, and only these squares on the diagonal
+// are computed whole.
+constexpr i64 kPanel = 2048;
 
 constexpr int kColumns = 32, kRowLanes = 8;
 constexpr i64 kSlice = 128;  // rows of one partial column sum
@@ -112,7 +113,8 @@ struct GramScratch {
 template <typename In, typename Acc, typename Launch, typename Multiply>
 void accumulate_gram(const Launch& launch, const Multiply& multiply, const Rows<In>& source,
                      const GramScratch<In, Acc>& scratch, Acc* gram, Acc* mean) {
-  const i64 N = source.N, stride = source.stride;
+  // Torch gives the only row of a [1, N] view any stride, and cuBLAS takes none below N.
+  const i64 N = source.N, stride = source.T == 1 ? N : source.stride;
   const dim3 tile_block(kColumns, kRowLanes);
   for (i64 begin = 0; begin < source.T; begin += kChunk) {
     const i64 T = std::min(kChunk, source.T - begin), slices = (T + kSlice - 1) / kSlice;

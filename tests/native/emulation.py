@@ -16,7 +16,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "kernels"
 EMULATOR = Path(__file__).parent / "emulator"
-DRIVERS = ("cosine", "gram", "topk", "emulator")
+DRIVERS = ("cosine", "gram", "matrices", "topk", "emulator")
 # Every module has its own copy of the emulator's state: -fno-gnu-unique lets two be loaded at once.
 FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DUNIRANK_EMULATOR")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")

@@ -18,7 +18,7 @@ def symmetric(B: int, n: int, dtype=np.float64) -> np.ndarray:
 
 
 def perturb_all(mock) -> None:
-    """Let the polar method report every matrix as perturbed, so that gesvdj solves each again."""
+    """Let the polar method report every matrix as perturbed, so that QR iteration solves each again."""
     for matrix in range(100):
         mock.set_perturbation(matrix, 1.0)
 

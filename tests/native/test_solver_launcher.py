@@ -9,6 +9,7 @@ import torch
 
 from tests.ops.cases import FULL, matrices, symmetric
 from tests.ops.tolerance import assert_eigh
+from unirank.errors import is_out_of_memory
 
 
 @pytest.fixture
@@ -46,6 +47,15 @@ def test_launched_svd(launcher, M: int, N: int, layout: str) -> None:
     torch.testing.assert_close(u.mT @ u, eye, rtol=0, atol=1e-12)
     torch.testing.assert_close(vh @ vh.mT, eye, rtol=0, atol=1e-12)
     torch.testing.assert_close(s, torch.linalg.svdvals(a), rtol=1e-12, atol=1e-12)
+
+
+def test_launched_without_enough_memory(launcher) -> None:
+    # 2^60 bytes, more than any machine addresses; the words are those of torch's CPU allocator here.
+    huge = torch.zeros(1, 1, 1, dtype=torch.float64).expand(2**57 // 2**14, 2**7, 2**7)
+    for op in (launcher.batched_eigh, launcher.batched_svd):
+        with pytest.raises(RuntimeError, match=f"{op.__name__}: .*DefaultCPUAllocator") as caught:
+            op(huge)
+        assert is_out_of_memory(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])

@@ -17,6 +17,7 @@ struct Setting {
   i64 pad = 0;    // elements between the end of a row and the next row
   i64 shift = 0;  // elements by which operands miss a 64-byte boundary
   unsigned seed = 0;
+  i64 group = 0;  // not 0: products in fp32 are added as by a tensor core, so many at a time, each sum cut off
 };
 
 // Contiguous [T, D] in, {sum of cosines, sum of their squares, count} out.
@@ -39,6 +40,12 @@ struct Ranks {
 
 // Throws std::invalid_argument with the message that the launcher would raise.
 Ranks topk(const Ranking& ranking, bool fp64_scores, unsigned seed);
+
+// B - (index of the first matrix that is not finite), or 0; column-major [B, n, m], of which `upper` looks at i <= j.
+i64 scan(bool fp64, const void* a, i64 B, i64 m, i64 n, bool upper, const Setting& setting);
+
+// target = sourceᵀ, both [n, n].
+void transpose(bool fp64, const void* source, i64 n, void* target, const Setting& setting);
 
 // The 16-bit floats' conversion.
 std::vector<float> widened(Dtype dtype, const std::vector<std::uint16_t>& bits);

@@ -1,3 +1,8 @@
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <type_traits>
+
 #include "dispatch.h"
 #include "drivers.h"
 #include "kernels/gram.cuh"
@@ -7,19 +12,40 @@ namespace {
 
 using namespace unirank::kernels;
 
-// In place of cuBLAS. The squares on the diagonal are the product's to fill, but nothing may rely on their upper
-// halves.
+// In place of cuBLAS, which refuses a leading dimension below the rows of its matrix. The squares on the diagonal are
+// the product's to fill, but nothing may rely on their upper halves.
 struct Multiply {
+  i64 group;
+
   template <typename In, typename C>
   void operator()(const In* x, i64 stride, i64 T, i64 first, i64 last, int beta, C* out, i64 ld) const {
+    if (stride < last) throw std::runtime_error("cublasGemmEx failed: CUBLAS_STATUS_INVALID_VALUE");
     for (i64 i = first; i < last; ++i) {
       C* row = out + (i - first) * ld;
       for (i64 j = 0; j < last; ++j) row[j] = j > i ? C(kNaN) : beta == 0 ? C(0) : row[j];
+      if (group != 0 && std::is_same_v<C, float>) {
+        for (i64 j = 0; j <= i; ++j) row[j] = static_cast<C>(cut_off(x, stride, T, i, j, static_cast<float>(row[j])));
+        continue;
+      }
       for (i64 t = 0; t < T; ++t) {
         const C factor = widen(x[t * stride + i]);
         for (i64 j = 0; j <= i; ++j) row[j] += factor * static_cast<C>(widen(x[t * stride + j]));
       }
     }
+  }
+
+  // The products of a group are added exactly; the sum of the group and of what was there is cut off towards zero.
+  template <typename In>
+  float cut_off(const In* x, i64 stride, i64 T, i64 i, i64 j, float sum) const {
+    for (i64 begin = 0; begin < T; begin += group) {
+      double exact = sum;
+      for (i64 t = begin; t < std::min(begin + group, T); ++t) {
+        exact += static_cast<double>(widen(x[t * stride + i])) * static_cast<double>(widen(x[t * stride + j]));
+      }
+      const auto nearest = static_cast<float>(exact);
+      sum = std::abs(nearest) > std::abs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
+    }
+    return sum;
   }
 };
 
@@ -32,7 +58,7 @@ void run(const void* x, i64 T, i64 N, Acc* gram, Acc* mean, const Setting& setti
   std::memcpy(column_sums.data(), mean, static_cast<std::size_t>(N) * sizeof(Acc));
   emulator::Guarded<double> partial(kMaxSlices * N);
   emulator::Guarded<Compute<In>> product(Scratch::widens ? std::min(kPanel, N) * N : 0);
-  accumulate_gram(emulator::Launch{setting.seed}, Multiply{}, Rows<In>{rows.data(), N + setting.pad, T, N},
+  accumulate_gram(emulator::Launch{setting.seed}, Multiply{setting.group}, Rows<In>{rows.data(), N + setting.pad, T, N},
                   Scratch{partial.data(), product.data()}, sums.data(), column_sums.data());
   sums.check();
   column_sums.check();

@@ -4,9 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 #include <thread>
 #include <vector>
 
+#include "cuda/blas_handle.h"
+#include "cuda/memory.h"
 #include "cuda/solver.h"
 #include "mock.h"
 
@@ -68,6 +71,7 @@ py::tuple eigh(const Array<T>& a, int device) {
   OnDevice<T> input(a.size()), w(B * n), v(a.size());
   input.read(a.data());
   MockScratch scratch;
+  mock::state().device = device;  // as the launcher's guard
   solver::eigh<T>(Call{"batched_eigh", device, nullptr, scratch}, B, n, input.get(), w.get(), v.get());
   return py::make_tuple(w.array({B, n}), v.array({B, n, n}));
 }
@@ -78,6 +82,7 @@ py::tuple svd(const Array<T>& a) {
   OnDevice<T> input(a.size()), s(B * n), left(a.size()), right(B * n * n);
   input.read(a.data());
   MockScratch scratch;
+  mock::state().device = 0;
   solver::svd<T>(Call{"batched_svd", 0, nullptr, scratch}, B, m, n, input.get(), s.get(), left.get(), right.get());
   return py::make_tuple(left.array({B, n, m}), s.array({B, n}), right.array({B, n, n}));
 }
@@ -88,6 +93,7 @@ void reset() {
   mock::State fresh;
   fresh.live = s.live;
   fresh.memory = s.memory;
+  fresh.device = s.device;
   fresh.strict_memory = s.strict_memory;
   s = std::move(fresh);
 }
@@ -112,19 +118,34 @@ PYBIND11_MODULE(solver_mock, m) {
   m.def("on_a_thread", on_a_thread);
   // For the test in which a handle is leaked on purpose.
   m.def("forget_handle", [] { --mock::state().live["handle"]; });
+  m.def("blas_handle", [](int device) {
+    mock::state().device = device;
+    return reinterpret_cast<std::uintptr_t>(unirank::cuda::thread_blas_handle("an op", device, nullptr));
+  });
+  m.def("allocation_failure", [](std::int64_t bytes, const std::optional<std::string>& words) {
+    return unirank::cuda::allocation_failure("an op", bytes, words ? words->c_str() : nullptr);
+  });
+  m.def("last_error", [] { return mock::state().last_error; });
+  m.def("lose_context", [](int error) { mock::state().lost = error; });
+  m.def("set_scans_that_miss", [](int count) { mock::state().scans_that_miss = count; });
   m.def("log", [] { return mock::state().log; });
   m.def("violations", [] { return mock::state().violations; });
   m.def("live", [] { return mock::state().live; });
   m.def("created", [] { return mock::state().created; });
   m.def(
       "fail",
-      [](const std::string& routine, int status, int after) { mock::state().faults[routine] = {status, after}; },
-      py::arg("routine"), py::arg("status"), py::arg("after") = 0);
+      [](const std::string& routine, int status, int after, int loses) {
+        mock::state().faults[routine] = {status, after, loses};
+      },
+      py::arg("routine"), py::arg("status"), py::arg("after") = 0, py::arg("loses") = 0);
   m.def("set_info",
         [](const std::string& routine, int matrix, int info) { mock::state().info[{routine, matrix}] = info; });
   m.def("set_perturbation", [](int matrix, double value) { mock::state().perturbation[matrix] = value; });
   m.def("set_short_workspace", [](const std::string& routine) { mock::state().short_workspace = routine; });
-  m.def("set_info_on_nan", [](int info) { mock::state().info_on_nan = info; });
+  m.def("set_answer_to_nan", [](int status, int info) {
+    mock::state().status_on_nan = status;
+    mock::state().info_on_nan = info;
+  });
   m.def("set_allocations_that_succeed", [](int count) { mock::state().allocations_that_succeed = count; });
   m.def("set_strict_memory", [](bool strict) { mock::state().strict_memory = strict; });
 }

@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 MOCK = Path(__file__).resolve().parent
+EMULATOR = MOCK.parent / "emulator"
 NAME = "solver_mock"
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -24,23 +25,40 @@ import cuda_headers  # noqa: E402
 
 SOURCES = (
     ROOT / "csrc/core/blas.cpp",
+    ROOT / "csrc/cuda/blas_handle.cpp",
     ROOT / "csrc/cuda/eigh.cpp",
+    ROOT / "csrc/cuda/memory.cpp",
     ROOT / "csrc/cuda/solver_handle.cpp",
     ROOT / "csrc/cuda/svd.cpp",
     MOCK / "binding.cpp",
+    MOCK / "cublas.cpp",
     MOCK / "cudart.cpp",
     MOCK / "cusolver.cpp",
     MOCK / "cusolver_eigh.cpp",
     MOCK / "cusolver_svd32.cpp",
     MOCK / "cusolver_svd64.cpp",
     MOCK / "launcher.cpp",
+    MOCK / "matrices.cpp",
     MOCK / "mock.cpp",
+    EMULATOR / "matrices_driver.cpp",
 )
-FLAGS = ("-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++20",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+    "-fvisibility=hidden",
+)
 
 
 def _fingerprint(command: list[str]) -> str:
-    inputs = [*SOURCES, *MOCK.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), ROOT / "csrc/cuda/linalg.cu"]
+    headers = (*MOCK.glob("*.h"), *EMULATOR.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"))
+    inputs = [*SOURCES, *headers, ROOT / "csrc/cuda/linalg.cu"]
     digest = hashlib.sha256(" ".join(command).encode())
     for path in sorted(inputs):
         digest.update(path.read_bytes())
@@ -66,9 +84,11 @@ def load() -> ModuleType:
         os.environ.get("CXX", "g++"),
         *FLAGS,
         "-DUSE_CUDA",
+        "-DUNIRANK_EMULATOR",
         "-DTORCH_TARGET_VERSION=0x020A000000000000",
         f"-I{ROOT / 'csrc'}",
         f"-I{MOCK}",
+        f"-I{EMULATOR}",
         *(f"-isystem{folder}" for folder in system),
     ]
     folder = cuda_headers.cache() / "mock" / _fingerprint(command)

@@ -3,12 +3,23 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <utility>
 
 #include "mock.h"
 
 namespace {
 
-cudaError_t enter(const char* routine) { return static_cast<cudaError_t>(mock::enter(routine)); }
+cudaError_t enter(const char* routine) {
+  const int status = mock::enter(routine);
+  return static_cast<cudaError_t>(mock::state().lost ? mock::state().lost : status);
+}
+
+// It happens even where the synchronisation reports an error.
+void run_what_is_pending() {
+  const auto pending = std::move(mock::state().pending);
+  mock::state().pending.clear();
+  for (const auto& write : pending) write();
+}
 
 }  // namespace
 
@@ -46,19 +57,39 @@ cudaError_t CUDARTAPI cudaMemcpy2DAsync(void* target, size_t target_pitch, const
 }
 
 cudaError_t CUDARTAPI cudaStreamSynchronize(cudaStream_t) {
-  // What was queued happens even where the synchronisation reports an error.
-  const auto pending = std::move(mock::state().pending);
-  mock::state().pending.clear();
-  for (const auto& write : pending) write();
+  run_what_is_pending();
   return enter("cudaStreamSynchronize");
 }
 
+cudaError_t CUDARTAPI cudaDeviceSynchronize() {
+  run_what_is_pending();
+  return enter("cudaDeviceSynchronize");
+}
+
+cudaError_t CUDARTAPI cudaGetLastError() {
+  mock::State& s = mock::state();
+  return static_cast<cudaError_t>(s.lost ? s.lost : std::exchange(s.last_error, 0));
+}
+
+cudaError_t CUDARTAPI cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+  if (const auto error = enter("cudaMemsetAsync")) return error;
+  if (!mock::expect(mock::on_device(target, bytes), "cudaMemsetAsync", "target is not device memory")) {
+    return cudaErrorInvalidValue;
+  }
+  std::memset(target, value, bytes);
+  return cudaSuccess;
+}
+
 cudaError_t CUDARTAPI cudaGetDevice(int* device) {
-  *device = 0;
+  *device = mock::state().device;
   return enter("cudaGetDevice");
 }
 
-cudaError_t CUDARTAPI cudaSetDevice(int) { return enter("cudaSetDevice"); }
+cudaError_t CUDARTAPI cudaSetDevice(int device) {
+  if (const auto error = enter("cudaSetDevice")) return error;
+  mock::state().device = device;
+  return cudaSuccess;
+}
 
 const char* CUDARTAPI cudaGetErrorString(cudaError_t) { return "mock CUDA error"; }
 

@@ -75,6 +75,7 @@ cusolverStatus_t CUSOLVERAPI cusolverDnCreate(cusolverDnHandle_t* handle) {
 }
 
 cusolverStatus_t CUSOLVERAPI cusolverDnDestroy(cusolverDnHandle_t handle) {
+  if (!expect(handle && handle->device == state().device, "cusolverDnDestroy", "on another device")) return kInvalid;
   return destroy("cusolverDnDestroy", "handle", handle);
 }
 

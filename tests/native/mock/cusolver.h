@@ -15,6 +15,7 @@
 // NVIDIA's types are opaque, so these definitions are ours to give.
 struct cusolverDnContext {
   std::thread::id thread = std::this_thread::get_id();
+  int device = mock::state().device;
   bool has_stream = false;
 };
 struct cusolverDnParams {};
@@ -30,7 +31,8 @@ constexpr auto kSuccess = CUSOLVER_STATUS_SUCCESS;
 constexpr auto kInvalid = CUSOLVER_STATUS_INVALID_VALUE;
 
 inline cusolverStatus_t enter(const std::string& routine) {
-  return static_cast<cusolverStatus_t>(mock::enter(routine));
+  const int status = mock::enter(routine);
+  return state().lost ? CUSOLVER_STATUS_EXECUTION_FAILED : static_cast<cusolverStatus_t>(status);
 }
 
 bool is_ready(const std::string& routine, cusolverDnHandle_t handle);

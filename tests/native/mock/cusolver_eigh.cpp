@@ -6,8 +6,9 @@ using namespace mock::cusolver;
 
 namespace {
 
+// The status too is what becomes of input that is not finite.
 template <typename T>
-int eigh_one(const std::string& routine, cublasFillMode_t uplo, int n, T* a, int lda, T* w) {
+int eigh_one(const std::string& routine, cublasFillMode_t uplo, int n, T* a, int lda, T* w, cusolverStatus_t& status) {
   bool finite = true;
   for (int j = 0; j < n; ++j) {
     const int begin = uplo == CUBLAS_FILL_MODE_UPPER ? 0 : j, end = uplo == CUBLAS_FILL_MODE_UPPER ? j + 1 : n;
@@ -18,16 +19,19 @@ int eigh_one(const std::string& routine, cublasFillMode_t uplo, int n, T* a, int
   }
   fill_nan(a, static_cast<std::size_t>(lda) * n);
   fill_nan(w, n);
+  status = static_cast<cusolverStatus_t>(state().status_on_nan);
   return outcome(routine, state().info_on_nan, w, n);
 }
 
 template <typename T>
-void eigh_batch(const char* routine, cublasFillMode_t uplo, std::int64_t n, void* a, std::int64_t lda, void* w,
-                int* info, std::int64_t batch) {
+cusolverStatus_t eigh_batch(const char* routine, cublasFillMode_t uplo, std::int64_t n, void* a, std::int64_t lda,
+                            void* w, int* info, std::int64_t batch) {
+  auto status = kSuccess;
   for (std::int64_t b = 0; b < batch; ++b) {
     info[b] = eigh_one(routine, uplo, static_cast<int>(n), static_cast<T*>(a) + b * lda * n, static_cast<int>(lda),
-                       static_cast<T*>(w) + b * n);
+                       static_cast<T*>(w) + b * n, status);
   }
+  return status;
 }
 
 bool check_eigh(const char* routine, cusolverDnHandle_t handle, cusolverDnParams_t params, cusolverEigMode_t jobz,
@@ -72,8 +76,7 @@ cusolverStatus_t CUSOLVERAPI cusolverDnXsyevBatched(cusolverDnHandle_t handle, c
   if (!check_info(routine, info, batch)) return kInvalid;
   const auto arguments = join(uplo, n, type_a, static_cast<const void*>(a), lda, static_cast<const void*>(w), batch);
   if (const auto status = use_workspace(routine, arguments, device, device_bytes, host, host_bytes)) return status;
-  (type_a == CUDA_R_32F ? eigh_batch<float> : eigh_batch<double>)(routine, uplo, n, a, lda, w, info, batch);
-  return kSuccess;
+  return (type_a == CUDA_R_32F ? eigh_batch<float> : eigh_batch<double>)(routine, uplo, n, a, lda, w, info, batch);
 }
 
 }  // extern "C"

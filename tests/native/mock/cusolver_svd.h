@@ -6,15 +6,18 @@
 
 namespace mock::cusolver {
 
-// One SVD with m >= n, left vectors m x (full ? m : n). The input is destroyed, as cuSOLVER's may be.
+// One SVD with m >= n, left vectors m x (full ? m : n), right ones as columns, or as rows where `rows`. The input is
+// destroyed, as cuSOLVER's may be. `status` is set where the input is not finite.
 template <typename T>
-int svd_one(const std::string& routine, bool full, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv) {
+int svd_one(const std::string& routine, bool full, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv,
+            bool rows, cusolverStatus_t& status) {
   int info = state().info_on_nan;
   if (mock::all_finite(a, static_cast<std::size_t>(lda) * n)) {
     info = mock::svd(full ? 'A' : 'S', m, n, a, lda, s, u, ldu, v, ldv);
-    mock::transpose(v, n, ldv);
+    if (!rows) mock::transpose(v, n, ldv);
   } else {
     fill_nan(s, n);
+    status = static_cast<cusolverStatus_t>(state().status_on_nan);
   }
   fill_nan(a, static_cast<std::size_t>(lda) * n);
   return outcome(routine, info, s, n);

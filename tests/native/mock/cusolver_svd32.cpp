@@ -1,4 +1,4 @@
-// The SVDs of the 32-bit API, which has a function for each dtype: Jacobi, one matrix or a batch.
+// The SVDs of the 32-bit API, which has a function for each dtype: Jacobi for a batch.
 #include "cusolver_svd.h"
 
 using namespace mock::cusolver;
@@ -6,37 +6,36 @@ using namespace mock::cusolver;
 namespace {
 
 template <typename T>
-cusolverStatus_t gesvdj_size(cusolverDnHandle_t handle, int econ, int m, int n, const T* a, int lda, const T* s,
-                             const T* u, int ldu, const T* v, int ldv, int* lwork, gesvdjInfo_t params, int batch,
+cusolverStatus_t gesvdj_size(cusolverDnHandle_t handle, int m, int n, const T* a, int lda, const T* s, const T* u,
+                             int ldu, const T* v, int ldv, int* lwork, gesvdjInfo_t params, int batch,
                              const char* routine) {
   if (const auto status = enter(std::string(routine) + "_bufferSize")) return status;
-  if (!check_svd(routine, handle, m, n, a, lda, s, u, ldu, econ ? n : m, v, ldv, batch)) return kInvalid;
+  if (!check_svd(routine, handle, m, n, a, lda, s, u, ldu, m, v, ldv, batch)) return kInvalid;
   if (!expect(params, routine, "no Jacobi info")) return kInvalid;
-  *lwork = static_cast<int>(answer(routine, join(dtype<T>(), econ, m, n, lda, ldu, ldv, batch), 37 + m * n, 0).device);
+  *lwork = static_cast<int>(answer(routine, join(dtype<T>(), m, n, lda, ldu, ldv, batch), 37 + m * n, 0).device);
   return kSuccess;
 }
 
 template <typename T>
-cusolverStatus_t gesvdj_run(cusolverDnHandle_t handle, int econ, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v,
-                            int ldv, T* work, int lwork, int* info, gesvdjInfo_t params, int batch,
-                            const char* routine) {
+cusolverStatus_t gesvdj_run(cusolverDnHandle_t handle, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv,
+                            T* work, int lwork, int* info, gesvdjInfo_t params, int batch, const char* routine) {
   if (const auto status = enter(routine)) return status;
-  if (!check_svd(routine, handle, m, n, a, lda, s, u, ldu, econ ? n : m, v, ldv, batch)) return kInvalid;
+  if (!check_svd(routine, handle, m, n, a, lda, s, u, ldu, m, v, ldv, batch)) return kInvalid;
   if (!expect(params, routine, "no Jacobi info") || !check_info(routine, info, batch)) return kInvalid;
   // Lengths of this API count elements; the bytes are checked by touching them.
   if (static_cast<std::size_t>(lwork) < last_query(routine).device) return CUSOLVER_STATUS_INVALID_WORKSPACE;
   last_query(routine).device = static_cast<std::size_t>(lwork) * sizeof(T);
-  if (const auto status = use_workspace(routine, join(dtype<T>(), econ, m, n, lda, ldu, ldv, batch), work,
+  if (const auto status = use_workspace(routine, join(dtype<T>(), m, n, lda, ldu, ldv, batch), work,
                                         static_cast<std::size_t>(lwork) * sizeof(T), nullptr, 0)) {
     return status;
   }
   last_query(routine).device = static_cast<std::size_t>(lwork);
-  const std::int64_t u_columns = econ ? n : m;
+  auto status = kSuccess;
   for (std::int64_t b = 0; b < batch; ++b) {
-    info[b] = svd_one(routine, !econ, m, n, a + b * lda * n, lda, s + b * n, u + b * ldu * u_columns, ldu,
-                      v + b * ldv * n, ldv);
+    info[b] = svd_one(routine, true, m, n, a + b * lda * n, lda, s + b * n, u + b * ldu * m, ldu, v + b * ldv * n, ldv,
+                      false, status);
   }
-  return kSuccess;
+  return status;
 }
 
 }  // namespace
@@ -44,29 +43,18 @@ cusolverStatus_t gesvdj_run(cusolverDnHandle_t handle, int econ, int m, int n, T
 extern "C" {
 
 // The 32-bit API: one definition for each dtype, under one name in logs and faults.
-#define MOCK_SVD_OF(LETTER, T)                                                                                        \
-  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdj_bufferSize(                                                 \
-      cusolverDnHandle_t handle, cusolverEigMode_t, int econ, int m, int n, const T* a, int lda, const T* s,          \
-      const T* u, int ldu, const T* v, int ldv, int* lwork, gesvdjInfo_t params) {                                    \
-    return gesvdj_size(handle, econ, m, n, a, lda, s, u, ldu, v, ldv, lwork, params, 1, "cusolverDn*gesvdj");         \
-  }                                                                                                                   \
-  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdj(                                                            \
-      cusolverDnHandle_t handle, cusolverEigMode_t, int econ, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, \
-      int ldv, T* work, int lwork, int* info, gesvdjInfo_t params) {                                                  \
-    return gesvdj_run(handle, econ, m, n, a, lda, s, u, ldu, v, ldv, work, lwork, info, params, 1,                    \
-                      "cusolverDn*gesvdj");                                                                           \
-  }                                                                                                                   \
-  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdjBatched_bufferSize(                                          \
-      cusolverDnHandle_t handle, cusolverEigMode_t, int m, int n, const T* a, int lda, const T* s, const T* u,        \
-      int ldu, const T* v, int ldv, int* lwork, gesvdjInfo_t params, int batch) {                                     \
-    if (m > 32 || n > 32) return kInvalid;                                                                            \
-    return gesvdj_size(handle, 0, m, n, a, lda, s, u, ldu, v, ldv, lwork, params, batch, "cusolverDn*gesvdjBatched"); \
-  }                                                                                                                   \
-  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdjBatched(                                                     \
-      cusolverDnHandle_t handle, cusolverEigMode_t, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv,  \
-      T* work, int lwork, int* info, gesvdjInfo_t params, int batch) {                                                \
-    return gesvdj_run(handle, 0, m, n, a, lda, s, u, ldu, v, ldv, work, lwork, info, params, batch,                   \
-                      "cusolverDn*gesvdjBatched");                                                                    \
+#define MOCK_SVD_OF(LETTER, T)                                                                                       \
+  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdjBatched_bufferSize(                                         \
+      cusolverDnHandle_t handle, cusolverEigMode_t, int m, int n, const T* a, int lda, const T* s, const T* u,       \
+      int ldu, const T* v, int ldv, int* lwork, gesvdjInfo_t params, int batch) {                                    \
+    if (m > 32 || n > 32) return kInvalid;                                                                           \
+    return gesvdj_size(handle, m, n, a, lda, s, u, ldu, v, ldv, lwork, params, batch, "cusolverDn*gesvdjBatched");   \
+  }                                                                                                                  \
+  cusolverStatus_t CUSOLVERAPI cusolverDn##LETTER##gesvdjBatched(                                                    \
+      cusolverDnHandle_t handle, cusolverEigMode_t, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv, \
+      T* work, int lwork, int* info, gesvdjInfo_t params, int batch) {                                               \
+    return gesvdj_run(handle, m, n, a, lda, s, u, ldu, v, ldv, work, lwork, info, params, batch,                     \
+                      "cusolverDn*gesvdjBatched");                                                                   \
   }
 
 MOCK_SVD_OF(S, float)

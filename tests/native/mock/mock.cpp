@@ -15,6 +15,8 @@ int enter(const std::string& routine) {
   s.log.push_back(routine);
   const auto fault = s.faults.find(routine);
   if (fault == s.faults.end() || fault->second.after-- > 0) return 0;
+  s.lost = fault->second.loses;
+  s.last_error = fault->second.loses ? fault->second.loses : 98;  // cudaErrorInvalidDeviceFunction
   return fault->second.status;
 }
 

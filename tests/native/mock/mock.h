@@ -25,13 +25,20 @@ struct State {
   struct Fault {
     int status;
     int after;  // calls that succeed first
+    int loses;  // not 0: the CUDA error that every later call of the runtime answers, the context being lost
   };
   std::map<std::string, Fault> faults;
   std::map<std::pair<std::string, int>, int> info;  // (routine, matrix it solves) -> info
   std::map<int, double> perturbation;               // matrix -> what Xgesvdp reports
   std::string short_workspace;                      // routine whose query answers half of what it needs
-  int info_on_nan = 0;                              // what routines report for input that is not finite
-  int allocations_that_succeed = -1;                // -1: all
+  int info_on_nan = 0, status_on_nan = 6;           // what solvers answer to input that is not finite: EXECUTION_FAILED
+  int scans_that_miss = 0;            // scans that call every matrix finite, as if one was written to after them
+  int allocations_that_succeed = -1;  // -1: all
+
+  // The runtime's own state.
+  int device = 0;      // the current one
+  int last_error = 0;  // of a single call; the next cudaGetLastError takes it away
+  int lost = 0;        // sticky: stays
 
   // Memory outside `memory` is accepted where torch's allocator, not the tests', owns it.
   bool strict_memory = true;
