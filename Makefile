@@ -68,8 +68,13 @@ check-cuda-link: $(CUDA_VENV)/.linked
 # One command for a machine with a GPU, in the environment of PYTHON, which has a CUDA build of torch: builds unirank
 # there as a link to this directory, tests, compares with the CPU and measures, in BUDGET seconds at most and without a
 # network. Without a GPU it says so in one line and ends with 0. DEVICE=cpu TINY=1 tries the command itself.
+ifeq ($(DEVICE),cpu)
+gpu-check: $(VENV)/.dev
+gpu-check: PY = $(BIN)/python
+endif
+gpu-check: PY ?= $(PYTHON)
 gpu-check:
-	@PY='$(PYTHON)' DEVICE='$(DEVICE)' TINY='$(TINY)' BUDGET='$(BUDGET)' bash tools/gpu_check.sh
+	@PY='$(PY)' DEVICE='$(DEVICE)' TINY='$(TINY)' BUDGET='$(BUDGET)' bash tools/gpu_check.sh
 
 # The tests there. They need the library beside the source, which `python -m` puts first. What others deprecate in the
 # image at hand must not stop them while they are collected; our own warnings stay errors.

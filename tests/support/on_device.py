@@ -1,6 +1,6 @@
 """The whole path on a device, beside the same on the CPU: what tests/gpu runs on a GPU, and tests/promises on the CPU.
 
-Each check takes a `Bench` and raises AssertionError. `CHECKS` has them by name.
+Each check takes a `Bench`, raises AssertionError, and may return figures. `CHECKS` has them by name.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -20,6 +21,8 @@ from unirank.analysis import fill_store
 from unirank.analysis.store import AnalysisStore
 from unirank.types import LoadedModel
 
+Figures: TypeAlias = "dict[str, float]"
+CPU = torch.device("cpu")
 # Float32 models: products on two devices differ by some ulp, which grow through a few layers. Energies are held to the
 # largest of their matrix, and perplexity to the same ranks (**choice**: a hundred times what rounding explains).
 ENERGY, NLL = 1e-4, 1e-3
@@ -58,9 +61,6 @@ class Bench:
         return unirank.evaluate(model, self.tokenizer, text=str(self.text), window=24, limit=3).nll
 
 
-CPU = torch.device("cpu")
-
-
 @dataclass(frozen=True)
 class Difference:
     """How far two analyses are apart: energies, of each matrix's largest; and ranks at 30 % removed that are equal."""
@@ -76,8 +76,8 @@ def difference(one: AnalysisStore, other: AnalysisStore) -> Difference:
     return Difference(worst, sum(ranks[name] == others[name] for name in ranks) / len(ranks))
 
 
-def same_analysis(bench: Bench, *, energy: float = ENERGY, **how: Any) -> tuple[float, float]:
-    """Stores of both devices agree, and with the CPU's ranks the compressed models too; returns both nll."""
+def same_analysis(bench: Bench, *, energy: float = ENERGY, **how: Any) -> Figures:
+    """Stores of both devices agree, and with the CPU's ranks the compressed models too."""
     found = []
     (here, store), (there, reference) = bench.analyzed(bench.device, **how), bench.analyzed(CPU, **how)
     apart = difference(reference, store)
@@ -86,23 +86,7 @@ def same_analysis(bench: Bench, *, energy: float = ENERGY, **how: Any) -> tuple[
     for loaded, own in ((here, store), (there, reference)):
         found.append(bench.nll(unirank.apply(loaded, own, unirank.plan(own, ranks=dict(ranks))).model))
     assert abs(found[0] - found[1]) <= max(NLL, energy) * abs(found[1]), found
-    return found[0], found[1]
-
-
-def architecture(name: str) -> Callable[[Bench], None]:
-    return lambda bench: void(same_analysis(bench, name=name))
-
-
-def scheme(name: str) -> Callable[[Bench], None]:
-    return lambda bench: void(same_analysis(bench, scheme=name, energy=10 * ENERGY))
-
-
-def dtype(kind: torch.dtype) -> Callable[[Bench], None]:
-    return lambda bench: void(same_analysis(bench, dtype=kind, energy=SHORT[kind]))
-
-
-def void(_: Any) -> None:
-    """Ends a check."""
+    return {"energy": apart.energy, "equal_ranks": apart.equal_ranks, "nll": found[0], "nll_cpu": found[1]}
 
 
 def saved(bench: Bench) -> None:
@@ -120,7 +104,7 @@ def saved(bench: Bench) -> None:
     assert bench.nll(again) == bench.nll(opened.model) == bench.nll(small.model)
 
 
-def second_pass(bench: Bench) -> None:
+def second_pass(bench: Bench) -> Figures:
     """The second pass ends where it ends on the CPU."""
     found = []
     for device in (CPU, bench.device):
@@ -130,6 +114,7 @@ def second_pass(bench: Bench) -> None:
         refined = unirank.apply(loaded, store, plan, refine=unirank.Refine(centred=True), windows=windows)
         found.append(bench.nll(refined.model))
     assert abs(found[0] - found[1]) <= 10 * NLL * found[0], found
+    return {"nll": found[1], "nll_cpu": found[0]}
 
 
 def measured(bench: Bench) -> None:
@@ -150,7 +135,7 @@ def _on_disk(bench: Bench, device: torch.device) -> tuple[Path, Path]:
     return dense, compressed.save(out)
 
 
-def healed(bench: Bench) -> None:
+def healed(bench: Bench) -> Figures:
     """Healing on the device brings the compressed model nearer to the dense one, about as far as on the CPU."""
     dense, small = _on_disk(bench, CPU)
     errors = []
@@ -163,9 +148,10 @@ def healed(bench: Bench) -> None:
         assert all(layer["after"] <= layer["before"] for layer in layers), layers
         errors.append(sum(layer["after"] for layer in layers))
     assert abs(errors[0] - errors[1]) <= 0.05 * errors[0], errors
+    return {"error": errors[1], "error_cpu": errors[0]}
 
 
-def finetuned(bench: Bench) -> None:
+def finetuned(bench: Bench) -> Figures:
     """Fine-tuning on the device lowers the loss, about as far as on the CPU, and keeps the ranks."""
     _, small = _on_disk(bench, CPU)
     found = []
@@ -175,6 +161,7 @@ def finetuned(bench: Bench) -> None:
         assert dict(tuned.plan.ranks) == dict(unirank.open_compressed(small).plan.ranks)
         found.append(bench.nll(tuned.model))
     assert abs(found[0] - found[1]) <= 0.02 * found[0], found
+    return {"nll": found[1], "nll_cpu": found[0]}
 
 
 class Ended(BaseException):
@@ -238,10 +225,13 @@ def dry_run(bench: Bench) -> None:
     assert needs.seconds > 0
 
 
-CHECKS: dict[str, Callable[[Bench], None]] = {
-    **{name: architecture(name) for name in ("llama", "gemma3", "gpt-neox", "gpt2", "opt")},
-    **{f"scheme {name}": scheme(name) for name in ("svd", "asvd", "awsvd", "fwsvd", "afm", "kfac")},
-    **{str(kind).removeprefix("torch."): dtype(kind) for kind in SHORT},
+CHECKS: dict[str, Callable[[Bench], Figures | None]] = {
+    **{name: partial(same_analysis, name=name) for name in ("llama", "gemma3", "gpt-neox", "gpt2", "opt")},
+    **{
+        f"scheme {name}": partial(same_analysis, scheme=name, energy=10 * ENERGY)
+        for name in ("svd", "asvd", "awsvd", "fwsvd", "afm", "kfac")
+    },
+    **{str(kind).removeprefix("torch."): partial(same_analysis, dtype=kind, energy=SHORT[kind]) for kind in SHORT},
     "saved and opened": saved,
     "second pass": second_pass,
     "measuring allocators": measured,
