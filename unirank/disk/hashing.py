@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from unirank.queues import has_queues, to_host
+
 _WORD, _BLOCK = 8, 1024  # bytes in a word, and words in a block, of `fingerprint`
+_AHEAD = 1 << 30  # bytes of tensors of a GPU that wait in the host's memory to be hashed (**choice**)
 _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,17 +51,21 @@ def sha256_tree(named: Iterable[tuple[str, torch.Tensor]], *, limit: int | None 
     """SHA-256 over the sorted lines `name dtype shape hash`, where `hash` is the SHA-256 of the tensor's raw bytes.
 
     Tensors are hashed by as many threads as torch has; neither their number nor the order of `named` changes the
-    result.
+    result. Those of a GPU are brought to the host one after the other, behind what the caller's queue holds.
 
     Args:
         limit: tensors of no more bytes than these wait to be hashed, but for one, while the next is made; for tensors
-            that are read when `named` gives them. None is without limit, for tensors that are in memory anyway.
+            that are read when `named` gives them. None is without limit, for tensors that are in memory anyway, and
+            `_AHEAD` for those of a GPU.
     """
     lines: list[str] = []
     waiting: deque[tuple[str, int, Future[str]]] = deque()
     held = 0
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, tensor in named:
+            # Copied here, where the order in which the caller's queue writes is known, and not in the threads.
+            if has_queues(tensor.device):
+                tensor, limit = to_host(tensor), _AHEAD if limit is None else limit
             waiting.append((_head(name, tensor).strip(), tensor.nbytes, pool.submit(_sha256_tensor, tensor)))
             held += tensor.nbytes
             del tensor
@@ -98,7 +105,7 @@ def _head(name: str, tensor: torch.Tensor) -> str:
 
 def _raw(tensor: torch.Tensor) -> Any:
     """The bytes of a tensor, which are copied only from another device or where they do not lie in order."""
-    flat = tensor.detach().to("cpu").contiguous().flatten()
+    flat = to_host(tensor).flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 

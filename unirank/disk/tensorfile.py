@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unirank.disk.files import write_atomically
 from unirank.disk.hashing import sha256_tensors, sha256_text
 from unirank.disk.strictjson import Damaged, entry, parse_object
 from unirank.errors import is_out_of_memory
+from unirank.queues import has_queues, to_host
 
 _KEY = "unirank"
 _SUMS = "sha256"
@@ -26,11 +28,17 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
     """Write one file; raises WriteError like `write_atomically`.
 
     The header goes into a single metadata entry, since safetensors writes several in random order and equal inputs
-    must give equal bytes.
+    must give equal bytes. Tensors of a GPU come behind what the caller's queue holds (see `queues.to_host`).
     """
-    flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    sums = {name: _sum(name, tensor) for name, tensor in flat.items()}
-    record = {**header, _SUMS: sums}
+    flat: dict[str, torch.Tensor] = {}
+    sums: dict[str, Future[str]] = {}
+    # On a CPU the threads have other work meanwhile; what comes from a GPU is hashed by all of them while more comes.
+    from_gpu = any(has_queues(tensor.device) for tensor in tensors.values())
+    with ThreadPoolExecutor(torch.get_num_threads() if from_gpu else 1) as pool:
+        for name, tensor in tensors.items():
+            flat[name] = to_host(tensor)
+            sums[name] = pool.submit(_sum, name, flat[name])
+    record = {**header, _SUMS: {name: found.result() for name, found in sums.items()}}
     metadata = {_KEY: _dumped({**record, _HEADER_SUM: sha256_text(_dumped(record))})}
     write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=metadata))
 

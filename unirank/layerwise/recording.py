@@ -15,6 +15,7 @@ from torch import nn
 
 from unirank.disk.files import mapped_copy
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line, is_out_of_memory
+from unirank.queues import PageLocked
 from unirank.types import LoadedModel
 
 # The structure of a layer does not depend on how many tokens it sees, so a few suffice to trace it.
@@ -51,17 +52,45 @@ class LayerCall:
 class Streams:
     """Hidden states between two layers, one tensor `[B, T, D]` a batch, and those of the probe.
 
-    With a `folder`, batches are in mapped files there, and in memory only while a layer runs on them.
+    With a `folder`, batches are in mapped files there, with a `host` in page-locked memory, and on the probe's device
+    only while a layer runs on them.
     """
 
     batches: list[torch.Tensor]
     probe: torch.Tensor
     folder: Path | None = None
+    host: PageLocked | None = None
 
     def put(self, position: int, hidden: torch.Tensor) -> None:
         """`hidden` takes the place of the batch at `position`, or is added behind the last one."""
-        kept = hidden if self.folder is None else mapped_copy(self.folder, hidden)
+        if self.host is not None:
+            kept = self.host.keep(hidden)
+        else:
+            kept = hidden if self.folder is None else mapped_copy(self.folder, hidden)
         self.batches[position : position + 1] = [kept]
+
+    def entering(self) -> Iterator[torch.Tensor]:
+        """Each batch on the probe's device. The one that was given may be put into while the next one comes."""
+        ready = self._fetch(0) if self.batches else None
+        for position in range(len(self.batches)):
+            assert ready is not None
+            hidden = ready()
+            ready = self._fetch(position + 1) if position + 1 < len(self.batches) else None
+            yield hidden
+            del hidden  # else it lives as long as the next one
+
+    def _fetch(self, position: int) -> Callable[[], torch.Tensor]:
+        """Begin to bring the batch at `position`; call the result for it."""
+        kept = self.batches[position]
+        if self.host is not None:
+            return self.host.fetch(kept)
+        return lambda: kept.to(self.probe.device)
+
+    def settled(self) -> Streams:
+        """The same as it is now, for another thread that reads it while this one goes on."""
+        if self.host is not None:
+            self.host.settle()
+        return Streams(list(self.batches), self.probe)
 
 
 @dataclass(frozen=True)
@@ -84,10 +113,17 @@ def layers_of(loaded: LoadedModel) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int, folder: Path | None = None) -> Recording:
+def record(
+    loaded: LoadedModel,
+    windows: torch.Tensor,
+    *,
+    batch: int,
+    folder: Path | None = None,
+    host: PageLocked | None = None,
+) -> Recording:
     """Run the decoder with pass-through layers. `windows` int64 `[W, T]`; `batch` windows go together.
 
-    With a `folder`, hidden states go into mapped files there.
+    Hidden states are kept where `folder` and `host` say, as in `Streams`.
 
     Raises:
         InputError: the model does not call its layers once and in order, or with or for something else than hidden
@@ -98,7 +134,7 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int, folder: Pa
     model = type(loaded.model).__name__
     device = loaded.device
     calls: list[list[LayerCall]] = []
-    start = Streams([], torch.empty(0), folder)
+    start = Streams([], torch.empty(0), folder, host)
     tails: list[tuple[None, ...] | None] = []  # one, once it is known
     weights = {spec.name: loaded.model.get_submodule(spec.name).weight for spec in loaded.linears}
     versions = {name: _version(weight) for name, weight in weights.items()}

@@ -51,8 +51,7 @@ def calibrate_layer(
     grams = _Grams(layer, enabled=moments, mean_abs=mean_abs, clip=clip)
     cosines = _Cosines(layer, device=streams.probe.device)
     with grams.hooked(), cosines.hooked():
-        for position, kept in enumerate(list(streams.batches)):
-            hidden = kept.to(streams.probe.device)
+        for position, hidden in enumerate(streams.entering()):
             output = recording.calls[position][index].run(layer.module, hidden)
             cosines.add(hidden, output)
             streams.put(position, output)
