@@ -141,6 +141,7 @@ def analyze(
     calibration: Calibration | str | Path | None = None,
     gradients_from: str | Path | None = None,
     hidden_limit: int | None = None,
+    keep_hidden: bool | None = None,
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
@@ -160,7 +161,11 @@ def analyze(
         gradients_from: a store of the same model and calibration, with gradients: they are taken from there, so that
             several schemes share one backward pass. They are the same bytes as a pass of its own would give.
         hidden_limit: hidden states of more bytes than these go into mapped files of the store's directory while it
-            runs; None is a quarter of the memory that is free. It changes no byte of the store.
+            runs; None is a quarter of the memory that is free, and beside a GPU first the host's memory up to a quarter
+            of it. It changes no byte of the store.
+        keep_hidden: what enters the next layer is written into the store's directory too, so that a run that was killed
+            goes on from there; without it the layers that are done run again, which takes a part of the time that they
+            took and gives the same bytes. None is True on a CPU and False on a GPU.
         overwrite: replace a store of something else.
 
     What loads the model, `tokenizer` and `progress` are as in `compress`.
@@ -193,6 +198,7 @@ def analyze(
         asked,
         gradients_from=gradients_from,
         hidden_limit=hidden_limit,
+        keep_hidden=keep_hidden,
         overwrite=overwrite,
         progress=report,
     )

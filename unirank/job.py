@@ -338,6 +338,7 @@ def analyze_for(
     *,
     gradients_from: str | Path | None = None,
     hidden_limit: int | None = None,
+    keep_hidden: bool | None = None,
     overwrite: bool = False,
     progress: OnProgress = silent,
 ) -> AnalysisStore:
@@ -353,6 +354,7 @@ def analyze_for(
         calibration=asked,
         gradients_from=gradients_from,
         hidden_limit=hidden_limit,
+        keep_hidden=keep_hidden,
         overwrite=overwrite,
         progress=progress,
     )

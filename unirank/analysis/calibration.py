@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unirank.analysis.store import AnalysisStore
 
 CLIP = 2.0  # where nothing is said about clipping, and no store is gone on with (**choice**, docs/experiments.md)
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
 
@@ -45,6 +46,8 @@ class Calibration:
             gone on with, or whose gradients are taken, and else the default, CLIP.
         shares: of several texts, how many of the windows each gives, as positive numbers in any unit; None is equal
             shares. See `unirank.text.mixture` for rounding and order.
+        precision: of the decomposition: "float64", or "float32" for GPUs whose float64 is slow; its errors are in
+            docs/numerics.md. Moments are summed in float64 either way.
         split, revision: of a dataset (of every text, where there are several); None is "train", and the newest.
     """
 
@@ -58,8 +61,13 @@ class Calibration:
     revision: str | None = None
     clip: float | None = None
     shares: Sequence[float] | None = None
+    precision: str = "float64"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"Calibration.precision = {self.precision!r} is not legal; it is {' or '.join(PRECISIONS)}."
+            )
         object.__setattr__(self, "text", _joined(self.text))
         if self.shares is not None:
             object.__setattr__(self, "shares", _checked_shares(self.shares))

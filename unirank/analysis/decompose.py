@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from unirank.analysis.overlap import Solvers, entries_of_work
 from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
 from unirank.distributed import owners, rank, send_to_zero, size
 from unirank.errors import NonFiniteError, UnirankError, is_out_of_memory
 from unirank.models.structure import weight_of
-from unirank.types import Factors, Gradient, LayerStats, LinearSpec, LoadedModel
+from unirank.queues import has_queues
+from unirank.types import Factors, Gradient, LayerStats, LinearSpec, LoadedModel, Moment
 
-# Bytes of float64 work that a CPU does at once. (choice: a few small layers' worth, and one matrix of a large one)
+# Bytes of work that are done at once. (choice: a few small layers' worth, and one matrix of a large one)
 _ROOM = 1 << 30
 
 
@@ -23,7 +26,10 @@ def decompose_layer(
     scheme: Scheme,
     gradients: Mapping[str, Gradient] | None = None,
     *,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    solvers: Solvers | None = None,
     full: bool = True,
+    work: torch.dtype = WORK_DTYPE,
 ) -> dict[str, Factors]:
     """Factors of every linear of layer `stats.layer`, rounded to the dtype of the model's weights.
 
@@ -31,43 +37,91 @@ def decompose_layer(
     With `gradients` (by linear), each component also gets its curvature and its slope, whatever the scheme. Of several
     processes each decomposes some of the linears; process 0 returns all of them, the others their own.
 
+    Args:
+        weights: of the layer's linears by name, as `weights_of_layer` gives them, for a layer that may leave memory
+            meanwhile; None takes the model's.
+        solvers: of a GPU, whose threads share the linears out; None solves one part after the other. The same bits.
+        work: the dtype of the decomposition, float64 or float32.
+
     Raises:
         UnirankError: the solver failed; names the layer. Errors of memory pass as they are.
         NonFiniteError: a factor or an energy is NaN or infinity (or does not fit the dtype); names the linear.
     """
-    problems = []
+    weights = weights_of_layer(loaded, stats.layer) if weights is None else weights
     members = [spec for spec in loaded.linears if spec.layer == stats.layer]
     owner_of = owners([float(spec.params) * spec.k for spec in members])
-    for spec, owner in zip(members, owner_of, strict=True):
-        if owner == rank():
-            weight = weight_of(loaded.model.get_submodule(spec.name))
-            moment = stats.moments[stats.input_of[spec.name]] if stats.moments else None
-            gradient = gradients[spec.name] if gradients else None
-            problems.append(Problem(spec.name, weight, moment, spec.k if full else spec.max_rank, gradient))
-    results = {}
-    for part in _parts(problems):
-        try:
-            solved = scheme.decompose(part)
-        except (RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise UnirankError(f"The decomposition of {loaded.layers}.{stats.layer} failed: {error}") from error
-        results |= {problem.name: _rounded(problem, found) for problem, found in zip(part, solved, strict=True)}
-    return _gathered(results, members, owner_of, weight_of(loaded.model.get_submodule(members[0].name)))
+    own = [spec for spec, owner in zip(members, owner_of, strict=True) if owner == rank()]
+    read = {stats.input_of[spec.name] for spec in own} if stats.moments else ()
+    moments = {name: _moment_in(work, stats.moments[name]) for name in read}
+    problems = []
+    for spec in own:
+        moment = moments[stats.input_of[spec.name]] if moments else None
+        gradient = _gradient_in(work, gradients[spec.name]) if gradients else None
+        max_rank = spec.k if full else spec.max_rank
+        problems.append(Problem(spec.name, weights[spec.name], moment, max_rank, gradient, work))
+    solve = partial(_solved, f"{loaded.layers}.{stats.layer}", scheme)
+    parts = _parts(problems)
+    solved = map(solve, parts) if solvers is None else solvers.map(solve, parts, _size)
+    found = {name: factors for part in solved for name, factors in part.items()}
+    return _gathered({spec.name: found[spec.name] for spec in own}, members, owner_of, weights[members[0].name])
 
 
-def _parts(problems: Sequence[Problem]) -> Iterator[list[Problem]]:
-    """What is solved at once: on a GPU everything; else what fits `_ROOM`, but as many matrices as there are threads.
+def weights_of_layer(loaded: LoadedModel, index: int) -> dict[str, torch.Tensor]:
+    """The weights `[M, N]` of the linears of layer `index`, which is in memory, by name."""
+    names = [spec.name for spec in loaded.linears if spec.layer == index]
+    return {name: weight_of(loaded.model.get_submodule(name)) for name in names}
 
-    Each matrix is solved by itself on one thread, so the parts change no bit.
+
+@torch.no_grad()
+def _solved(layer: str, scheme: Scheme, part: Sequence[Problem]) -> dict[str, Factors]:
+    try:
+        solved = scheme.decompose(part)
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnirankError(f"The decomposition of {layer} failed: {error}") from error
+    return {problem.name: _rounded(problem, found) for problem, found in zip(part, solved, strict=True)}
+
+
+def _moment_in(work: torch.dtype, moment: Moment) -> Moment:
+    mean_abs = None if moment.mean_abs is None else moment.mean_abs.to(work)
+    return Moment(moment.c.to(work), moment.mean.to(work), moment.tokens, mean_abs)
+
+
+def _gradient_in(work: torch.dtype, gradient: Gradient) -> Gradient:
+    return Gradient(gradient.g.to(work), gradient.rows.to(work), gradient.weight.to(work))
+
+
+def _size(part: Sequence[Problem]) -> int:
+    return sum(problem.work.itemsize * entries_of_work(*problem.weight.shape) for problem in part)
+
+
+def _parts(problems: Sequence[Problem]) -> Iterable[list[Problem]]:
+    """What is solved at once: what fits `_ROOM`; on a CPU as many matrices as there are threads, on a GPU of one shape.
+
+    On a CPU each matrix is solved by itself on one thread, so the parts change no bit. A GPU's library may round in
+    another way for another number of matrices, so there the parts follow from the shapes alone, whatever is free. The
+    largest come first, so that no thread is left with one at the end.
     """
-    threads = torch.get_num_threads()
+    if problems and has_queues(problems[0].weight.device):
+        return _alike(problems)
+    return _filled(problems, torch.get_num_threads())
+
+
+def _alike(problems: Sequence[Problem]) -> list[list[Problem]]:
+    parts = []
+    for shape in {tuple(problem.weight.shape): None for problem in problems}:
+        parts += _filled([problem for problem in problems if tuple(problem.weight.shape) == shape], 1)
+    return sorted(parts, key=_size, reverse=True)
+
+
+def _filled(problems: Sequence[Problem], least: int) -> Iterator[list[Problem]]:
+    """Parts of at least `least` matrices, and of more as far as they fit `_ROOM`."""
     part: list[Problem] = []
     used = 0
     for problem in problems:
-        (m, n), k = problem.weight.shape, min(problem.weight.shape)
-        size = 8 * (2 * m * n + 4 * k * k)  # the matrix and its factors; the square problem and its eigensolver's
-        if problem.weight.device.type == "cpu" and len(part) >= threads and used + size > _ROOM:
+        size = _size([problem])
+        if len(part) >= least and used + size > _ROOM:
             yield part
             part, used = [], 0
         part.append(problem)
@@ -85,9 +139,7 @@ def _rounded(problem: Problem, factors: Factors) -> Factors:
         factors.right.to(dtype),
         factors.energy.to(torch.float64),
         factors.damping,
-        factors.mean,
-        curvature,
-        slope,
+        *(None if vector is None else vector.to(torch.float64) for vector in (factors.mean, curvature, slope)),
     )
     for tensor in (result.left, result.right, result.energy, curvature, slope):
         if tensor is not None and not tensor.isfinite().all():
@@ -145,7 +197,7 @@ def _losses(problem: Problem, factors: Factors) -> tuple[torch.Tensor | None, to
     gradient, moment = problem.gradient, problem.moment
     if gradient is None or moment is None:
         return None, None
-    left, right = factors.left.to(WORK_DTYPE), factors.right.to(WORK_DTYPE)
+    left, right = factors.left.to(problem.work), factors.right.to(problem.work)
     curvature = ((gradient.g @ left) * left).sum(0) * ((right @ moment.c) * right).sum(1)
     slope = -((gradient.weight @ right.T) * left).sum(0)
     return curvature.clamp_min(0.0), slope

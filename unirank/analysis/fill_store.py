@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from unirank.analysis.calibration import (
+    PRECISIONS,
     Calibration,
     calibration_of,
     checked_windows,
@@ -18,20 +19,23 @@ from unirank.analysis.calibration import (
     texts_of,
     with_clip,
 )
-from unirank.analysis.decompose import decompose_layer
+from unirank.analysis.decompose import decompose_layer, weights_of_layer
 from unirank.analysis.gradient_pass import gradient_pass
+from unirank.analysis.hidden import Place, place_of
 from unirank.analysis.identity import make_identity, weights_hash
 from unirank.analysis.manifest import identity_differences
+from unirank.analysis.overlap import THREADS, Finishing, Solvers, shares_of
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import MANIFEST, AnalysisStore, create_or_resume, open_store
 from unirank.disk.files import check_output, locked
 from unirank.distributed import barrier, from_zero, process_group, rank, share, size
 from unirank.errors import InputError, StoreError, warn
-from unirank.layerwise.recording import Streams, record
+from unirank.layerwise.recording import record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.progress import OnProgress, silent
-from unirank.types import LoadedModel
+from unirank.queues import CALLS, Beside, has_queues
+from unirank.types import Factors, LayerStats, LoadedModel
 
 
 def fill_store(
@@ -42,6 +46,7 @@ def fill_store(
     calibration: Calibration | str | Path | None = None,
     gradients_from: str | Path | None = None,
     hidden_limit: int | None = None,
+    keep_hidden: bool | None = None,
     overwrite: bool = False,
     progress: OnProgress = silent,
 ) -> AnalysisStore:
@@ -51,7 +56,11 @@ def fill_store(
         gradients_from: a store of the same model and calibration, with gradients: they are taken from there, so that
             several schemes share one backward pass. They are the same bytes as a pass of its own would give.
         hidden_limit: hidden states of more bytes than these go into mapped files of the store's directory while it
-            runs; None is a quarter of the memory that is free. It changes no byte of the store.
+            runs; None is a quarter of the memory that is free, and beside a GPU first the host's memory up to a quarter
+            of it. It changes no byte of the store.
+        keep_hidden: what enters the next layer is written into the store's directory too, so that a run that was killed
+            goes on from there; without it the layers that are done run again, which takes a part of the time that they
+            took and gives the same bytes. None is True on a CPU and False on a GPU.
 
     Raises:
         InputError: unknown scheme, unusable text, an output directory that is not a store, a model that was compressed.
@@ -104,8 +113,8 @@ def fill_store(
             if rank() == 0 and not store.complete:
                 for note in notes:
                     warn(note)
-            scratch = place if _hidden_bytes(loaded, windows) > _limit(loaded, hidden_limit) else None
-            _fill(store, loaded, windows, chosen, calibration, backward, scratch, progress)
+            hidden = place_of(loaded, windows, place, limit=hidden_limit, keep=keep_hidden)
+            _fill(store, loaded, windows, chosen, calibration, backward, hidden, progress)
             barrier()
     return store
 
@@ -138,11 +147,10 @@ def _fill(
     chosen: Scheme,
     calibration: Calibration,
     backward: int,
-    scratch: Path | None,
+    hidden: Place,
     progress: OnProgress,
 ) -> None:
-    """Make what is missing in `store`; arguments as in `analyze`, `backward` windows of all `windows` run backward,
-    and hidden states are in mapped files of `scratch`, if any.
+    """Make what is missing in `store`; arguments as in `analyze`, `backward` windows of all `windows` run backward.
 
     Of several processes each runs its own batches through every layer, and process 0 writes.
     """
@@ -154,50 +162,40 @@ def _fill(
             raise InputError(
                 "Gradients are made by one process: run it without torchrun, and give its store with gradients_from=."
             )
-        gradient_pass(loaded, windows[:backward], store, batch=batch, progress=progress)
+        gradient_pass(loaded, windows[:backward], store, batch=batch, keep=hidden.keep, progress=progress)
     progress(stage, first, count)
     if first == count:
         return
     own = share(-(-len(windows) // batch))
-    recording = record(loaded, windows[own.start * batch : own.stop * batch], batch=batch, folder=scratch)
-    device = recording.start.probe.device
-    # Hidden states go when their layer is done; where a finished layer's file was lost since, they are made again.
+    own_windows = windows[own.start * batch : own.stop * batch]
+    recording = record(loaded, own_windows, batch=batch, folder=hidden.folder, host=hidden.host)
+    device, work = recording.start.probe.device, PRECISIONS[calibration.precision]
+    # Hidden states go when their layer is done; where there are none, finished layers run again to make them.
     resumed = size() == 1 and store.has_streams(first)
-    streams = store.read_streams(first, device, scratch) if resumed else recording.start
-    with ThreadPoolExecutor(max_workers=1) as disk:  # a layer is written while the next one is calibrated
-        writing: Future[None] | None = None
+    streams = store.read_streams(first, device, hidden.folder, hidden.host) if resumed else recording.start
+
+    def factors_of(stats: LayerStats, weights: Mapping[str, torch.Tensor], full: bool) -> dict[str, Factors]:
+        gradients = store.gradients(stats.layer, device) if backward else None
+        more = {"weights": weights, "solvers": solvers, "full": full, "work": work}
+        return decompose_layer(loaded, stats, chosen, gradients, **more)
+
+    with ExitStack() as stack:
+        solvers, beside = None, False
+        if has_queues(device):
+            shares = shares_of(CALLS.free(device), loaded.linears, work)
+            solvers = Solvers(stack.enter_context(Beside(device, THREADS)), shares.room)
+            beside = shares.beside and size() == 1  # two threads of a process could not both talk to the others
+        finishing = stack.enter_context(
+            Finishing(store, device, beside=beside, report=lambda done: progress(stage, done, count))
+        )
         for layer in range(first if resumed else 0, count):
             moments = layer >= first and (chosen.needs_moment or backward > 0)
             with loaded.resident(layer):
                 stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
-                if layer < first:
-                    continue
-                gradients = store.gradients(layer, device) if backward else None
-                factors = decompose_layer(loaded, stats, chosen, gradients, full=store.full)
-            if writing is not None:
-                writing.result()
-                progress(stage, layer, count)
-            if rank() == 0:
-                # Calibration goes on with the list.
-                entering = Streams(list(streams.batches), streams.probe) if size() == 1 else None
-                writing = disk.submit(store.write_layer, layer, factors, stats.cosines, entering)
-            del stats, factors  # a layer's are as much as the next layer's work needs
-        if writing is not None:
-            writing.result()
-            progress(stage, count, count)
-
-
-def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:
-    """Of the hidden states between two layers, and of the copy that the writer holds."""
-    embedding = loaded.model.get_input_embeddings().weight
-    assert isinstance(embedding, torch.Tensor)
-    width = loaded.model.config.get_text_config().hidden_size
-    return 2 * windows.numel() * width * embedding.element_size()
-
-
-def _limit(loaded: LoadedModel, asked: int | None) -> int:
-    if asked is not None:
-        return asked
-    device = loaded.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return free // 4
+                if layer >= first:
+                    entering = streams.settled() if hidden.keep and size() == 1 else None
+                    solve = partial(factors_of, stats, weights_of_layer(loaded, layer), store.full)
+                    finishing.take(layer, stats.cosines, entering, solve)
+                    del solve, entering
+            del stats  # a layer's are as much as the next layer's work needs
+        finishing.end()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from unirank.analysis.calibration import Calibration, windows_each
+from unirank.analysis.calibration import PRECISIONS, Calibration, windows_each
 from unirank.disk.hashing import fingerprint, sha256_tensors, sha256_text, sha256_tree
 from unirank.disk.strictjson import Damaged, entry
 from unirank.provenance import device_name, versions
@@ -90,6 +90,7 @@ class CalibrationIdentity(_Fields):
         text, text_sha256: of one text; of several, all names with commas between them, and None.
         texts: of several texts, each; None is one.
         clip: `Calibration.clip`; None is 0, as in all stores from before there was one.
+        precision: `Calibration.precision`; None is "float64", as in all stores from before there was a choice.
     """
 
     text: str
@@ -103,6 +104,7 @@ class CalibrationIdentity(_Fields):
     split: str | None = None
     revision: str | None = None
     clip: float | None = None
+    precision: str | None = None
     texts: tuple[TextIdentity, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,6 +147,8 @@ class Identity(_Fields):
                 raise Damaged(f"its identity is not legal: calibration.{key} is {value}")
         if calibration.clip is not None and not 1 <= calibration.clip < math.inf:
             raise Damaged(f"its identity is not legal: calibration.clip is {calibration.clip}")
+        if calibration.precision not in (None, *PRECISIONS):
+            raise Damaged(f"its identity is not legal: calibration.precision is {calibration.precision!r}")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -210,6 +214,7 @@ def make_identity(
             split=texts[0].split,
             revision=texts[0].revision,
             clip=calibration.clip or None,
+            precision=None if calibration.precision == "float64" else calibration.precision,
             texts=several,
         ),
         scheme=scheme,

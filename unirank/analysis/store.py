@@ -27,6 +27,7 @@ from unirank.disk.strictjson import Damaged, entry, number
 from unirank.disk.tensorfile import TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.errors import StoreError
 from unirank.layerwise.recording import Streams
+from unirank.queues import PageLocked
 from unirank.types import CosineStat, Factors, Form, Gradient, LinearSpec
 
 _OPTIONAL = ("mean", "curvature", "slope")
@@ -107,7 +108,7 @@ class AnalysisStore:
     ) -> None:
         """Add one finished layer; `streams`, what enters the next one, is on disk before the layer counts as done.
 
-        None, where no process has all of them, keeps none: a killed run then makes them again.
+        None keeps none: a killed run then makes them again.
         """
         if streams is not None and layer + 1 < self.layer_count:
             tensors = {f"batch.{i:06d}": hidden for i, hidden in enumerate(streams.batches)}
@@ -143,18 +144,17 @@ class AnalysisStore:
             if re.fullmatch(_LEFTOVER, file.name) or (re.fullmatch(_PASSING, file.name) and file not in needed):
                 delete(file)
 
-    def read_streams(self, layer: int, device: torch.device, scratch: Path | None = None) -> Streams:
-        """The hidden states that enter `layer`, as a killed run left them; raises StoreError when they are missing.
-
-        With a `scratch` directory, as in `Streams`.
-        """
+    def read_streams(
+        self, layer: int, device: torch.device, scratch: Path | None = None, host: PageLocked | None = None
+    ) -> Streams:
+        """The hidden states that enter `layer`, kept as in `Streams`; raises StoreError when they are missing."""
         file = self._stream_file(layer)
         tensors = _load(file)
         if "probe" not in tensors:
             raise _damaged(file, Damaged("it has no probe"))
-        streams = Streams([], tensors.pop("probe").to(device), scratch)
+        streams, away = Streams([], tensors.pop("probe").to(device), scratch, host), scratch or host
         for position, key in enumerate(sorted(tensors)):
-            streams.put(position, tensors.pop(key) if scratch else tensors.pop(key).to(device))
+            streams.put(position, tensors.pop(key) if away else tensors.pop(key).to(device))
         return streams
 
     def layers_without_gradients(self) -> int:
@@ -180,7 +180,7 @@ class AnalysisStore:
             )
 
         def plain(found: Identity) -> Identity:  # without what gradients do not depend on
-            return replace(found, scheme="", calibration=replace(found.calibration, clip=None))
+            return replace(found, scheme="", calibration=replace(found.calibration, clip=None, precision=None))
 
         differs = identity_differences(plain(self.identity), plain(identity), weights)
         if differs:

@@ -75,6 +75,7 @@ def curve_command(
     batch: options.Batch = None,
     gradients: options.Gradients = None,
     clip: options.Clip = None,
+    precision: options.Precision = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
     min_rank: options.MinRank = 1,
@@ -108,7 +109,7 @@ def curve_command(
             raise InputError(f"--against is the dense model of a store; {model} is none: leave --against out.")
         check_picture(png=png)
         calibration = read_calibration(
-            calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
+            calib, calib_shares, windows, window, seed, batch, gradients, clip, precision, split, text_revision
         )
         dense = model if against is None else against
         presets = preset or ["unirank"]

@@ -125,6 +125,14 @@ Clip = Annotated[
         group=_CALIBRATION,
     ),
 ]
+Precision = Annotated[
+    str | None,
+    option(
+        "Of the decomposition: float64, or float32 for GPUs whose float64 is slow, at the price of rounding. Default: "
+        "float64.",
+        group=_CALIBRATION,
+    ),
+]
 Split = Annotated[str | None, option("Split of a calibration dataset. Default: train.", group=_CALIBRATION)]
 TextRevision = Annotated[str | None, option("Revision of a calibration dataset on the hub.", group=_CALIBRATION)]
 

@@ -67,6 +67,7 @@ def analyze_command(
         ),
     ] = None,
     clip: options.Clip = None,
+    precision: options.Precision = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
     scheme: options.Scheme = None,
@@ -76,6 +77,14 @@ def analyze_command(
     model_revision: options.ModelRevision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: options.DryRun = False,
+    keep_hidden: Annotated[
+        bool | None,
+        options.option(
+            "Write what enters the next layer to the disk too, so that an interrupted run does not run finished layers "
+            "again. Default: on a CPU, not on a GPU.",
+            "--keep-hidden/--no-keep-hidden",
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -85,7 +94,7 @@ def analyze_command(
 
     with run_session(as_json, parallel=True) as session:
         calibration = read_calibration(
-            calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
+            calib, calib_shares, windows, window, seed, batch, gradients, clip, precision, split, text_revision
         )
         asked: dict[str, Any] = {"preset": preset, "scheme": scheme, "calibration": calibration, "stream": stream}
         asked |= {"dtype": dtype, "device": device, "revision": model_revision, "trust_remote_code": trust_remote_code}
@@ -93,7 +102,9 @@ def analyze_command(
         if dry_run:
             _show_needs(session, unirank.dry_run(model, out, **asked))
             return
-        store = unirank.analyze(model, out, gradients_from=gradients_from, overwrite=overwrite, **asked)
+        store = unirank.analyze(
+            model, out, gradients_from=gradients_from, keep_hidden=keep_hidden, overwrite=overwrite, **asked
+        )
         record = {
             "store": str(out),
             "layers": store.layer_count,
@@ -204,6 +215,7 @@ def compress_command(
     batch: options.Batch = None,
     gradients: options.Gradients = None,
     clip: options.Clip = None,
+    precision: options.Precision = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
     scheme: options.Scheme = None,
@@ -276,7 +288,7 @@ def compress_command(
             min_rank=min_rank,
             multiple_of=multiple_of,
             calibration=read_calibration(
-                calib, calib_shares, windows, window, seed, batch, gradients, clip, split, text_revision
+                calib, calib_shares, windows, window, seed, batch, gradients, clip, precision, split, text_revision
             ),
             scheme_is_free=preset is None and scheme is None,
             form=read_form(form),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
+from unirank.analysis.scheme.base import Problem, Scheme
 from unirank.analysis.scheme.two_sided import Target, solve
 from unirank.types import Factors
 
@@ -24,7 +24,7 @@ def decompose(problems: Sequence[Problem]) -> list[Factors]:
     for problem in problems:
         assert problem.moment is not None
         c, mean = problem.moment.c, problem.moment.mean
-        targets.append(Target(problem.weight.to(WORK_DTYPE), c - torch.outer(mean, mean), None, problem.max_rank))
+        targets.append(Target(problem.weight.to(problem.work), c - torch.outer(mean, mean), None, problem.max_rank))
     return [
         dataclasses.replace(factors, mean=problem.moment.mean.clone())  # of its own: safetensors refuses shared memory
         for problem, factors in zip(problems, solve(targets), strict=True)

@@ -24,6 +24,7 @@ class Problem:
     moment: Moment | None
     max_rank: int  # factors are returned up to this rank, the spectrum whole
     gradient: Gradient | None = None
+    work: torch.dtype = WORK_DTYPE  # the decomposition's; moment and gradient have it
 
 
 @dataclass(frozen=True)

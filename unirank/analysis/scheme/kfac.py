@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
+from unirank.analysis.scheme.base import Problem, Scheme
 from unirank.analysis.scheme.two_sided import Target, damped, solve
 from unirank.types import Factors
 
@@ -23,7 +23,7 @@ def decompose(problems: Sequence[Problem]) -> list[Factors]:
     for problem in problems:
         assert problem.moment is not None
         assert problem.gradient is not None
-        weight = problem.weight.to(WORK_DTYPE)
+        weight = problem.weight.to(problem.work)
         targets.append(Target(weight, problem.moment.c, damped(problem.gradient.g, DAMPING), problem.max_rank))
     return [dataclasses.replace(factors, damping=DAMPING) for factors in solve(targets)]
 

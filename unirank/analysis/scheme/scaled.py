@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme, svd
+from unirank.analysis.scheme.base import Problem, Scheme, svd
 from unirank.types import Factors
 
 # Where a scale is this small beside the mean one, it is raised to it: a dead channel has scale 0 (**choice**).
@@ -27,7 +27,7 @@ def columns(scale_of: Callable[[Problem], torch.Tensor]) -> Callable[[Sequence[P
 
     def decompose(problems: Sequence[Problem]) -> list[Factors]:
         scales = [floored(scale_of(problem)) for problem in problems]
-        weights = [p.weight.to(WORK_DTYPE) * s for p, (s, _) in zip(problems, scales, strict=True)]
+        weights = [p.weight.to(p.work) * s for p, (s, _) in zip(problems, scales, strict=True)]
         return [
             Factors(f.left, f.right / s, f.energy, damping)
             for f, (s, damping) in zip(svd(weights, [p.max_rank for p in problems]), scales, strict=True)
@@ -41,7 +41,7 @@ def rows(scale_of: Callable[[Problem], torch.Tensor]) -> Callable[[Sequence[Prob
 
     def decompose(problems: Sequence[Problem]) -> list[Factors]:
         scales = [floored(scale_of(problem)) for problem in problems]
-        weights = [p.weight.to(WORK_DTYPE) * d[:, None] for p, (d, _) in zip(problems, scales, strict=True)]
+        weights = [p.weight.to(p.work) * d[:, None] for p, (d, _) in zip(problems, scales, strict=True)]
         return [
             Factors(f.left / d[:, None], f.right, f.energy, damping)
             for f, (d, damping) in zip(svd(weights, [p.max_rank for p in problems]), scales, strict=True)

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from unirank import ops
-from unirank.analysis.scheme.base import WORK_DTYPE, eigh_descending
+from unirank.analysis.scheme.base import eigh_descending
+from unirank.queues import has_queues
 from unirank.types import Factors
 
 # How far the columns of `A left` may be from orthonormal (largest entry of `leftᵀ G left - I`) before the more
-# expensive route is taken: far below the rounding of a float32 factor.
-ORTHOGONALITY = 1e-9
+# expensive route is taken, by the dtype of the work: far below the rounding of a float32 factor; where the work itself
+# is in float32, what its rounding sums up to over some thousand entries.
+ORTHOGONALITY = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class _Square:
     target: Target
     r: torch.Tensor
     a: torch.Tensor | None = None  # upper triangular [M, M], where the metric was factored
-    q: torch.Tensor | None = None  # orthonormal [M, K], where one was computed
-    cheap: bool = False  # R is a Cholesky factor and Q was not computed: orthogonality is to be checked
+    q: torch.Tensor | None = None  # orthonormal [M, K], where one was computed; `A⁻¹ Q` where `a` is None
+    cheap: bool = False  # R is a Cholesky factor and Q was not computed
 
     def lift(self, u: torch.Tensor) -> torch.Tensor:
         """Eigenvectors `[K, R]` of the square problem, brought to `left [M, R]`."""
@@ -54,17 +56,47 @@ def solve(targets: Sequence[Target]) -> list[Factors]:
 
     A tall `W` (M > N) is first brought to its square part, `A W = Q R`: the eigenvectors are `Q Û` with `Û` those of
     `R C Rᵀ [N, N]`. `R` is the Cholesky factor of `Wᵀ G W`, several times cheaper than a QR; the orthogonality of each
-    result is checked, and where it falls short, as for a condition beyond 1e3, a Householder QR takes over.
+    result is checked, and where it falls short, as for a condition beyond 1e3, it is factored a second time
+    (CholeskyQR2, arXiv 1509.07222), and by a Householder QR where that falls short too.
     (**choice**: method 3 suggests `U = W S V / sigma`, which loses orthogonality where sigma is small.)
+
+    A GPU does the check before the eigenproblem, which costs it a product; a CPU after it, on the result, where it
+    costs nothing more, and what falls short costs a second eigenproblem.
 
     Raises torch.linalg.LinAlgError when a metric is not positive definite.
     """
     squares = [_square(target) for target in targets]
+    for i, square in enumerate(squares):
+        if square.cheap and _checks_first(square.r.device):
+            squares[i] = _orthonormalized(square, checked=False)
     factors = _solve(squares)
     for i, square in enumerate(squares):
-        if square.cheap and not _orthonormal(factors[i].left, square.target.g):
-            factors[i : i + 1] = _solve([_householder(square.target)])
+        if square.cheap and not _checks_first(square.r.device) and not _orthonormal(factors[i].left, square.target.g):
+            factors[i : i + 1] = _solve([_orthonormalized(square, checked=True)])
     return factors
+
+
+def _checks_first(device: torch.device) -> bool:
+    return has_queues(device)
+
+
+def _orthonormalized(square: _Square, *, checked: bool) -> _Square:
+    """A cheap square as it is where its `Q = A W R⁻¹` is orthonormal, unless `checked` denied it; else one whose Q is.
+
+    `QᵀQ = SᵀS`, and then `Q S⁻¹` and `S R` take the places of Q and R.
+    """
+    target = square.target
+    basis = torch.linalg.solve_triangular(square.r, target.weight, upper=True, left=False)  # A⁻¹ Q
+    inner = _inner(basis, target.g)
+    # Eigenvectors turn the error, by which an entry can grow to the norm of all of them.
+    if not checked and bool(_error(inner).norm() <= ORTHOGONALITY[inner.dtype]):
+        return square
+    s, failed = torch.linalg.cholesky_ex(inner, upper=True)
+    if not bool(failed):
+        basis = torch.linalg.solve_triangular(s, basis, upper=True, left=False)
+        if _orthonormal(basis, target.g):
+            return _Square(target, s @ square.r, q=basis)
+    return _householder(target)
 
 
 def _solve(squares: Sequence[_Square]) -> list[Factors]:
@@ -85,8 +117,7 @@ def _square(target: Target) -> _Square:
     if weight.shape[0] <= weight.shape[1]:
         a = None if g is None else torch.linalg.cholesky(g, upper=True)
         return _Square(target, weight if a is None else a @ weight, a)
-    inner = gram(weight) if g is None else weight.T @ (g @ weight)
-    r, failed = torch.linalg.cholesky_ex(inner, upper=True)
+    r, failed = torch.linalg.cholesky_ex(_inner(weight, g), upper=True)
     return _householder(target) if bool(failed) else _Square(target, r, cheap=True)
 
 
@@ -97,9 +128,17 @@ def _householder(target: Target) -> _Square:
 
 
 def _orthonormal(left: torch.Tensor, g: torch.Tensor | None) -> bool:
-    found = gram(left) if g is None else left.T @ (g @ left)
-    error = found.sub_(torch.eye(left.shape[1], dtype=left.dtype, device=left.device))
-    return bool(error.abs().max() <= ORTHOGONALITY)  # False for NaN
+    error = _error(_inner(left, g))
+    return bool(error.abs().max() <= ORTHOGONALITY[error.dtype])  # False for NaN
+
+
+def _inner(a: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
+    """`aᵀ g a`."""
+    return gram(a) if g is None else a.T @ (g @ a)
+
+
+def _error(inner: torch.Tensor) -> torch.Tensor:
+    return inner - torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
 
 
 def gram(a: torch.Tensor) -> torch.Tensor:
@@ -112,5 +151,5 @@ def gram(a: torch.Tensor) -> torch.Tensor:
 def damped(matrix: torch.Tensor, eps: float) -> torch.Tensor:
     """`matrix [D, D] + eps * mean diagonal * I`; with an all-zero diagonal the identity (no direction is known)."""
     scale = matrix.diagonal().mean()
-    eye = torch.eye(matrix.shape[0], dtype=WORK_DTYPE, device=matrix.device)
+    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     return eye if scale == 0 else matrix + eps * scale * eye

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
+from unirank.analysis.scheme.base import Problem, Scheme
 from unirank.analysis.scheme.two_sided import Target, solve
 from unirank.types import Factors
 
@@ -18,7 +18,7 @@ def decompose(problems: Sequence[Problem]) -> list[Factors]:
     targets = []
     for problem in problems:
         assert problem.moment is not None
-        targets.append(Target(problem.weight.to(WORK_DTYPE), problem.moment.c, None, problem.max_rank))
+        targets.append(Target(problem.weight.to(problem.work), problem.moment.c, None, problem.max_rank))
     return solve(targets)
 
 
