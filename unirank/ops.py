@@ -64,8 +64,9 @@ def gram_accumulate_(gram: Tensor, mean: Tensor, x: Tensor) -> None:
     """Add the second moment and the sum of the tokens to `gram` and `mean`.
 
     `gram += Σ_t x_t x_tᵀ`, `mean += Σ_t x_t`: sums, which become moments when the caller divides by the token count.
-    fp64 x is multiplied in fp64; shorter dtypes in fp32 within chunks of 2048 tokens, whose sums then go on in the
-    dtype of gram. Only the lower half is computed and read; the upper is its mirror, so gram leaves exactly symmetric.
+    fp64 x is multiplied in fp64; shorter dtypes in fp32 within chunks of tokens, 2048 on a CPU and 8192 on a GPU, whose
+    sums then go on in the dtype of gram; docs/numerics.md bounds the error. Only the lower half is computed and read;
+    the upper is its mirror, so gram leaves exactly symmetric.
     The bits do not depend on the number of threads.
 
     Args:
@@ -99,8 +100,10 @@ def batched_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
         w [B, N] and v [B, N, N], both in the dtype of a.
 
     Raises:
-        ValueError: a shape or dtype is not as above, or a matrix is not finite or did not converge; the message
-            names its index in the batch.
+        ValueError: a shape or dtype is not as above, or a matrix is not finite, did not converge or overflows; the
+            message names its index in the batch. Matrices are looked at before a solver gets them.
+        RuntimeError: on a GPU: no memory (`unirank.errors.is_out_of_memory` knows the text), or cuSOLVER failed; the
+            message says so where the CUDA context is lost, after which every CUDA call of the process fails.
 
     Source: LAPACK Users' Guide, driver xSYEVD.
     """
@@ -118,7 +121,8 @@ def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     `a[b] = u[b] diag(s[b]) vh[b]` with s descending, K = min(M, N). On a CPU a matrix's bits depend neither on the
     number of threads nor on the rest of the batch. The CPU kernel divides and
-    conquers (LAPACK gesdd); the CUDA kernel is Jacobi up to 32x32 and the polar method beyond.
+    conquers (LAPACK gesdd); the CUDA kernel is Jacobi up to 32x32, the polar method beyond, and QR iteration where the
+    one before it was not exact or did not converge.
 
     Args:
         a: matrices, [B, M, N], fp32 or fp64.
@@ -127,8 +131,10 @@ def batched_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u [B, M, K], s [B, K] and vh [B, K, N], all in the dtype of a.
 
     Raises:
-        ValueError: a shape or dtype is not as above, or a matrix is not finite or did not converge; the message
-            names its index in the batch.
+        ValueError: a shape or dtype is not as above, or a matrix is not finite, did not converge or overflows; the
+            message names its index in the batch. Matrices are looked at before a solver gets them.
+        RuntimeError: on a GPU: no memory (`unirank.errors.is_out_of_memory` knows the text), or cuSOLVER failed; the
+            message says so where the CUDA context is lost, after which every CUDA call of the process fails.
 
     Source: LAPACK Users' Guide, driver xGESDD.
     """

@@ -17,7 +17,7 @@ LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsa
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
 
-# Rows whose products are summed in the compute dtype before they join the gram; equal to the native kernel's chunk.
+# Rows whose products are summed in the compute dtype before they join the gram; equal to the CPU kernel's chunk.
 CHUNK = 2048
 
 
