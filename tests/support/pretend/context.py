@@ -105,6 +105,8 @@ def pretend_gpu(*, free: int = FREE, bf16: bool = True, compositions: bool = Fal
     with ExitStack() as stack:
         for name, value in replacements(journal, free=free, bf16=bf16).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
+            if hasattr(torch.cuda.random, name):
+                stack.enter_context(mock.patch.object(torch.cuda.random, name, value))
         for (owner, name), value in _functions().items():
             stack.enter_context(mock.patch.object(owner, name, value))
         # A model's weights must be torch's own tensors, not quantised or sharded ones: these count as such.

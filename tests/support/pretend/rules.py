@@ -32,6 +32,9 @@ def check_devices(func: Any, args: Sequence[Any], kwargs: dict[str, Any], flat: 
     name = func._schema.name
     if name in _CARRIES:
         return
+    foreign = [t for t in flat if isinstance(t, Tensor) and _foreign(t, pretend)]
+    if any(t.is_meta for t in foreign):  # it has no numbers, and a CPU's kernel would not say so
+        _refuse(name, [t for t in foreign if t.is_meta], loose=False)
     if name in _INDEXED:
         values = args[2] if len(args) > 2 else kwargs.get("values")
         others = [t for t in (args[0], values) if isinstance(t, Tensor)]
@@ -42,7 +45,6 @@ def check_devices(func: Any, args: Sequence[Any], kwargs: dict[str, Any], flat: 
             )
         _refuse(name, [t for t in others if _foreign(t, pretend)], loose=False)
         return
-    foreign = [t for t in flat if isinstance(t, Tensor) and _foreign(t, pretend)]
     _refuse(name, foreign, loose=name not in _STRICT)
     for argument, value in zip(func._schema.arguments, args, strict=False):
         written = argument.alias_info is not None and argument.alias_info.is_write

@@ -86,6 +86,13 @@ class PretendTensor(Tensor):
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
+    # C++ would make a tensor of a list on the carrier, below every mode.
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(_as_tensors(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_as_tensors(index), value)
+
     # The numbers have an address, which C++ would not find in a wrapper.
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
@@ -105,6 +112,13 @@ class PretendTensor(Tensor):
     def data(self, value: Tensor) -> None:
         """Takes over the content of `value`, of either device; torch would take all but `raw`."""
         torch.utils.swap_tensors(self, torch.nn.Parameter(value.detach(), self.requires_grad))
+
+
+def _as_tensors(index: Any) -> Any:
+    """An index with its lists as tensors, as torch makes them."""
+    if isinstance(index, tuple):
+        return tuple(_as_tensors(part) for part in index)
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
