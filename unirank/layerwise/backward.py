@@ -63,32 +63,35 @@ def backward_layer(
     recording: Recording,
     inputs: Sequence[torch.Tensor],
     outputs: Sequence[torch.Tensor],
+    *,
+    sums: bool = True,
 ) -> tuple[dict[str, Gradient], list[torch.Tensor]]:
     """Gradients of the linears of layer `index`, and the gradients `[B, T, D]` of each batch at its input.
 
     Args:
         inputs: what entered the layer.
         outputs: the gradients at what left it.
+        sums: make the gradients of the linears; else there are none, and the layer is only passed.
     """
     layer = layers_of(loaded)[index]
     device = inputs[0].device
-    sums = {
+    totals = {
         spec.name: _Sums(layer.get_submodule(spec.kind), spec.m, spec.n, device)
         for spec in loaded.linears
-        if spec.layer == index
+        if sums and spec.layer == index
     }
     arriving = []
     with ExitStack() as stack:
-        for total in sums.values():
+        for total in totals.values():
             stack.callback(total.module.register_forward_hook(total.watch).remove)
         for calls, x, gradient in zip(recording.calls, inputs, outputs, strict=True):
             leaf = x.detach().requires_grad_()
-            for total in sums.values():
+            for total in totals.values():
                 total.windows = len(x)
             with torch.enable_grad():
                 output = calls[index].run(layer, leaf)
             arriving.append(torch.autograd.grad(output, leaf, gradient)[0])
-    return {name: total.finish(name) for name, total in sums.items()}, arriving
+    return {name: total.finish(name) for name, total in totals.items()}, arriving
 
 
 class _Sums:

@@ -9,6 +9,7 @@ ROWS = 2048
 
 # Rows of a sum that are widened to float64 together: they stay in a core's cache from the product to the sum.
 _WIDENED = 128
+_WIDENED_ON_GPU = 1 << 25  # entries: 256 MiB, of which a GPU needs few (**choice**)
 
 
 def cross_moment(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -30,16 +31,11 @@ def add_cross_moment_(
     products = (_product(a, b) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True))
     if squares is not None and len(x) > ROWS:  # squares are of the sum over all rows
         products = iter([cross_moment(x, y)])
-    if total.is_cuda:  # a GPU has no use for blocks, and widens where it adds
-        for product in products:
-            total += product
-            if squares is not None:
-                squares += torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).square()
-        return
-    wide = torch.empty((min(_WIDENED, len(total)), total.shape[1]), dtype=torch.float64, device=total.device)
+    at_once = max(_WIDENED, _WIDENED_ON_GPU // max(1, total.shape[1])) if total.is_cuda else _WIDENED
+    wide = torch.empty((min(at_once, len(total)), total.shape[1]), dtype=torch.float64, device=total.device)
     for product in products:
-        for first in range(0, len(total), _WIDENED):
-            rows = slice(first, first + _WIDENED)
+        for first in range(0, len(total), at_once):
+            rows = slice(first, first + at_once)
             block = wide[: len(product[rows])].copy_(product[rows])
             total[rows] += block
             if squares is not None:
