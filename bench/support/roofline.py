@@ -1,11 +1,13 @@
-"""A MODEL, not a measurement: bytes, flops and the two floors of each op on a GPU, and of the whole job.
+"""A MODEL, not a measurement: the least time of each op on a GPU, and what the whole job is counted to take.
 
     python -m bench.support.roofline --json out.json
     python -m bench.support.roofline --models llama-3-70b --gpus 8
+    python -m bench.support.roofline --pages
 
-The memory floor is bytes over the peak bandwidth, the compute floor flops over the dense peak of the units that run
-them; the larger one is the least time. Eigensolvers stay far above it, because their tridiagonalisation is half
-matrix-vector products. Peaks are the makers' figures for H100 SXM, A100 SXM 80 GB and RTX 4090.
+Of an op: the memory floor is bytes over the peak bandwidth, the compute floor flops over the dense peak of the units
+that run them; the larger one is the least time. Eigensolvers stay far above it, because their tridiagonalisation is
+half matrix-vector products. Of the job (`job_model`): stages at the shares of the peaks that real work gets, with
+published rates for eigenproblems, and copies, hashes and the disk. Nothing has run on any of these GPUs.
 """
 
 from __future__ import annotations
@@ -20,31 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.support.devices import DEVICES, Device
+from bench.support.job_model import AFTER, BEFORE, GOAL, WINDOW, WINDOWS, Stage, stages, total
 from bench.support.record import write_result
-from bench.support.shapes import MODELS, Model
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak rates per second: bytes of memory, flops of bf16 tensor cores, fp32 and fp64 units, bytes of the link.
-
-    `driver_name` is what the driver calls it: other variants (PCIe, 40 GB) have other peaks.
-    """
-
-    driver_name: str
-    memory: float
-    bf16: float
-    fp32: float
-    fp64: float
-    link: float  # to another GPU of the machine, one direction: NVLink, or PCIe 4.0 where there is none
-
-
-DEVICES = {
-    "H100": Device("NVIDIA H100 80GB HBM3", 3.35e12, 989e12, 67e12, 67e12, 450e9),
-    "A100": Device("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12, 19.5e12, 19.5e12, 300e9),
-    "4090": Device("NVIDIA GeForce RTX 4090", 1.01e12, 165e12, 82.6e12, 1.29e12, 32e9),
-}
-WINDOWS, WINDOW = 256, 2048
+from bench.support.shapes import MODELS
 
 
 @dataclass(frozen=True)
@@ -57,12 +38,7 @@ class Work:
     units: str
 
     def floors(self, device: Device) -> tuple[float, float]:
-        if self.units == "link":
-            return self.bytes / device.link, 0.0
         return self.bytes / device.memory, self.flops / getattr(device, self.units)
-
-    def times(self, calls: float) -> Work:
-        return replace(self, bytes=calls * self.bytes, flops=calls * self.flops)
 
 
 def cosine_work(T: int, D: int, dtype: torch.dtype = torch.bfloat16) -> Work:
@@ -97,90 +73,124 @@ def gpu_floor(work: Work, device: torch.device) -> float | None:
     return next((max(work.floors(d)) for d in DEVICES.values() if d.driver_name == name), None)
 
 
-def works(model: Model, gpus: int = 1) -> list[Work]:
-    """What one of `gpus` does of the whole job on `WINDOWS` windows: bf16 weights and streams, fp32 Grams, fp64
-    decomposition. All have the weights of the layer that is at work; windows and matrices are shared out.
-    """
-    T, D, L = WINDOWS * WINDOW, model.hidden, model.layers
-    weights = sum(m * n for m, n in model.linears)
-    traffic = sum(m + n for m, n in model.linears)
-    attention = 4 * T * WINDOW * model.query / 2  # causal
-    components = sum(min(m, n) for m, n in model.all_linears())
-    grams = [gram_work(T, n) for n in model.inputs]
-    share = 1 / gpus
-    # W C Wᵀ through the square part, factors, and for a tall weight its Cholesky QR.
-    products = spread([2 * min(m, n) * n * n + 4 * min(m, n) ** 2 * max(m, n) for m, n in model.linears], gpus)
-    eigh = spread([9 * min(m, n) ** 3 for m, n in model.linears], gpus)
-    matrix_bytes = spread([8 * (3 * m * n + 4 * min(m, n) ** 2) for m, n in model.linears], gpus)
-    found = [
-        Work("forward", L * (2 * weights + 2 * T * traffic * share), L * (2 * T * weights + attention) * share, "bf16"),
-        cosine_work(T, D).times(3 * L * share),
-        Work("gram_accumulate_", L * sum(g.bytes for g in grams), L * sum(g.flops for g in grams), "bf16").times(share),
-        Work("products", L * matrix_bytes, L * products, "fp64"),
-        Work("batched_eigh", L * matrix_bytes, L * eigh, "fp64"),
-        topk_work(components),
-    ]
-    if gpus > 1:
-        # Sums go down the row of GPUs in parts and come back: each link carries them twice. Factors go to the first.
-        moments = L * sum(4 * n * n for n in model.inputs)
-        factors = sum(2 * min(m, n) * (m + n) for m, n in model.all_linears())
-        found += [Work("reduce", 2 * moments, 0, "link"), Work("gather", factors * (1 - share), 0, "link")]
-    return found
-
-
-def spread(costs: Sequence[float], gpus: int) -> float:
-    """What the GPU with the most to do gets, when the dearest go first, each to whoever has least."""
-    load = [0.0] * gpus
-    for cost in sorted(costs, reverse=True):
-        load[load.index(min(load))] += cost
-    return max(load)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="accepted like everywhere; the model is always quick")
     parser.add_argument("--models", nargs="*", default=["llama-2-7b", "llama-3-70b"])
+    parser.add_argument("--devices", nargs="*", choices=list(DEVICES), default=list(DEVICES))
     parser.add_argument("--gpus", type=int, default=1, help="that share the work, in one machine")
+    parser.add_argument("--pages", action="store_true", help="print the tables of docs/large-models.md instead")
     parser.add_argument("--json", type=Path, help="write rows and meta to this file")
     arguments = parser.parse_args(argv)
+    if arguments.pages:
+        print(pages(), end="")
+        return 0
     console = Console(width=150)
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
-        for device_name, device in DEVICES.items():
-            many = f"{arguments.gpus} x " if arguments.gpus > 1 else ""
-            title = f"MODEL, not a measurement: {name} on {many}{device_name}, {WINDOWS} x {WINDOW} tokens"
-            table = Table("op", "GB", "TFLOP", "memory floor s", "compute floor s", "bound by", title=title)
-            total = 0.0
-            for work in works(MODELS[name], arguments.gpus):
-                memory, compute = work.floors(device)
-                total += max(memory, compute)
-                bound = "link" if work.units == "link" else "memory" if memory >= compute else "compute"
-                cells = (f"{work.bytes / 1e9:.1f}", f"{work.flops / 1e12:.1f}", f"{memory:.4f}", f"{compute:.4f}")
-                table.add_row(work.op, *cells, bound)
-                rows.append(_row(work.op, name, device_name, work.units, max(memory, compute), work, bound))
-            everything = Work("whole job", 0, 0, "fp32")
-            rows.append(_row("whole job", name, device_name, "mixed", total, everything, "sum of the floors"))
-            table.add_row("whole job", "", "", "", f"{total:.2f}", "sum of the larger floors")
-            console.print(table)
+        for device_name in arguments.devices:
+            rows += _show(console, name, device_name, arguments.gpus)
     write_result(arguments.json, rows, kind="model", windows=WINDOWS, window=WINDOW, gpus=arguments.gpus)
     return 0
 
 
-def _row(op: str, shape: str, device: str, dtype: str, seconds: float, work: Work, bound: str) -> dict[str, Any]:
+def _show(console: Console, model: str, device: str, gpus: int) -> list[dict[str, Any]]:
+    many = f"{gpus} x " if gpus > 1 else ""
+    title = f"MODEL, not a measurement: {model} on {many}{device}, {WINDOWS} x {WINDOW} tokens"
+    table = Table("stage", "before, s", "after, s", "who", title=title)
+    old, new = (_by_name(model, device, gpus, before=before) for before in (True, False))
+    rows = []
+    for name in dict.fromkeys((*old, *new)):
+        cells = [_cell(found[name].seconds) if name in found else "0" for found in (old, new)]
+        table.add_row(name, *cells, (new if name in new else old)[name].lane)
+        rows += [_row(name, model, device, found[name].seconds, when) for found, when in _named(old, new, name)]
+    sums = [total(list(found.values())) for found in (old, new)]
+    goal = f"; the goal of a 7B model on an H100 is {GOAL:.0f} s"
+    table.add_row("sum", *map(_cell, sums), f"the disk runs beside the rest{goal}")
+    best = total(list(new.values()), beside=True)
+    table.add_row("where overlap hides all it can", "", _cell(best), "")
+    console.print(table)
+    rows += [_row("sum", model, device, seconds, when) for seconds, when in zip(sums, ("before", "after"), strict=True)]
+    return [*rows, _row("sum, overlapped", model, device, best, "after")]
+
+
+def _by_name(model: str, device: str, gpus: int, *, before: bool) -> dict[str, Stage]:
+    found = stages(MODELS[model], DEVICES[device], BEFORE if before else AFTER, gpus)
+    return {stage.name: stage for stage in found}
+
+
+def _named(old: dict[str, Stage], new: dict[str, Stage], name: str) -> list[tuple[dict[str, Stage], str]]:
+    return [(found, when) for found, when in ((old, "before"), (new, "after")) if name in found]
+
+
+def _cell(seconds: tuple[float, float]) -> str:
+    """A range, in as many digits as mean something."""
+    shown = [f"{value:.1f}" if value < 9.95 else f"{value:.0f}" for value in seconds]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
+
+
+def pages() -> str:
+    """The tables of docs/large-models.md, as Markdown; a test compares them with the page."""
+    return "\n".join(
+        (_before_and_after("llama-2-7b", "H100"), _by_device("llama-2-7b"), _by_gpus("llama-3-70b", "H100"))
+    )
+
+
+def _before_and_after(model: str, device: str) -> str:
+    old, new = (_by_name(model, device, 1, before=before) for before in (True, False))
+    lines = ["| stage | before | now |", "|---|---|---|"]
+    for name in dict.fromkeys((*old, *new)):
+        cells = [f"{_cell(found[name].seconds)} s" if name in found else "0" for found in (old, new)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sums = [_cell(total(list(found.values()))) for found in (old, new)]
+    lines.append(f"| whole analysis, no overlap on the GPU | {' s | '.join(sums)} s |")
+    lines.append(f"| the same, overlap hides all it can | | {_cell(total(list(new.values()), beside=True))} s |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_device(model: str) -> str:
+    """The parts of the work on a GPU; the decomposition also in float32."""
+    titles = ("GPU", "forward, Gram, cosines, copies", "decomposition", "in float32", "whole analysis")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, device in DEVICES.items():
+        found, short = (stages(MODELS[model], device, changes) for changes in (AFTER, replace(AFTER, units="fp32")))
+        calibrates, decomposes, in_short = (
+            _sum([stage for stage in which if stage.lane == lane])
+            for which, lane in ((found, "calibrates"), (found, "decomposes"), (short, "decomposes"))
+        )
+        lines.append(f"| {name} | {' s | '.join(map(_cell, (calibrates, decomposes, in_short, total(found))))} s |")
+    return "\n".join(lines) + "\n"
+
+
+def _by_gpus(model: str, device: str) -> str:
+    one, eight = (_by_name(model, device, gpus, before=False) for gpus in (1, 8))
+    lines = [f"| stage | 1 x {device} | 8 x {device} |", "|---|---|---|"]
+    for name in dict.fromkeys((*one, *eight)):
+        cells = [f"{_cell(found[name].seconds)} s" if name in found else "" for found in (one, eight)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sums = [_cell(total(list(found.values()))) for found in (one, eight)]
+    lines.append(f"| whole analysis, no overlap on the GPU | {' s | '.join(sums)} s |")
+    return "\n".join(lines) + "\n"
+
+
+def _sum(found: Sequence[Stage]) -> tuple[float, float]:
+    return sum(stage.seconds[0] for stage in found), sum(stage.seconds[1] for stage in found)
+
+
+def _row(stage: str, model: str, device: str, seconds: tuple[float, float], when: str) -> dict[str, Any]:
     """The keys of every result file; a model has no baseline and so no ratio."""
     return {
-        "op": op,
-        "shape": shape,
-        "dtype": dtype,
-        "baseline": f"roofline model of {device}",
+        "op": stage,
+        "shape": model,
+        "dtype": "mixed",
+        "when": when,
+        "baseline": f"model of {device}",
         "ratio": None,
-        "seconds": seconds,
+        "seconds": seconds[0],
+        "seconds_max": seconds[1],
         "baseline_seconds": None,
-        "gbs": work.bytes / seconds / 1e9,
-        "gflops": work.flops / seconds / 1e9,
-        "bytes": work.bytes,
-        "flops": work.flops,
-        "bound": bound,
+        "gbs": None,
+        "gflops": None,
         "measured": False,
     }
 
