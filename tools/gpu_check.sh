@@ -16,7 +16,10 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 DEVICE=${DEVICE:-cuda}
 TINY=${TINY:-}
 PY=${PY:-python3}
-BUDGET=${BUDGET:-540}
+# On a CPU a step is as slow as the machine is busy, and nobody pays for minutes.
+FACTOR=1
+[[ $DEVICE == cpu ]] && FACTOR=5
+BUDGET=${BUDGET:-$((540 * FACTOR))}
 cd "$ROOT" || exit 2
 if [[ $DEVICE == cuda ]]; then
   [[ -e /dev/nvidiactl || -e /dev/dxg ]] || nvidia-smi >/dev/null 2>&1 || { echo "gpu-check: no GPU on this machine, nothing to check."; exit 0; }
@@ -46,7 +49,7 @@ keep() {  # what is known so far, where it is looked for
 }
 # step NAME LIMIT COMMAND...: never longer than its limit or what is left; 124 and 137 are the time limit, -1 no time.
 step() {
-  local name=$1 limit=$2 begun code
+  local name=$1 limit=$(($2 * FACTOR)) begun code
   shift 2
   wanted "$name" || return 0
   local room=$(($(left) - 8))

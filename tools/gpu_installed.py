@@ -23,7 +23,7 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "No CUDA device is usable here."
     found = ops.cuda_kernels_missing()
-    return None if found is None else f"{found[:1].upper()}{found[1:]}. For this source tree: run `{COMMAND}` here."
+    return None if found is None else f"{found}. For this source tree: run `{COMMAND}` here."
 
 
 if __name__ == "__main__":
