@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.support.record import write_result
 from bench.support.roofline import cosine_work, gpu_floor
 from bench.support.shapes import MODELS
-from bench.support.timing import compare, device_of, op_parser, read_rate, row, show
+from bench.support.timing import compare, device_of, ended, judged, op_parser, read_rate, row, show, warm
 from unirank import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in DTYPES:
             x = torch.randn(T, D, device=device).to(dtype)
             y = (x + torch.randn(T, D, device=device)).to(dtype)
-            check(x, y)
+            checked = judged(lambda x=x, y=y: check(x, y), device)
             read_bytes = 2 * x.numel() * x.element_size()
             floor = gpu_floor(cosine_work(T, D, dtype), device)
             for name, baseline in (
@@ -74,19 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if name == "numpy" and device.type != "cpu":
                     continue
                 repeats = arguments.repeats if name.startswith("cos") else 3
-                times = compare(lambda x=x, y=y: accumulate(ops.cosine_accumulate_, x, y), baseline, repeats, device)
+                pair = (lambda x=x, y=y: accumulate(ops.cosine_accumulate_, x, y), baseline)
+                times = compare(*pair, repeats, device)
                 # Beside every row: on a shared machine it changes by the minute.
                 rate = read_rate(read_bytes, device=device)
                 best = read_bytes / min(times[0]) / 1e9
                 label = str(dtype).removeprefix("torch.")
-                more = {"read_bytes": read_bytes, "read_gbs": rate, "of_read": best / rate}
+                more = {"read_bytes": read_bytes, "read_gbs": rate, "of_read": best / rate} | checked
+                more |= warm(*pair, device)
                 rows.append(row("cosine", f"{T} x {D}", label, name, *times, floor=floor, **more))
     show(rows, device)
     for r in rows:
         if r["baseline"].startswith("cos"):
             print(f"{r['shape']} {r['dtype']}: {r['of_read']:.0%} of a plain read ({r['read_gbs']:.1f} GB/s)")
     write_result(arguments.json, rows, device=device, seed=torch.initial_seed())
-    return 0
+    return ended(rows)
 
 
 if __name__ == "__main__":

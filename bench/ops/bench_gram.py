@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.support.record import write_result
 from bench.support.roofline import gpu_floor, gram_work
 from bench.support.shapes import MODELS
-from bench.support.timing import compare, device_of, matmul_rate, op_parser, row, show
+from bench.support.timing import compare, device_of, ended, judged, matmul_rate, op_parser, row, show, warm
 from unirank import ops, reference
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for T, N in dict.fromkeys(shapes):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(T, N, device=device).to(dtype)
-            check(x[:, :128])
+            checked = judged(lambda x=x: check(x[:, :128]), device)
             target = torch.zeros(N, N, device=device)
 
             def addmm(x: Tensor = x, target: Tensor = target) -> Tensor:
@@ -59,20 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             for kept in (torch.float32, torch.float64):
                 for name, baseline in (("addmm", addmm), ("twin", twin)):
                     gram, total = (torch.zeros(shape, dtype=kept, device=device) for shape in ((N, N), (N,)))
-                    times = compare(
-                        lambda x=x, gram=gram, total=total: ops.gram_accumulate_(gram, total, x),
-                        baseline,
-                        arguments.repeats if name == "addmm" else 3,
-                        device,
-                    )
+                    pair = (lambda x=x, gram=gram, total=total: ops.gram_accumulate_(gram, total, x), baseline)
+                    times = compare(*pair, arguments.repeats if name == "addmm" else 3, device)
                     label = f"{str(dtype).removeprefix('torch.')} into {str(kept).removeprefix('torch.')}"
                     rate = matmul_rate(torch.float32, 96 if arguments.quick else 1536, device=device)
                     floor = gpu_floor(gram_work(T, N, dtype, kept), device)
-                    more = {"flops": T * N * (N + 1), "matmul_gflops": rate}
+                    more = {"flops": T * N * (N + 1), "matmul_gflops": rate} | checked
+                    more |= warm(*pair, device)
                     rows.append(row("gram", f"{T} x {N}", label, name, *times, floor=floor, **more))
     show(rows, device)
     write_result(arguments.json, rows, device=device, seed=torch.initial_seed())
-    return 0
+    return ended(rows)
 
 
 if __name__ == "__main__":

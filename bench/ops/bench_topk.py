@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.support.record import write_result
 from bench.support.roofline import gpu_floor, topk_work
 from bench.support.shapes import MODELS
-from bench.support.timing import compare, device_of, op_parser, row, show
+from bench.support.timing import compare, device_of, ended, judged, op_parser, row, show, warm
 from unirank import ops, reference
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -86,29 +86,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             p = problem(linears, None if pivoted else K, kind, device)
             budget = int(0.8 * int(p[2].sum()))
             ranks, threshold = ops.global_topk(*p, budget, 0, 1, pivoted)
-            twin_ranks, twin_threshold = reference.global_topk(*p, budget, 0, 1, pivoted)
-            assert torch.equal(ranks, twin_ranks)
-            assert threshold == twin_threshold
-            refuses_infinity(p, budget)
+
+            def check(p: Problem = p, budget: int = budget, pivoted: bool = pivoted, found=(ranks, threshold)) -> None:
+                for got, want in zip(found, reference.global_topk(*p, budget, 0, 1, pivoted), strict=True):
+                    assert torch.equal(got, want), "other ranks or another threshold than the twin's"
+                refuses_infinity(p, budget)
+
+            checked = judged(check, device)
             shape = f"{name}: {len(p[0])} components, {kind}{', pivoted' if pivoted else ''}"
-            times = compare(
+            pair = (
                 lambda p=p, budget=budget, pivoted=pivoted: ops.global_topk(*p, budget, 0, 1, pivoted),
                 lambda p=p, budget=budget, pivoted=pivoted: reference.global_topk(*p, budget, 0, 1, pivoted),
-                arguments.repeats if kind == "random" else 3,
-                device,
             )
+            times = compare(*pair, arguments.repeats if kind == "random" else 3, device)
             size, floor = 8 * len(p[0]), gpu_floor(topk_work(len(p[0])), device)
-            rows.append(row("topk", shape, "float64", "twin (stable sort)", *times, read_bytes=size, floor=floor))
-            if kind != "random":
+            more = {"read_bytes": size, "floor": floor} | checked
+            rows.append(row("topk", shape, "float64", "twin (stable sort)", *times, **more, **warm(*pair, device)))
+            if kind != "random" or device.type == "cuda":  # a GPU costs by the minute, and this runs on the CPU
                 continue
             start = time.perf_counter()
             assert in_python(*p, budget, pivoted) == ranks.tolist()
             python = time.perf_counter() - start
             best = min(times[0])
-            rows.append(row("topk", shape, "float64", "pure Python", [best], [python], read_bytes=size, floor=floor))
+            rows.append(row("topk", shape, "float64", "pure Python", [best], [python], **more))
     show(rows, device)
     write_result(arguments.json, rows, device=device, seed=0)
-    return 0
+    return ended(rows)
 
 
 if __name__ == "__main__":

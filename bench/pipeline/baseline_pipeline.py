@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.support.timing import synchronise
 from unirank.models.low_rank import LowRankLinear
 from unirank.models.structure import weight_of
 from unirank.types import LinearSpec, LoadedModel
@@ -37,11 +38,13 @@ def run(loaded: LoadedModel, windows: torch.Tensor) -> Plain:
     """The analysis: Gram matrices over `windows` [W, T], then factors of every linear."""
     start = time.perf_counter()
     grams = _grams(loaded, windows)
+    synchronise(loaded.device)
     middle = time.perf_counter()
     factors = {}
     for spec in loaded.linears:
         weight = weight_of(loaded.model.get_submodule(spec.name)).float()
         factors[spec.name] = _whiten(weight, grams.pop(spec.name))
+    synchronise(loaded.device)
     return Plain(factors, middle - start, time.perf_counter() - middle)
 
 
@@ -58,7 +61,7 @@ def _grams(loaded: LoadedModel, windows: torch.Tensor) -> dict[str, torch.Tensor
     handles = [loaded.model.get_submodule(spec.name).register_forward_hook(hook(spec.name)) for spec in loaded.linears]
     try:
         for window in windows:
-            loaded.model(input_ids=window[None], use_cache=False)
+            loaded.model(input_ids=window[None].to(loaded.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -71,7 +74,7 @@ def _whiten(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, tor
         scale = torch.linalg.cholesky(moment)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         shift = 1e-6 - torch.linalg.eigvalsh(moment)[0]
-        scale = torch.linalg.cholesky(moment + shift * torch.eye(len(moment), dtype=moment.dtype))
+        scale = torch.linalg.cholesky(moment + shift * torch.eye(len(moment)).to(moment))
     inverse = torch.linalg.inv(scale).float()
     u, s, vh = torch.linalg.svd(weight @ scale.float(), full_matrices=False)
     root = s.sqrt()
@@ -85,7 +88,7 @@ def truncate(loaded: LoadedModel, plain: Plain, remove: float) -> dict[str, int]
     for spec in loaded.linears:
         rank = ranks[spec.name] = uniform_rank(spec, remove)
         left, right = plain.factors[spec.name]
-        low = LowRankLinear(spec.n, spec.m, rank)
+        low = LowRankLinear(spec.n, spec.m, rank).to(left.device)
         low.left.weight.copy_(left[:, :rank])
         low.right.weight.copy_(right[:rank])
         loaded.model.set_submodule(spec.name, low)

@@ -1,6 +1,7 @@
 """The whole analysis of SmolLM2-135M against a plain PyTorch pipeline that does what SVD-LLM's procedure does.
 
     python -m bench.pipeline.bench_compress --json out.json
+    python -m bench.pipeline.bench_compress --device cuda
 
 Three measurements over the same tokens: the floor (a bare forward pass of the decoder, without hooks or `lm_head`),
 `unirank.analyze` with the scheme `whiten`, and `baseline_pipeline`. Both results are then truncated to uniform ranks at
@@ -23,7 +24,7 @@ import unirank
 from bench.pipeline import baseline_pipeline
 from bench.support import synthetic
 from bench.support.record import write_result
-from bench.support.timing import row, show
+from bench.support.timing import device_of, row, show, synchronise
 from unirank.analysis import fill_store
 from unirank.text.windows import bos_of, calibration_windows, read_text, tokenize
 from unirank.types import LoadedModel
@@ -33,10 +34,13 @@ REMOVE = 0.2
 
 def floor_seconds(loaded: LoadedModel, windows: torch.Tensor, batch: int) -> float:
     """A bare forward pass of the decoder."""
+    device = loaded.device
+    synchronise(device)
     start = time.perf_counter()
     with torch.no_grad():
         for ids in windows.split(batch):
-            loaded.model.base_model(input_ids=ids, use_cache=False)
+            loaded.model.base_model(input_ids=ids.to(device), use_cache=False)
+    synchronise(device)
     return time.perf_counter() - start
 
 
@@ -104,15 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a random Llama of two layers")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--held-out", type=int, default=8, help="windows of 1024 tokens for the perplexity")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all of it runs; default: cpu")
     parser.add_argument("--json", type=Path, help="write rows and meta to this file")
     arguments = parser.parse_args(argv)
+    device = device_of(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if arguments.quick:
             text = str(synthetic.text(folder))
             calibration = unirank.Calibration(text=text, windows=8, window=64, batch=4, clip=0.0)
             rows = measure(
-                lambda: synthetic.llama(hidden=64, layers=2),
+                lambda: synthetic.llama(hidden=64, layers=2, device=device),
                 calibration,
                 {"text": text, "window": 64, "limit": 2},
                 folder,
@@ -120,15 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             calibration = unirank.Calibration(windows=arguments.windows, window=512, clip=0.0)  # as the baseline
             rows = measure(
-                lambda: unirank.load("smollm2-135m", dtype="float32", device="cpu"),
+                lambda: unirank.load("smollm2-135m", dtype="float32", device=str(device)),
                 calibration,
                 {"limit": arguments.held_out},
                 folder,
             )
-    show(rows)
+    show(rows, device)
     first = rows[0]
     print(f"perplexity at {REMOVE:.0%} uniform: {first['perplexity']:.3f}, baseline {first['baseline_perplexity']:.3f}")
-    write_result(arguments.json, rows, seed=0, load=os.getloadavg())
+    write_result(arguments.json, rows, device=device, seed=0, load=os.getloadavg())
     return 0
 
 

@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.support import synthetic
 from bench.support.record import write_result
+from bench.support.timing import device_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "3b": {
@@ -121,9 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--layers", type=int, help="decoder layers, where fewer than the shape has will do")
     parser.add_argument("--heal", action="store_true", help="then heal the result, one pass")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all of it runs; default: cpu")
     parser.add_argument("--work", type=Path, help="keep model, store and checkpoint here; resumes")
     parser.add_argument("--json", type=Path, help="write rows and meta to this file")
     arguments = parser.parse_args(argv)
+    device = device_of(arguments)
     shape = "tiny" if arguments.quick else arguments.shape
     with tempfile.TemporaryDirectory() as scratch:
         work = (arguments.work or Path(scratch)).absolute()
@@ -143,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(text),
             "--stream",
         ]
-        command += [*windows, "--device", "cpu", "--overwrite"]
+        command += [*windows, "--device", device.type, "--overwrite"]
         said, _, _ = timed([*command, "--dry-run"])
         _, seconds, peak = timed(command)
         report = json.loads((out / "provenance.json").read_text())["report"]
@@ -156,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [row]
         if arguments.heal:
             command = ["heal", str(out), "-o", str(work / "healed"), "--against", str(model), "--calib", str(text)]
-            command += ["--stream", *windows[:4], "--passes", "1", "--device", "cpu", "--overwrite"]
+            command += ["--stream", *windows[:4], "--passes", "1", "--device", device.type, "--overwrite"]
             healed, seconds, peak = timed(command)
             assert parameters(work / "healed") == report["model_after"]
             layers = healed["training"]["layers"]
@@ -165,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[-1] |= {"layers": len(layers), "best": [layer["best"] for layer in layers]}
     for found in rows:
         Console().print(found)
-    write_result(arguments.json, rows, seed=0)
+    write_result(arguments.json, rows, device=device, seed=0)
     return 0
 
 

@@ -14,8 +14,8 @@ from unirank.types import LoadedModel
 WORDS = ["<unk>", "<eos>", *(f"w{i}" for i in range(254))]
 
 
-def llama(*, hidden: int, layers: int, heads: int = 4) -> LoadedModel:
-    """A random float32 Llama: MLP of 8/3 the width, half as many key-value heads as heads."""
+def llama(*, hidden: int, layers: int, heads: int = 4, device: torch.device | None = None) -> LoadedModel:
+    """A random float32 Llama: MLP of 8/3 the width, half as many key-value heads as heads; None is the CPU."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -29,7 +29,8 @@ def llama(*, hidden: int, layers: int, heads: int = 4) -> LoadedModel:
         eos_token_id=1,
         pad_token_id=1,
     )
-    return unirank.describe(LlamaForCausalLM(config).eval(), tokenizer(), source=f"random Llama {hidden} x {layers}")
+    model = LlamaForCausalLM(config).to(device or "cpu")
+    return unirank.describe(model.eval(), tokenizer(), source=f"random Llama {hidden} x {layers}")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

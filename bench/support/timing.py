@@ -1,6 +1,7 @@
 """How the benchmarks measure: cold caches, the baseline interleaved with the op, and this machine's own limits.
 
-On a GPU a time runs from an idle device to an idle device, launches included: what a caller waits for.
+On a GPU a time runs from an idle device to an idle device, launches included: what a caller waits for. Beside it stands
+the time of a warm launch among others, by the device's own events.
 """
 
 from __future__ import annotations
@@ -67,6 +68,44 @@ def compare(
     baseline()
     pairs = [(seconds(run, device), seconds(baseline, device)) for _ in range(repeats)]
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def warm(
+    run: Callable[[], object], baseline: Callable[[], object], device: torch.device, repeats: int = 10
+) -> dict[str, float]:
+    """On a GPU `warm_seconds` and `baseline_warm_seconds`: of `repeats` launches in a row, each; elsewhere nothing."""
+    if device.type != "cuda":
+        return {}
+
+    def mean(work: Callable[[], object]) -> float:
+        work()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            work()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / repeats
+
+    return {"warm_seconds": mean(run), "baseline_warm_seconds": mean(baseline)}
+
+
+def judged(check: Callable[[], dict[str, Any] | None], device: torch.device) -> dict[str, Any]:
+    """What a check of correctness returns. On a GPU a failed one is `failed` in the row: times cost, and are kept."""
+    if device.type != "cuda":
+        return check() or {}
+    try:
+        return check() or {}
+    except AssertionError as error:
+        return {"failed": str(error).strip().splitlines()[0] if str(error).strip() else "an assertion of the check"}
+
+
+def ended(rows: Sequence[dict[str, Any]]) -> int:
+    """The exit code: 1 where a row has `failed`, which is printed."""
+    failed = {(r["op"], r["shape"], r["dtype"]): r["failed"] for r in rows if "failed" in r}
+    for (op, shape, dtype), said in failed.items():
+        print(f"FAILED {op} {shape} {dtype}: {said}")
+    return 1 if failed else 0
 
 
 def row(
