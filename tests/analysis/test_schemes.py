@@ -26,13 +26,13 @@ from tests.support.problems import (
     total_energy,
     with_gradients,
 )
-from unirank.analysis.scheme import scheme, schemes
+from unirank.analysis.scheme import scheme, schemes, two_sided
 from unirank.analysis.scheme.base import Problem
 from unirank.analysis.scheme.kfac import DAMPING
 from unirank.analysis.scheme.scaled import FLOOR
 from unirank.analysis.scheme.two_sided import Target, damped
 from unirank.analysis.scheme.two_sided import solve as solve_targets
-from unirank.types import Moment
+from unirank.types import Factors, Moment
 
 
 @pytest.mark.parametrize("outlier", [False, True])
@@ -161,6 +161,55 @@ def test_a_tall_weight_of_any_condition_gets_an_orthonormal_left_factor(name: st
     g = damped(problem.gradient.g, DAMPING) if name == "kfac" else torch.eye(60, dtype=torch.float64)
     error = factors.left.T @ g @ factors.left - torch.eye(20, dtype=torch.float64)
     assert float(error.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["whiten", "kfac"])
+@pytest.mark.parametrize("smallest", [1e-2, 1e-5, 1e-12])
+def test_where_one_cholesky_factor_is_not_enough_a_second_one_is_made(
+    name: str, first: bool, smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU looks `first`, and solves one eigenproblem whatever it finds; beyond 1e-8 only a Householder QR helps."""
+    problem, _ = synthetic(60, 20, 200, outlier=False)
+    u, _, vh = torch.linalg.svd(problem.weight.double(), full_matrices=False)
+    problem = dataclasses.replace(problem, weight=u[:, :19] @ vh[:19] + smallest * u[:, 19:] @ vh[19:])
+    solved, householder, plain = [], [], two_sided.eigh_descending
+    monkeypatch.setattr(two_sided, "has_queues", lambda _: first)
+    monkeypatch.setattr(two_sided, "eigh_descending", lambda matrices: solved.append(1) or plain(matrices))
+    qr = two_sided._householder
+    monkeypatch.setattr(two_sided, "_householder", lambda target: householder.append(1) or qr(target))
+    factors = solve(name, problem)
+    torch.testing.assert_close(factors.left @ factors.right, problem.weight, rtol=1e-9, atol=1e-9)
+    g = damped(problem.gradient.g, DAMPING) if name == "kfac" else torch.eye(60, dtype=torch.float64)
+    error = factors.left.T @ g @ factors.left - torch.eye(20, dtype=torch.float64)
+    assert float(error.abs().max()) < 1e-12
+    if smallest == 1e-5:
+        assert not householder
+    if first or smallest != 1e-12:  # there rounding decides whether there is a first one
+        assert len(solved) == (2 if smallest == 1e-5 and not first else 1)
+
+
+@pytest.mark.parametrize("name", schemes())
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
+def test_work_in_float32_is_float32_throughout_and_near_the_same(name: str, shape: tuple[int, int]) -> None:
+    problem, x = synthetic(*shape, 200, outlier=False)
+    moment, gradient = problem.moment, problem.gradient
+    single = dataclasses.replace(
+        problem,
+        moment=dataclasses.replace(moment, **{k: getattr(moment, k).float() for k in ("c", "mean", "mean_abs")}),
+        gradient=dataclasses.replace(gradient, **{k: getattr(gradient, k).float() for k in ("g", "rows", "weight")}),
+        work=torch.float32,
+    )
+    double, found = solve(name, problem), solve(name, single)
+    assert {found.left.dtype, found.right.dtype, found.energy.dtype} == {torch.float32}
+    torch.testing.assert_close(found.energy.double(), double.energy, rtol=0, atol=1e-5 * float(double.energy[0]))
+    errors, exact = (output_errors(f, problem, x) for f in (widened(found), double))
+    for one, other in zip(errors, exact, strict=True):
+        assert abs(one - other) < 1e-5 * total_energy(problem, x)
+
+
+def widened(factors: Factors) -> Factors:
+    return dataclasses.replace(factors, left=factors.left.double(), right=factors.right.double())
 
 
 def test_dead_input_gives_zero_energy_and_still_the_weight() -> None:
