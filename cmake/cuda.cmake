@@ -69,9 +69,12 @@ target_include_directories(unirank_cuda PRIVATE csrc)
 target_include_directories(unirank_cuda SYSTEM PRIVATE ${UNIRANK_CUDA_INCLUDES})
 # USE_CUDA opens the CUDA functions of the stable ABI's headers.
 target_compile_definitions(unirank_cuda PRIVATE USE_CUDA)
+# Lines of the source, for profilers and compute-sanitizer, name the builder's folders, which no wheel must do.
+set(UNIRANK_LINEINFO "$ENV{UNIRANK_LINEINFO}" CACHE BOOL "Lines of the source in the machine code; tools/gpu_check.sh sets it")
 target_compile_options(unirank_cuda PRIVATE
   "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-psabi;-ffile-prefix-map=${PROJECT_SOURCE_DIR}=.;-ffile-prefix-map=${UNIRANK_TORCH_ROOT}=torch>"
-  "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-Wno-psabi,-ffile-prefix-map=${PROJECT_SOURCE_DIR}=.,-ffile-prefix-map=${UNIRANK_TORCH_ROOT}=torch>")
+  "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${UNIRANK_LINEINFO}>>:-lineinfo>"
+  "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-Wno-psabi,-ffile-prefix-map=${PROJECT_SOURCE_DIR}=.,-ffile-prefix-map=${UNIRANK_TORCH_ROOT}=torch>")
 target_link_libraries(unirank_cuda PRIVATE
   unirank_torch "${UNIRANK_TORCH_ROOT}/lib/libtorch_cuda${CMAKE_SHARED_LIBRARY_SUFFIX}" ${UNIRANK_CUDA_LIBRARIES}
   ${CMAKE_DL_LIBS})

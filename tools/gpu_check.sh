@@ -86,7 +86,7 @@ about() {
 build() {
   set -e
   if [[ $DEVICE == cuda ]]; then
-    export UNIRANK_CUDA=ON
+    export UNIRANK_CUDA=ON UNIRANK_LINEINFO=ON
     # This device's architecture alone takes a seventh of the time.
     export CUDAARCHS=${CUDAARCHS:-$($PY -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())')}
   else
