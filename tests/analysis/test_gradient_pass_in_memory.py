@@ -110,7 +110,7 @@ def test_without_room_in_any_memory_they_are_in_mapped_files(make_model, tmp_pat
         folders.append(folder)
         return plain(folder, tensor)
 
-    monkeypatch.setattr(hidden, "_free", lambda _: 0)
+    monkeypatch.setattr(hidden, "free_bytes", lambda _: 0)
     monkeypatch.setattr(recording, "mapped_copy", mapped)
     passed(make_model(), tmp_path / "mapped", keep=False)
     assert folders == [tmp_path / "mapped"] * 3 * (2 * LAYERS + 1)  # 3 batches enter and leave layers, there and back

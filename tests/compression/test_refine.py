@@ -7,6 +7,9 @@ import torch
 
 import unirank
 from unirank.compression.refine import Refine, refit
+from unirank.compression.replay import Inputs, Replay
+from unirank.layerwise.recording import record
+from unirank.layerwise.trace import traced_layer
 from unirank.models.low_rank import LowRankLinear
 from unirank.models.structure import weight_of
 from unirank.text.windows import calibration_windows, read_text, tokenize
@@ -140,3 +143,43 @@ def test_one_and_the_same_token_everywhere_still_has_a_fit(centred: bool, make_m
 def test_settings_are_refused_with_what_is_legal(key: str, value: float) -> None:
     with pytest.raises(unirank.InputError, match=key):
         Refine(**{key: value})
+
+
+@pytest.mark.parametrize("room", [0, 80_000])
+@pytest.mark.parametrize(("name", "dense"), [("llama", False), ("gemma3", True), ("gpt-neox", False)])
+def test_less_memory_changes_no_bit(name: str, dense: bool, room: int, make_model, calibration, monkeypatch) -> None:
+    """With no room every batch runs again for every input; with some, a part of the batches does."""
+    whole, bounded = make_model(name), make_model(name)
+    windows, ranks, settings = windows_of(whole, calibration), half_ranks(whole), Refine(dense=dense)
+    refit(whole, ranks, windows, settings, batch=5)
+    kept: list[int] = []
+    plain = Replay._keep_to_room
+
+    def watched(replay: Replay, position: int) -> None:
+        plain(replay, position)
+        kept.append(sum(given.size for batch in replay._given for given in batch.values()))
+
+    monkeypatch.setattr(Replay, "_keep_to_room", watched)
+    refit(bounded, ranks, windows, settings, batch=5, room=room)
+    assert max(kept) <= room
+    assert bool(max(kept)) == bool(room)
+    for key, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, bounded.model.state_dict()[key]), key
+
+
+def test_batches_that_are_not_kept_end_where_the_kept_ones_do(make_model, calibration) -> None:
+    loaded = make_model()
+    recording = record(loaded, windows_of(loaded, calibration), batch=5)
+    layer, _ = traced_layer(loaded, 0, recording, recording.start.probe)
+    calls = [call[0] for call in recording.calls]
+    paths = list(dict.fromkeys(layer.path_of(owner) for owner in layer.trace.input_of.values()))
+    found = []
+    with torch.no_grad():
+        for room in (None, 80_000, 0):
+            stream = list(recording.start.batches)
+            inputs = Inputs(layer.module, calls, stream, paths, room=room)
+            ran = sum(new is not old for new, old in zip(stream, recording.start.batches, strict=True))
+            assert ran == {None: 3, 80_000: 1, 0: 0}[room]
+            found.append([x for path in paths for x in inputs.inputs(path)] + stream)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

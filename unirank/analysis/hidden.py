@@ -42,7 +42,7 @@ def place_of(
     gpu = has_queues(device)
     keep = not gpu if keep is None else keep
     needed = hidden_bytes(loaded, windows) * (2 if keep else 1)  # the writer holds a copy
-    if needed <= (_free(device) // 4 if limit is None else limit):
+    if needed <= (free_bytes(device) // 4 if limit is None else limit):
         return Place(None, None, keep)
     if gpu and limit is None and needed <= psutil.virtual_memory().available // 4:
         return Place(None, PageLocked(device), keep)
@@ -57,5 +57,6 @@ def hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:
     return windows.numel() * width * embedding.element_size()
 
 
-def _free(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Of the memory of `device`."""
     return CALLS.free(device) if has_queues(device) else psutil.virtual_memory().available

@@ -7,17 +7,16 @@ Inside a layer the linears follow in the order of their inputs, so that each see
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
 
+from unirank.analysis.hidden import free_bytes
 from unirank.analysis.store import AnalysisStore
-from unirank.compression.replay import Replay
+from unirank.compression.replay import Inputs, Replay
 from unirank.compression.second_fit import Pair, Refine, fit
 from unirank.compression.truncation import TruncateReport, check_plan, settle
-from unirank.layerwise.recording import LayerCall, record
+from unirank.layerwise.recording import record
 from unirank.layerwise.trace import traced_layer
 from unirank.models.low_rank import count_parameters
 from unirank.progress import OnProgress, silent
@@ -71,6 +70,7 @@ def refit(
     clip: float = 0.0,
     gradients: Callable[[int], Mapping[str, Gradient]] | None = None,
     form: Form = "factors",
+    room: int | None = None,
     progress: OnProgress = silent,
 ) -> None:
     """Replace every linear of `loaded` that `ranks` gives a rank, layer by layer.
@@ -82,12 +82,17 @@ def refit(
         clip: of the tokens, as `Calibration.clip`; 0 clips nothing.
         gradients: of a layer; then the fit is in the output metric of `kfac`.
         form: in which low-rank matrices are stored.
+        room: bytes of what is kept of a layer's inputs, and as many of what its modules gave; batches beyond run again
+            for every input, with the same bits. None is a quarter of what is free when the pass begins (**choice**).
 
     Raises NonFiniteError when a fit is NaN or infinity, also in the dtype of the model; names the linear.
     """
     recording = record(loaded, windows, batch=batch)
     dense_stream, own_stream = list(recording.start.batches), list(recording.start.batches)
+    recording.start.batches.clear()  # else the embeddings stay as long as the recording
     probe = recording.start.probe
+    if room is None:
+        room = free_bytes(probe.device) // 4
     for index in range(loaded.layer_count):
         entered = recording.probe_calls[index], probe
         layer, probe = traced_layer(loaded, index, recording, probe)
@@ -101,11 +106,15 @@ def refit(
         }
         owners = [owner for owner in groups if wanted[owner]]
         paths = {owner: layer.path_of(owner) for owner in owners}
-        seen, dense_stream = _inputs(original, calls, dense_stream, paths)
+        seen = Inputs(original, calls, dense_stream, list(paths.values()), room=room)
         del original
-        replay = Replay(layer.module, calls, own_stream, [layer.path_of(spec.name) for spec in layer.specs], entered)
+        linears = [layer.path_of(spec.name) for spec in layer.specs]
+        replay = Replay(layer.module, calls, own_stream, linears, entered, room=room)
         for owner in owners:
-            pair = _measure(replay.inputs(paths[owner]), seen.pop(owner), clip)
+            pair = Pair.zeros(wanted[owner][0].n, probe.device, clip=clip)
+            for x, own in zip(seen.inputs(paths[owner]), replay.inputs(paths[owner]), strict=True):
+                pair.add(x, own)
+                del x, own  # else they are there while the next ones are made
             for spec in wanted[owner]:
                 g = metrics[spec.name].g.to(probe.device) if metrics else None
                 fit(loaded, spec, ranks[spec.name], pair, g, settings, form)
@@ -120,32 +129,3 @@ def _groups(specs: Sequence[LinearSpec], input_of: Mapping[str, str]) -> dict[st
     for name, owner in input_of.items():  # the trace lists them as they ran
         groups.setdefault(owner, []).append(by_name[name])
     return groups
-
-
-def _inputs(
-    layer: nn.Module, calls: Sequence[LayerCall], stream: Sequence[torch.Tensor], paths: Mapping[str, str]
-) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor]]:
-    """Inputs `[T, N]` of each batch by owner, and what leaves the layer."""
-    seen: dict[str, list[torch.Tensor]] = {owner: [] for owner in paths}
-    handles = []
-    for owner, path in paths.items():
-
-        def hook(_module: nn.Module, args: tuple[Any, ...], _owner: str = owner) -> None:
-            seen[_owner].append(args[0].reshape(-1, args[0].shape[-1]))
-
-        handles.append(layer.get_submodule(path).register_forward_pre_hook(hook))
-    try:
-        left = [call.run(layer, x) for call, x in zip(calls, stream, strict=True)]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, left
-
-
-def _measure(own: Iterator[torch.Tensor], dense: list[torch.Tensor], clip: float) -> Pair:
-    """The moments of what enters a linear in both streams, `[T, N]` a batch; `dense` is used up."""
-    pair = Pair.zeros(dense[0].shape[1], dense[0].device, clip=clip)
-    dense.reverse()
-    for x in own:
-        pair.add(dense.pop(), x)
-    return pair
