@@ -15,6 +15,7 @@ from tests.support.command_line import Run
 from tests.support.tiny import build
 from unirank import Calibration, Curve, RankPlan, UnirankError, presets
 from unirank.cli.demo import demo
+from unirank.cli.how_far import read_ladders
 from unirank.cli.main import app
 from unirank.errors import InputError
 
@@ -340,3 +341,17 @@ def test_a_finished_store_is_taken_as_it_is_unless_calibration_is_asked_for(
     assert code == 3
     assert "calibration.windows (store: 4, now: 5)" in err
     assert (store / "analysis.json").read_bytes() == before
+
+
+def test_fractions_may_be_percentages(run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    calibrate = ["--calib", text_file, "--windows", 4, "--window", 24, "--device", "cpu"]
+    assert run_unirank("analyze", model_dir, "-o", store, *calibrate)[0] == 0
+    plans = [run_unirank("plan", store, "--remove", given, "--json") for given in ("0.2", "20%", "20 %", "2e-1")]
+    assert plans[0][0] == 0
+    assert all(plan == plans[0] for plan in plans)
+    for given in ("20%%", "a fifth", "%"):
+        code, _, err = run_unirank("plan", store, "--remove", given)
+        assert code == 2
+        assert "it is a fraction such as 0.2, or 20%" in " ".join(re.sub("[│|]", " ", err).split())
+    assert read_ladders(["10%", "fast=20%,0.4"], ["unirank", "fast"]) == {"unirank": [0.1], "fast": [0.2, 0.4]}

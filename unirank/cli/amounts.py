@@ -21,6 +21,12 @@ def read_share(flag: str, given: str) -> float:
     return float(number / 100 if unit == "%" else number)
 
 
+def read_fraction(given: str) -> float:
+    """`"20%"` or any number -> 0.2; what it may be is the library's matter. Raises ValueError for anything else."""
+    number, unit = _split(given)
+    return float(number / 100) if number is not None and unit == "%" else float(given)
+
+
 def read_count(flag: str, given: str) -> int:
     """`"100M"` -> 100_000_000; a fraction of one is dropped."""
     number, unit = _split(given)

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from unirank.cli import options
+from unirank.cli.amounts import read_fraction
 from unirank.cli.arguments import read_calibration, read_form
 from unirank.cli.endings import next_line
 from unirank.cli.terminal import run_session
@@ -149,9 +150,9 @@ def read_ladders(given: list[str] | None, presets: list[str]) -> dict[str, list[
     for one in given:
         name, equals, numbers = one.rpartition("=")
         try:
-            (named.setdefault(name, []) if equals else usual).extend(float(number) for number in numbers.split(","))
+            (named.setdefault(name, []) if equals else usual).extend(map(read_fraction, numbers.split(",")))
         except ValueError:
-            raise InputError(f"--remove {one} is not legal; it is a fraction, 0.2, or PRESET=0.2,0.4.") from None
+            raise InputError(f"--remove {one} is not legal; it is a fraction, 0.2 or 20%, or PRESET=0.2,0.4.") from None
     return (dict.fromkeys(presets, usual) if usual else {}) | named
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from unirank.analysis.scheme import schemes
+from unirank.cli.amounts import read_fraction
 from unirank.errors import capitalised
 from unirank.planning.allocator import allocators
 from unirank.recipes import presets
@@ -27,8 +28,21 @@ def option(text: str, *names: str, group: str | None = None, metavar: str | None
     return typer.Option(*names, help=text, rich_help_panel=group, metavar=metavar)
 
 
+def fraction(text: str, *names: str) -> typer.models.OptionInfo:
+    """An option that is a fraction, or a percentage."""
+    return typer.Option(*names, help=text, parser=_read_fraction, metavar="<float>")
+
+
+def _read_fraction(given: str) -> float:
+    try:
+        return read_fraction(given)
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is no number; it is a fraction such as 0.2, or 20%.") from None
+
+
 REMOVE_HELP = (
-    "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 removes 20 %. "
+    "Fraction of the decoder linears' weight parameters to remove: at least 0, less than 1; 0.2 or 20% removes a "
+    "fifth. "
     "Embeddings and lm_head are neither touched nor counted."
 )
 TEXT_HELP = (
@@ -42,7 +56,7 @@ Store = Annotated[Path, typer.Argument(help="Directory that `unirank analyze` ma
 Compressed = Annotated[
     str, typer.Argument(metavar="COMPRESSED", help="Checkpoint that `unirank compress` made.", show_default=False)
 ]
-Remove = Annotated[float | None, option(REMOVE_HELP, "--remove", "-r")]
+Remove = Annotated[float | None, fraction(REMOVE_HELP, "--remove", "-r")]
 RanksFile = Annotated[
     Path | None,
     option(

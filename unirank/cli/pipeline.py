@@ -34,7 +34,7 @@ def demo_command(
         "unirank-demo"
     ),
     remove: Annotated[
-        list[float] | None, options.option(options.REMOVE_HELP + " Repeatable.", "--remove", "-r")
+        list[float] | None, options.fraction(options.REMOVE_HELP + " Repeatable.", "--remove", "-r")
     ] = None,
     device: options.Device = None,
     as_json: options.Json = False,
