@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import FLOATING, FULL, SIZES, activations, run_cosine, run_gram
-from tests.ops.tolerance import assert_moments, assert_same_cosine_sums
+from tests.ops.tolerance import assert_moments_on_gpu, assert_same_cosine_sums
 from unirank import ops, reference
 
 REAL = (576, 1536)
@@ -57,7 +57,7 @@ def test_cosine_bits_repeat(cuda: torch.device) -> None:
 
 
 def assert_gram(x: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    assert_moments(*gram(x.to(device), dtype), x, x.double().T @ x.double())
+    assert_moments_on_gpu(*gram(x.to(device), dtype), x)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -74,9 +74,27 @@ def test_gram_of_real_shapes(cuda: torch.device, N: int, dtype: torch.dtype, gra
     assert_gram(activations(300, N, dtype), gram_dtype, cuda)
 
 
-@pytest.mark.parametrize("T", [2047, 2048, 2049, 5000])
+@pytest.mark.parametrize("T", [8191, 8192, 8193, 20000])
 def test_gram_of_more_rows_than_a_chunk(cuda: torch.device, T: int) -> None:
     assert_gram(activations(T, 33, torch.float32), torch.float64, cuda)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize(("T", "N"), [(20000, 65), (1, 4100), (300, 4100)])
+def test_gram_of_small_integers_is_exact(cuda: torch.device, T: int, N: int, dtype: torch.dtype) -> None:
+    # No sum rounds, in whatever order, so no token, chunk or panel can be lost within a tolerance.
+    x = torch.randint(-2, 3, (T, N), generator=torch.Generator().manual_seed(T)).to(dtype)
+    got, mean = gram(x.to(cuda), torch.float64)
+    assert torch.equal(got, x.double().T @ x.double())
+    assert torch.equal(mean, x.double().sum(0))
+
+
+@pytest.mark.parametrize("stride", [0, 1, 63, 2**40])
+def test_gram_of_one_row_whose_stride_says_nothing(cuda: torch.device, stride: int) -> None:
+    x = activations(64, 64, torch.float32)
+    view = x.to(cuda).as_strided((1, 64), (stride, 1))
+    assert view.stride() == (stride, 1)
+    assert torch.equal(gram(view)[0], gram(x[:1].to(cuda))[0])
 
 
 def test_tf32_is_never_used(cuda: torch.device) -> None:

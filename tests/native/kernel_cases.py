@@ -42,6 +42,38 @@ def _gram(emulated: ModuleType, seed: int) -> list[float]:
         gram, mean = np.zeros((N, N), sums), np.zeros(N, sums)
         emulated.gram(gram, mean, rows(T, N, kind), bf16=kind == "bf16", pad=2, shift=1, seed=seed)
         results += [*gram.ravel().tolist(), *mean.tolist()]
+    # One row whose stride is 1, as torch gives it to some views; and more rows than two chunks.
+    for T, N, pad in [(1, 40, -39), (2 * 8192 + 3, 2, 0)]:
+        gram, mean = np.zeros((N, N)), np.zeros(N)
+        emulated.gram(gram, mean, rows(T, N, "float32"), pad=pad, seed=seed)
+        results += [*gram.ravel().tolist(), *mean.tolist()]
+    return results
+
+
+def bad_matrices(B: int, m: int, n: int, *bad: tuple[int, int, int], dtype: str = "float64") -> np.ndarray:
+    """Column-major matrices `[B, n, m]`, not finite at the places `(matrix, row, column)`."""
+    a = np.random.default_rng(B + m + n).standard_normal((B, n, m)).astype(dtype)
+    for number, (b, i, j) in enumerate(bad):
+        a[b, j, i] = (math.nan, math.inf, -math.inf)[number % 3]
+    return a
+
+
+def _matrices(emulated: ModuleType, seed: int) -> list[float]:
+    results: list[float] = []
+    # Below, on and above the diagonal; the first and the last element; a row and a column that a warp does not fill;
+    # several bad matrices, of which the first counts; none.
+    for bad in [(), ((3, 7, 2),), ((1, 5, 5),), ((2, 2, 7),), ((0, 0, 0),), ((4, 39, 39),), ((3, 38, 0), (1, 33, 39))]:
+        for dtype in ("float32", "float64"):
+            a = bad_matrices(5, 40, 40, *bad, dtype=dtype)
+            results += [emulated.scan(a, upper, seed=seed) for upper in (False, True)]
+    results.append(emulated.scan(bad_matrices(3, 70, 9, (2, 69, 8)), False, seed=seed))
+    results.append(emulated.scan(bad_matrices(3, 2, 1), False, seed=seed))  # a block for more columns than there are
+    for n in (1, 31, 33, 70):
+        for dtype in ("float32", "float64"):
+            source = bad_matrices(1, n, n, dtype=dtype)[0]
+            target = np.zeros_like(source)
+            emulated.transpose(source, target, seed=seed)
+            results += target.ravel().tolist()
     return results
 
 
@@ -91,11 +123,11 @@ def _topk(emulated: ModuleType, seed: int) -> list[object]:
     return results
 
 
-CHECKS = {"cosine": _cosine, "gram": _gram, "topk": _topk}
+CHECKS = {"cosine": _cosine, "gram": _gram, "matrices": _matrices, "topk": _topk}
 
 
 def differ(kernel: str, got: list, want: list) -> bool:
-    if kernel == "topk":
+    if kernel in ("matrices", "topk"):
         return got != want
     rtol = 1e-12 if kernel == "cosine" else 1e-5
     return not np.allclose(got, want, rtol=rtol, atol=rtol * 10, equal_nan=True)

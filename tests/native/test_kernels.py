@@ -10,12 +10,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from emulation import KERNELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops.cases import SIZES, run_cosine, run_gram
-from tests.ops.tolerance import assert_same_cosine_sums
+from tests.ops.tolerance import assert_same_cosine_sums, gram_bound
 from unirank import ops, reference
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,6 +32,7 @@ def tensor(T: int, D: int, dtype: str, seed: int = 0) -> Tensor:
 
 
 def array(x: Tensor) -> np.ndarray:
+    x = x.contiguous()
     return (x.view(torch.int16) if x.element_size() == 2 else x).numpy()
 
 
@@ -133,18 +135,80 @@ def test_gram_schedules_and_real_sizes(emulated: ModuleType, T: int, N: int, see
     check_gram(emulated, tensor(T, N, dtype), torch.float64, dtype, (0, 0), range(seeds))
 
 
+# Rows that one fp32 sum of the gram holds, and rows of it that one product computes: kChunk and kPanel.
+CHUNK, PANEL = 8192, 2048
+
+
+def test_chunk_and_panel_are_as_the_tests_take_them() -> None:
+    source = (KERNELS / "gram.cuh").read_text()
+    for name, length in (("kChunk", CHUNK), ("kPanel", PANEL)):
+        assert f"constexpr i64 {name} = {length};" in source
+
+
 @dtypes
-def test_gram_of_more_rows_than_a_chunk(emulated: ModuleType, dtype: str) -> None:
-    check_gram(emulated, tensor(2500, 9, dtype), torch.float64, dtype, (0, 0), range(1))
+@pytest.mark.parametrize("T", [CHUNK, CHUNK + 1, 2 * CHUNK + 700])
+def test_gram_of_more_rows_than_a_chunk(emulated: ModuleType, T: int, dtype: str) -> None:
+    check_gram(emulated, tensor(T, 9, dtype), torch.float64, dtype, (0, 0), range(1))
 
 
-def test_gram_adds_to_what_is_there(emulated: ModuleType) -> None:
-    x = tensor(20, 35, "fp32")
-    gram, mean = torch.ones(35, 35).double(), torch.ones(35).double()
-    for part in (x[:7], x[7:]):
-        emulated.gram(gram.numpy(), mean.numpy(), part.numpy())
-    torch.testing.assert_close(gram, x.double().T @ x.double() + 1, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean, x.double().sum(0) + 1)
+def test_gram_of_more_columns_than_a_panel(emulated: ModuleType) -> None:
+    check_gram(emulated, tensor(2, PANEL + 33, "fp32"), torch.float64, "fp32", (0, 0), range(1))
+
+
+@dtypes
+@pytest.mark.parametrize("stride", [0, 1, 39, 2**40])
+def test_gram_of_one_row_whose_stride_says_nothing(emulated: ModuleType, stride: int, dtype: str) -> None:
+    # torch calls a [1, N] view contiguous whatever its stride, and cuBLAS refuses one below N.
+    view = tensor(40, 40, dtype).as_strided((1, 40), (stride, 1))
+    assert view.is_contiguous()
+    check_gram(emulated, view, torch.float64, dtype, (stride - 40, 0), range(1))
+
+
+@pytest.mark.parametrize(("group", "extra_bits"), [(4, 0), (8, 1), (16, 2)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_bound_on_a_chunk_holds_where_sums_are_cut_off(
+    emulated: ModuleType, dtype: str, group: int, extra_bits: int
+) -> None:
+    # The worst case of docs/numerics.md: all products of one sign, so that every cut goes the same way.
+    x = tensor(CHUNK + 300, 6, dtype).abs()
+    gram, mean = torch.zeros(6, 6).double(), torch.zeros(6).double()
+    emulated.gram(
+        gram.numpy(), mean.numpy(), array(x), bf16=dtype == "bf16", group=group, extra_bits=extra_bits
+    )  # fmt: skip
+    truth = x.double().T @ x.double()
+    errors = (truth - gram) / truth
+    assert float(errors.min()) >= 0
+    assert float(errors.max()) <= gram_bound(CHUNK, group, extra_bits)
+    assert float(errors.max()) > gram_bound(CHUNK, group, extra_bits) / 40
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("B", "m", "n"), [(0, 3, 3), (1, 1, 1), (3, 31, 31), (2, 33, 32), (7, 300, 5), (1, 576, 576)])
+def test_the_scan_names_the_first_bad_matrix(emulated: ModuleType, B: int, m: int, n: int, dtype) -> None:
+    a = np.random.default_rng(m).standard_normal((B, n, m)).astype(dtype)
+    huge = np.finfo(dtype).max
+    a[:, 0, 0] = huge  # the largest numbers are numbers
+    for upper in (False, True) if m == n else (False,):
+        for seed in range(3):
+            assert emulated.scan(a, upper, seed=seed, shift=seed) == 0
+    for b in range(B):
+        for bad in (np.nan, np.inf, -np.inf):
+            dirty = a.copy()
+            dirty[b, n - 1, m - 1] = bad
+            dirty[B - 1, 0, m - 1] = bad  # in the last matrix too, of square ones below the diagonal
+            assert emulated.scan(dirty, False) == B - b
+            if m == n:
+                assert emulated.scan(dirty, True, seed=b) == B - b
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 100])
+def test_a_square_is_turned(emulated: ModuleType, n: int, dtype) -> None:
+    source = np.random.default_rng(n).standard_normal((n, n)).astype(dtype)
+    for seed in range(5):
+        target = np.zeros_like(source)
+        emulated.transpose(source, target, shift=seed % 2, seed=seed)
+        np.testing.assert_array_equal(target, source.T)
 
 
 Ranking = tuple[list[float], list[int], list[int], list[int], bool]  # the last: pivoted

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from emulation import DRIVERS, EMULATOR, KERNELS, Builder
+from kernel_cases import CHECKS
 from mutants.faults import FAULTS, Fault
 
 JUDGE = Path(__file__).parent / "mutants" / "judge.py"
@@ -43,13 +44,13 @@ def judge(fault: Fault, folder: Path, builder: Builder, unchanged: Path) -> tupl
 
 
 def test_unchanged_kernels_pass_the_judge(emulated_path: Path) -> None:
-    for kernel in ("cosine", "gram", "topk"):
+    for kernel in CHECKS:
         command = [sys.executable, str(JUDGE), kernel, str(emulated_path), str(emulated_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kernel", ["cosine", "gram", "topk"])
+@pytest.mark.parametrize("kernel", CHECKS)
 def test_every_planted_fault_is_caught(kernel: str, builder: Builder, emulated_path: Path, tmp_path: Path) -> None:
     faults = [fault for fault in FAULTS if fault.kernel == kernel]
     folders = [tmp_path / str(i) for i in range(len(faults))]

@@ -17,7 +17,9 @@ struct Setting {
   i64 pad = 0;    // elements between the end of a row and the next row
   i64 shift = 0;  // elements by which operands miss a 64-byte boundary
   unsigned seed = 0;
-  i64 group = 0;  // not 0: products in fp32 are added as by a tensor core, so many at a time, each sum cut off
+  // Not 0: products in fp32 are added as by a tensor core, so many at a time, with so many bits more than fp32 has.
+  i64 group = 0;
+  int extra_bits = 0;
 };
 
 // Contiguous [T, D] in, {sum of cosines, sum of their squares, count} out.

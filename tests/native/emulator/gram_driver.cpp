@@ -2,6 +2,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <type_traits>
+#include <vector>
 
 #include "dispatch.h"
 #include "drivers.h"
@@ -16,6 +17,7 @@ using namespace unirank::kernels;
 // the product's to fill, but nothing may rely on their upper halves.
 struct Multiply {
   i64 group;
+  int extra_bits;
 
   template <typename In, typename C>
   void operator()(const In* x, i64 stride, i64 T, i64 first, i64 last, int beta, C* out, i64 ld) const {
@@ -34,14 +36,20 @@ struct Multiply {
     }
   }
 
-  // The products of a group are added exactly; the sum of the group and of what was there is cut off towards zero.
+  // The exact products of a group and the sum so far are shifted to the largest exponent among them and cut off below
+  // its last bit; then they are added exactly, and the sum is cut off to fp32. All towards zero.
   template <typename In>
   float cut_off(const In* x, i64 stride, i64 T, i64 i, i64 j, float sum) const {
     for (i64 begin = 0; begin < T; begin += group) {
-      double exact = sum;
+      std::vector<double> terms{sum};
       for (i64 t = begin; t < std::min(begin + group, T); ++t) {
-        exact += static_cast<double>(widen(x[t * stride + i])) * static_cast<double>(widen(x[t * stride + j]));
+        terms.push_back(static_cast<double>(widen(x[t * stride + i])) * static_cast<double>(widen(x[t * stride + j])));
       }
+      double largest = 0, exact = 0;
+      for (const double term : terms) largest = std::max(largest, std::abs(term));
+      if (largest == 0) continue;
+      const double last_bit = std::ldexp(1.0, std::ilogb(largest) - 23 - extra_bits);
+      for (const double term : terms) exact += std::trunc(term / last_bit) * last_bit;
       const auto nearest = static_cast<float>(exact);
       sum = std::abs(nearest) > std::abs(exact) ? std::nextafter(nearest, 0.0f) : nearest;
     }
@@ -58,8 +66,9 @@ void run(const void* x, i64 T, i64 N, Acc* gram, Acc* mean, const Setting& setti
   std::memcpy(column_sums.data(), mean, static_cast<std::size_t>(N) * sizeof(Acc));
   emulator::Guarded<double> partial(kMaxSlices * N);
   emulator::Guarded<Compute<In>> product(Scratch::widens ? std::min(kPanel, N) * N : 0);
-  accumulate_gram(emulator::Launch{setting.seed}, Multiply{setting.group}, Rows<In>{rows.data(), N + setting.pad, T, N},
-                  Scratch{partial.data(), product.data()}, sums.data(), column_sums.data());
+  accumulate_gram(emulator::Launch{setting.seed}, Multiply{setting.group, setting.extra_bits},
+                  Rows<In>{rows.data(), N + setting.pad, T, N}, Scratch{partial.data(), product.data()}, sums.data(),
+                  column_sums.data());
   sums.check();
   column_sums.check();
   partial.check();

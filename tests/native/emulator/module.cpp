@@ -19,21 +19,22 @@ Dtype dtype_of(const py::array& x, bool bf16) {
 }
 
 std::array<double, 3> cosine(const py::array& x, const py::array& y, bool bf16, i64 pad, i64 shift, unsigned seed) {
-  return drivers::cosine(dtype_of(x, bf16), x.data(), y.data(), x.shape(0), x.shape(1), {pad, shift, seed, 0});
+  return drivers::cosine(dtype_of(x, bf16), x.data(), y.data(), x.shape(0), x.shape(1), {pad, shift, seed, 0, 0});
 }
 
-void gram(py::array gram, py::array mean, const py::array& x, i64 group, bool bf16, i64 pad, i64 shift, unsigned seed) {
+void gram(py::array gram, py::array mean, const py::array& x, i64 group, int extra_bits, bool bf16, i64 pad, i64 shift,
+          unsigned seed) {
   drivers::gram(dtype_of(x, bf16), x.data(), x.shape(0), x.shape(1), gram.itemsize() == 8, gram.mutable_data(),
-                mean.mutable_data(), {pad, shift, seed, group});
+                mean.mutable_data(), {pad, shift, seed, group, extra_bits});
 }
 
 i64 scan(const py::array& a, bool upper, i64 shift, unsigned seed) {
-  return drivers::scan(a.itemsize() == 8, a.data(), a.shape(0), a.shape(2), a.shape(1), upper, {0, shift, seed, 0});
+  return drivers::scan(a.itemsize() == 8, a.data(), a.shape(0), a.shape(2), a.shape(1), upper, {0, shift, seed, 0, 0});
 }
 
 void transpose(const py::array& source, py::array target, i64 shift, unsigned seed) {
   drivers::transpose(source.itemsize() == 8, source.data(), source.shape(0), target.mutable_data(),
-                     {0, shift, seed, 0});
+                     {0, shift, seed, 0, 0});
 }
 
 std::pair<std::vector<i64>, double> topk(std::vector<double> value, std::vector<i64> cost, std::vector<i64> dense_cost,
@@ -54,7 +55,7 @@ PYBIND11_MODULE(emulated, m) {
   };
   std::apply([&](const auto&... a) { m.def("cosine", &cosine, a...); }, layout(py::arg("x"), py::arg("y")));
   std::apply([&](const auto&... a) { m.def("gram", &gram, a...); },
-             layout(py::arg("gram"), py::arg("mean"), py::arg("x"), py::arg("group") = 0));
+             layout(py::arg("gram"), py::arg("mean"), py::arg("x"), py::arg("group") = 0, py::arg("extra_bits") = 0));
   m.def("scan", &scan, py::arg("a"), py::arg("upper"), py::kw_only(), py::arg("shift") = 0, py::arg("seed") = 0);
   m.def("transpose", &transpose, py::arg("source"), py::arg("target"), py::kw_only(), py::arg("shift") = 0,
         py::arg("seed") = 0);
