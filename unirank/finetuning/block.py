@@ -76,7 +76,7 @@ class Block:
         errors = []
         for look in looks:
             total, tokens = 0.0, 0
-            for calls, x, aim in zip(look.group.own_calls, look.group.own.batches, look.aims, strict=True):
+            for calls, x, aim in zip(look.group.own_calls, look.group.own.entering(), look.aims, strict=True):
                 count = aim.weight.numel()
                 total += count * float(aim.error(calls[self._index].run(self._layer, x)))
                 tokens += count
@@ -117,7 +117,7 @@ class Block:
                 for position in torch.randperm(len(aims), generator=generator).tolist():
                     optimizer.param_groups[0]["lr"] = settings.lr * _rate(done, steps, settings.warmup)
                     call = group.own_calls[position][self._index]
-                    self._step(call, group.own.batches[position], aims[position], parameters, optimizer, done)
+                    self._step(call, group.own.at(position), aims[position], parameters, optimizer, done)
                     done += 1
                     step(done)
                 self.put(self._masters)

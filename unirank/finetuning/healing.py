@@ -30,7 +30,7 @@ from unirank.errors import InputError, UnirankError
 from unirank.finetuning.adapters import adapted
 from unirank.finetuning.block import Block, Healed, Look
 from unirank.finetuning.distilling import distill
-from unirank.finetuning.healing_streams import Group, read_streams, start, write_streams
+from unirank.finetuning.healing_streams import Group, place_for, read_streams, start, write_streams
 from unirank.finetuning.healing_text import Drawn, draw
 from unirank.finetuning.output_metric import OutputMetric
 from unirank.finetuning.settings import Heal
@@ -66,7 +66,7 @@ def heal(
     All parameters of a layer (factors, biases, norms, matrices that stayed dense) are trained so that its output, on
     the stream that really enters it, comes close to what the dense layer makes. Memory holds one dense layer and one
     compressed layer with its float32 copy and two moments of AdamW, beside the hidden states; where the models are
-    streamed, these are in mapped files of `work`.
+    streamed, or memory is short, these are in mapped files of `work`, and beside a GPU in the host's memory first.
 
     Args:
         compressed: a checkpoint of ours, or such a model in memory or opened with `stream`, which is changed in place.
@@ -163,7 +163,6 @@ class _Run:
         self._metric = metric
         self._seed, self._count = calibration.seed, len(layers_of(own))
         self._bf16 = _computes_in_bf16(settings, own.device)
-        self._folder = None if dense.pages is None and own.pages is None else work
         self._batch = settings.batch
         self._windows = {_TRAIN: drawn.train} | {f"look{i}": windows for i, windows in enumerate(drawn.looks)}
         self._steps = settings.passes * -(-len(drawn.train) // settings.batch)  # of a layer
@@ -175,7 +174,9 @@ class _Run:
         first = len(healed)
         self._tell(first)
         if first < self._count:
-            groups = start(self._dense, self._own, self._windows, batch=self._batch, folder=self._folder)
+            streamed = self._dense.pages is not None or self._own.pages is not None
+            place = place_for(self._dense, self._windows, self._work, streamed=streamed)
+            groups = start(self._dense, self._own, self._windows, batch=self._batch, place=place)
             for index in range(self._enter(first, groups), self._count):
                 if index < first:  # only reached where the streams were lost
                     self._pass(index, groups)
@@ -243,7 +244,7 @@ class _Run:
             metric = None
             if self._metric is not None:
                 train = groups[_TRAIN]
-                metric = self._metric.of(layer, index, train.calls[0][index], train.dense.batches[0])
+                metric = self._metric.of(layer, index, train.calls[0][index], train.dense.at(0))
             aims = {name: group.aims(layer, index, self._settings.mix, metric) for name, group in groups.items()}
         looks = [Look(group, aims[name]) for name, group in groups.items() if name != _TRAIN]
         with self._own.resident(index):

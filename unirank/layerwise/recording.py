@@ -63,11 +63,13 @@ class Streams:
 
     def put(self, position: int, hidden: torch.Tensor) -> None:
         """`hidden` takes the place of the batch at `position`, or is added behind the last one."""
+        self.batches[position : position + 1] = [self.away(hidden)]
+
+    def away(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` as it is kept: itself, or a copy in a mapped file or in page-locked memory."""
         if self.host is not None:
-            kept = self.host.keep(hidden)
-        else:
-            kept = hidden if self.folder is None else mapped_copy(self.folder, hidden)
-        self.batches[position : position + 1] = [kept]
+            return self.host.keep(hidden)
+        return hidden if self.folder is None else mapped_copy(self.folder, hidden)
 
     def entering(self) -> Iterator[torch.Tensor]:
         """Each batch on the probe's device. The one that was given may be put into while the next one comes."""
@@ -78,6 +80,10 @@ class Streams:
             ready = self._fetch(position + 1) if position + 1 < len(self.batches) else None
             yield hidden
             del hidden  # else it lives as long as the next one
+
+    def at(self, position: int) -> torch.Tensor:
+        """The batch at `position`, on the probe's device."""
+        return self._fetch(position)()
 
     def _fetch(self, position: int) -> Callable[[], torch.Tensor]:
         """Begin to bring the batch at `position`; call the result for it."""
