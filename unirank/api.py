@@ -213,6 +213,7 @@ def dry_run(
     scheme: str | None = None,
     calibration: Calibration | str | Path | None = None,
     remove: float | None = None,
+    keep_hidden: bool | None = None,
     dtype: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -228,7 +229,7 @@ def dry_run(
         remove: where a checkpoint will be written, the fraction removed.
         stream: whether the run will stream.
 
-    `preset`, `scheme`, `calibration` and what loads the model are as in `analyze`.
+    `preset`, `scheme`, `calibration`, `keep_hidden` and what loads the model are as in `analyze`.
 
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
@@ -238,7 +239,7 @@ def dry_run(
     asked = with_gradients(calibration_of(calibration), chosen)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "stream": True}
     loaded = loaded_from(model, None, dtype=dtype, device=device, **options)
-    more: dict[str, Any] = {"remove": remove, "progress": told(progress)}
+    more: dict[str, Any] = {"remove": remove, "keep_hidden": keep_hidden, "progress": told(progress)}
     return needs.dry_run(loaded, Path(place), scheme=chosen.scheme, calibration=asked, stream=stream, **more)
 
 

@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unirank
 from tests.support.command_line import Run
+from tests.support.pretend import pretend_gpu
 from unirank import InputError
 from unirank.analysis import needs as module
 from unirank.analysis.needs import Needs, dry_run
+from unirank.analysis.overlap import THREADS, Shares, needs_of_decomposition
 
 GIB = 2**30
 ROOMY = Needs(10.0, 2 * GIB, 2 * GIB, GIB, GIB, 4 * GIB, 4 * GIB, 3, "cpu")
@@ -135,3 +139,21 @@ def test_streamed_commands_give_the_same_checkpoint(
     assert whole.keys() == streamed.keys()
     for name in ("rank_plan.json", "provenance.json", "README.md"):
         assert whole[name] == streamed[name]
+
+
+def test_a_gpu_counts_what_runs_beside_and_no_hidden_states_on_the_disk(
+    model_dir: Path, calibration: unirank.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decomposition beside the calibration takes memory and saves time; hidden states are written only if asked."""
+    hidden = calibration.windows * calibration.window * 32 * 4
+    with pretend_gpu(), sdpa_kernel(SDPBackend.MATH):
+        loaded = unirank.load(model_dir, device="cuda", stream=True)
+        found = dry_run(loaded, tmp_path, calibration=calibration)
+        kept = dry_run(loaded, tmp_path, calibration=calibration, keep_hidden=True)
+        monkeypatch.setattr("unirank.analysis.needs.shares_of", lambda *_: Shares(False, 0))
+        in_turns = dry_run(loaded, tmp_path, calibration=calibration)
+    assert kept.disk - found.disk == pytest.approx(2 * hidden, rel=0.05)
+    largest, held = needs_of_decomposition(loaded.linears, torch.float64)
+    weights = 4 * sum(spec.params for spec in loaded.linears if spec.layer == 0)
+    assert found.whole_memory - in_turns.whole_memory == held + THREADS * largest
+    assert found.stream_memory - in_turns.stream_memory == held + THREADS * largest + weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from unirank import looks
 from unirank.analysis.calibration import (
+    PRECISIONS,
     Calibration,
     calibration_of,
     checked_windows,
@@ -24,6 +26,7 @@ from unirank.analysis.calibration import (
 )
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.identity import Identity, make_identity
+from unirank.analysis.overlap import THREADS, needs_of_decomposition, shares_of
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.analysis.scheme.base import Scheme
 from unirank.analysis.store import create_or_resume
@@ -34,7 +37,8 @@ from unirank.layerwise.recording import Recording, Streams, record
 from unirank.layerwise.statistics import calibrate_layer
 from unirank.models.shards import SHARD_BYTES
 from unirank.progress import OnProgress, Stopwatch, gib, silent
-from unirank.types import LoadedModel
+from unirank.queues import has_queues
+from unirank.types import LinearSpec, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def dry_run(
     calibration: Calibration | str | Path | None = None,
     stream: bool = False,
     remove: float | None = None,
+    keep_hidden: bool | None = None,
     progress: OnProgress = silent,
 ) -> Needs:
     """Do the work of one batch on the first layer, and scale it to the whole analysis.
@@ -109,6 +114,7 @@ def dry_run(
         place: where the store will be; the nearest directory that exists is written to, and left as it was.
         stream: whether the run will stream.
         remove: where a checkpoint will be written, the fraction removed.
+        keep_hidden: as in `analyze`.
 
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
@@ -121,8 +127,9 @@ def dry_run(
     for note in notes:
         warn(note)
     identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256="estimate")
+    keep = not has_queues(loaded.device) if keep_hidden is None else keep_hidden
     one = _work_on_first_layer(
-        loaded, windows[: calibration.batch], chosen, identity, backward > 0, _existing(place), progress
+        loaded, windows[: calibration.batch], chosen, identity, backward > 0, keep, _existing(place), progress
     )
     batches = max(1.0, len(windows) / calibration.batch)
     share = backward / len(windows)
@@ -132,19 +139,33 @@ def dry_run(
     element = next(loaded.model.parameters()).element_size()
     others = sum(parameter.numel() for parameter in loaded.model.parameters()) - params
 
+    # Beside the one batch: the others, as they are and as the writer holds them, and how their layers are called.
+    held = batches * one.stream_bytes * (2 if keep else 1)
+    copies = (2 if keep else 1) if not has_queues(one.device) or held <= _available(one.device) // 4 else 0
+    streamed = one.peak + (batches - 1) * (copies * one.stream_bytes + one.call_bytes)
+    whole = streamed + (scale - 1) * sum(spec.params for spec in first) * element
+    if not has_queues(one.device):  # else it is the host's memory that is read ahead into
+        streamed += sum(spec.params for spec in first) * element
+    beside = 0
+    if has_queues(one.device):
+        left = _available(one.device) - int(streamed if stream else whole)
+        beside = _beside(left, loaded.linears, PRECISIONS[calibration.precision])
+        if beside:  # and the weights of a streamed layer stay behind it
+            streamed += beside + sum(spec.params for spec in first) * element
+            whole += beside
+
     layer = one.read + batches * one.calibrate + one.decompose
+    if beside:
+        layer = one.read + max(batches * one.calibrate, one.decompose)
     # A layer is written while the next one is calibrated.
     seconds = batches * one.record + scale * max(layer, one.write)
     seconds += (
         scale * batches * share * (one.forward + one.backward + 2 * one.write_stream) + share * batches * one.head
     )
-    disk = scale * one.layer_bytes + 2 * batches * one.stream_bytes
+    disk = scale * one.layer_bytes + (2 * batches * one.stream_bytes if keep else 0)
     if backward:
         disk += scale * sum(4 * (spec.m**2 + spec.params) for spec in first)
-        disk += (scale + 1) * batches * share * one.stream_bytes
-    # Beside the one batch: the others, as they are and as the writer holds them, and how their layers are called.
-    streamed = one.peak + (batches - 1) * (2 * one.stream_bytes + one.call_bytes)
-    whole = streamed + (scale - 1) * sum(spec.params for spec in first) * element
+        disk += (scale + 1) * batches * share * one.stream_bytes if keep else 0
     if remove is not None:
         out = ((1 - remove) * params + others) * element
         disk += out
@@ -161,6 +182,13 @@ def dry_run(
         layers=loaded.layer_count,
         device=str(one.device),
     )
+
+
+def _beside(free: int, linears: Sequence[LinearSpec], work: torch.dtype) -> int:
+    """Bytes of a decomposition beside the calibration of the next layer, of `free` ones of a GPU; 0 without room."""
+    shares = shares_of(max(0, free), linears, work)
+    largest, held = needs_of_decomposition(linears, work)
+    return min(shares.room, THREADS * largest) + held if shares.beside else 0
 
 
 @dataclass
@@ -190,6 +218,7 @@ def _work_on_first_layer(
     scheme: Scheme,
     identity: Identity,
     backward: bool,
+    keep: bool,
     place: Path,
     progress: OnProgress,
 ) -> _Work:
@@ -235,7 +264,8 @@ def _work_on_first_layer(
                 work.head = clock.lap()
         progress(stage, 2, steps)
         clock.lap()
-        factors = decompose_layer(loaded, stats, scheme, gradients)
+        work_dtype = PRECISIONS[identity.calibration.precision or "float64"]
+        factors = decompose_layer(loaded, stats, scheme, gradients, work=work_dtype)
         work.decompose = clock.lap()
         progress(stage, 3, steps)
         store = create_or_resume(scratch / "store", identity, loaded.linears)
@@ -243,7 +273,7 @@ def _work_on_first_layer(
         store.write_scratch("forward", 0, streams.batches)
         work.write_stream = clock.lap()
         progress(stage, 4, steps)
-        store.write_layer(0, factors, stats.cosines, moving)
+        store.write_layer(0, factors, stats.cosines, moving if keep else None)
         work.write = clock.lap()
         work.layer_bytes = store.layer_file(0).stat().st_size
     progress(stage, steps, steps)

@@ -98,13 +98,11 @@ def analyze_command(
         )
         asked: dict[str, Any] = {"preset": preset, "scheme": scheme, "calibration": calibration, "stream": stream}
         asked |= {"dtype": dtype, "device": device, "revision": model_revision, "trust_remote_code": trust_remote_code}
-        asked["progress"] = session.progress
+        asked |= {"keep_hidden": keep_hidden, "progress": session.progress}
         if dry_run:
             _show_needs(session, unirank.dry_run(model, out, **asked))
             return
-        store = unirank.analyze(
-            model, out, gradients_from=gradients_from, keep_hidden=keep_hidden, overwrite=overwrite, **asked
-        )
+        store = unirank.analyze(model, out, gradients_from=gradients_from, overwrite=overwrite, **asked)
         record = {
             "store": str(out),
             "layers": store.layer_count,
