@@ -92,7 +92,7 @@ def pretend_gpu(*, free: int = FREE, bf16: bool = True, compositions: bool = Fal
     """
     if torch.cuda.is_available():
         torch.cuda.init()  # what stands for it below would leave it half done
-    # Dynamo keeps tables of torch's functions, made when it is first imported: not with those that stand here for a while.
+    # Dynamo keeps tables of torch's functions, made when it is first imported: not with those that stand here.
     importlib.import_module("torch._dynamo")
     journal = Journal()
     plain_run: Callable[[threading.Thread], None] = threading.Thread.run
@@ -116,8 +116,9 @@ def pretend_gpu(*, free: int = FREE, bf16: bool = True, compositions: bool = Fal
         stack.enter_context(
             mock.patch.object(State, "compositions", {f"unirank::{n}": getattr(reference, n) for n in names})
         )
+        # A parameter that moves keeps its object, as on a real device: what is tied stays tied.
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
+        torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(_in_this_thread())
         yield journal
-
-
-__all__ = ["PretendTensor", "pretend_gpu"]

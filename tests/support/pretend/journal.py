@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 class Entry:
     """One thing that happened.
 
-    `kind` is "to device", "to host" (a copy), "read" (a number that the host waits for), "pinned", or the name of a call
-    of a stream or an event, such as "wait_event"; `where` is the place in unirank, "FILE:LINE", or "" outside of it.
+    `kind` is "to device", "to host" (a copy), "read" (a number that the host waits for), "pinned", or the name of a
+    call of a stream or an event, such as "wait_event"; `where` is the place in unirank, "FILE:LINE", or "".
     """
 
     kind: str

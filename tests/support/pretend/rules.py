@@ -1,8 +1,8 @@
 """Which tensors may meet in one op, as torch rules on a real GPU; everything else is a RuntimeError.
 
 A CPU tensor without dimensions may be an operand of elementwise ops, but not their result, and not a part of `cat` and
-`stack`. CPU indices may index a tensor of the GPU. `copy_` goes between devices. A generator belongs to the device of the
-numbers it draws.
+`stack`. CPU indices may index a tensor of the GPU. `copy_` goes between devices. A generator belongs to the device of
+the numbers it draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Between devices by definition.
-_CARRIES = {"aten::copy_", "aten::_to_copy", "aten::_foreach_copy_", "aten::set_data"}
+_CARRIES = {"aten::copy_", "aten::_to_copy", "aten::_foreach_copy_"}
 # The first argument and the values must be of one device; indices of a CPU are taken along.
 _INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # No scalar of the CPU may stand among these: they are not elementwise.

@@ -1,7 +1,8 @@
-"""What stands for `torch.cuda` while there is a pretend GPU: its figures, streams that record, memory that is counted."""
+"""What stands for `torch.cuda` while there is a pretend GPU: its figures, and streams and events that are recorded."""
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,8 +112,6 @@ def replacements(journal: Journal, *, free: int = FREE, bf16: bool = True) -> di
         free: bytes that `mem_get_info` says are free, of 80 GiB.
         bf16: what `is_bf16_supported` says.
     """
-    import threading
-
     local = threading.local()
     default = PretendStream(journal, default=True)
 

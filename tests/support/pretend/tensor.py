@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # private by name only: what torch's own pages on tensor subclasses use
+from torch.utils import _pytree as pytree  # private, but what torch's pages on tensor subclasses use
 
 from tests.support.pretend.journal import Journal
 from tests.support.pretend.rules import check_devices, check_generator
 
 DEVICE = torch.device("cuda", 0)
-# What C++ takes for the device: autograd runs a graph of CUDA tensors in threads and streams that need a driver, and one of
-# the meta device in the thread that asks. A number tells it from the meta device that is meant.
+# What C++ takes for the device: autograd runs a graph of CUDA tensors in threads and streams that need a driver, and
+# one of the meta device in the thread that asks. A number tells it from the meta device that is meant.
 _CARRIER = torch.device("meta", 0)
 
 
 class State:
-    """What the ops note, while there is a pretend GPU; tensors may outlive it."""
+    """What holds for ops while there is a pretend GPU; tensors may outlive it.
+
+    Attributes:
+        compositions: what runs in the place of an op, by its name.
+        pinned: storages of page-locked memory, by address.
+    """
 
     journal: Journal | None = None
-    compositions: dict[str, Any] = {}  # noqa: RUF012
-    pinned: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+    compositions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    pinned: ClassVar[weakref.WeakValueDictionary[int, torch.UntypedStorage]] = weakref.WeakValueDictionary()
 
 
 class PretendTensor(Tensor):
@@ -63,15 +69,6 @@ class PretendTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
-
-    # With these two, `Module.to` swaps a parameter's content and keeps the object, as it does for a real device: weights
-    # that are tied stay tied.
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["raw"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> PretendTensor:
-        return PretendTensor(inner["raw"])
 
     def __repr__(self, **_: Any) -> str:
         return f"PretendTensor({list(self.shape)}, {self.dtype})"
@@ -217,7 +214,7 @@ def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return _pinned(made) if wanted else made
 
 
-# No memory of the GPU is pinned; a GPU has none of the CPU's attention kernels, and `math` (0) is the one that both have.
+# No memory of the GPU is pinned; a GPU has none of the CPU's attention kernels, and both have `math` (0).
 _FIXED = {"aten::is_pinned": False, "aten::_fused_sdp_choice": 0}
 # Ops between host tensors that are other than the CPU's own while there is a GPU: pinned memory.
 _HOST = {
