@@ -23,7 +23,7 @@ def parity(probe: Probe) -> None:
         place = folder / name.replace(" ", "-")
         place.mkdir()
         bench = Bench(probe.at, place, tokenizer, text)
-        probe.attempt(f"parity {name}", lambda name=name, bench=bench: CHECKS[name](bench))
+        probe.attempt(name, lambda name=name, bench=bench: CHECKS[name](bench))
 
 
 def words(folder: Path, known: list[str], count: int) -> tuple[Path, PreTrainedTokenizerFast]:
