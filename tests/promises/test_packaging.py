@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.wheel import ROOT, away_from_source, build_wheel
+from tests.support.wheel import ROOT, away_from_source, build_wheel, delivered
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -94,3 +95,16 @@ def test_the_lock_covers_what_development_installs() -> None:
         if name != "torch":  # installed first and by name
             assert any(requirement.specifier.contains(version) for version in pins.get(name, [])), requirement
     assert "torch" not in pins
+
+
+def test_the_source_has_what_a_build_needs_and_no_more(tmp_path: Path) -> None:
+    source = delivered(tmp_path / "source")
+    code = f"from scikit_build_core.build import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = [source / name for name in ("unirank", "csrc", "cmake")]
+    needed = {str(f.relative_to(source)) for folder in folders for f in folder.rglob("*") if f.is_file()}
+    assert needed | {"pyproject.toml", "CMakeLists.txt", "LICENSE"} <= names
+    assert names - needed == {"pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "CHANGELOG.md", "PKG-INFO"}

@@ -12,14 +12,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def build_wheel(folder: Path, **environment: str) -> Path:
-    """As `make wheel` does it, of the CPU's kernels alone; `folder` is for it to use."""
-    source = folder / "source"
+def delivered(source: Path) -> Path:
+    """A copy, at `source`, of what git would deliver and a build looks at."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in filter(None, tracked.decode().split("\0")):
         if name.startswith(("unirank/", "csrc/", "cmake/")) or "/" not in name:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """As `make wheel` does it, of the CPU's kernels alone; `folder` is for it to use."""
+    source = delivered(folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
