@@ -29,9 +29,9 @@ constexpr int kTurnSide = 32, kTurnRows = 8;
 
 // target[i, j] = source[j, i] of [n, n] matrices. A tile is turned in shared memory, whose rows are one element longer
 // than a warp, so that a column lies in 32 different banks. Grid: tiles, tiles; block: 32 by 8.
-// registers: turn_square <= 32
+// registers: turn_square <= 64
 template <typename T>
-__global__ void __launch_bounds__(kTurnSide* kTurnRows)
+__global__ void __launch_bounds__(kTurnSide* kTurnRows, 4)
     turn_square(const T* __restrict__ source, i64 n, T* __restrict__ target) {
   UNIRANK_SHARED(T, tile, kTurnSide * (kTurnSide + 1));
   const i64 i0 = static_cast<i64>(blockIdx.y) * kTurnSide, j0 = static_cast<i64>(blockIdx.x) * kTurnSide;
