@@ -94,10 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             checked = judged(check, device)
             shape = f"{name}: {len(p[0])} components, {kind}{', pivoted' if pivoted else ''}"
-            pair = (
-                lambda p=p, budget=budget, pivoted=pivoted: ops.global_topk(*p, budget, 0, 1, pivoted),
-                lambda p=p, budget=budget, pivoted=pivoted: reference.global_topk(*p, budget, 0, 1, pivoted),
-            )
+
+            def ours(p: Problem = p, budget: int = budget, pivoted: bool = pivoted) -> object:
+                return ops.global_topk(*p, budget, 0, 1, pivoted)
+
+            def twin(p: Problem = p, budget: int = budget, pivoted: bool = pivoted) -> object:
+                return reference.global_topk(*p, budget, 0, 1, pivoted)
+
+            pair = (ours, twin)
             times = compare(*pair, arguments.repeats if kind == "random" else 3, device)
             size, floor = 8 * len(p[0]), gpu_floor(topk_work(len(p[0])), device)
             more = {"read_bytes": size, "floor": floor} | checked

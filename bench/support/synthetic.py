@@ -29,7 +29,9 @@ def llama(*, hidden: int, layers: int, heads: int = 4, device: torch.device | No
         eos_token_id=1,
         pad_token_id=1,
     )
-    model = LlamaForCausalLM(config).to(device or "cpu")
+    model = LlamaForCausalLM(config)
+    if device is not None:
+        model.to(device)  # pyright: ignore[reportArgumentType]
     return unirank.describe(model.eval(), tokenizer(), source=f"random Llama {hidden} x {layers}")
 
 
