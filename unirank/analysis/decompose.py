@@ -9,7 +9,7 @@ import torch
 from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
 from unirank.distributed import owners, rank, send_to_zero, size
 from unirank.errors import NonFiniteError, UnirankError
-from unirank.models.structure import weight_of
+from unirank.models.targets import target_weight
 from unirank.types import Factors, Gradient, LayerStats, LinearSpec, LoadedModel
 
 # Bytes of float64 work that a CPU does at once. (choice: a few small layers' worth, and one matrix of a large one)
@@ -25,7 +25,7 @@ def decompose_layer(
     *,
     full: bool = True,
 ) -> dict[str, Factors]:
-    """Factors of every linear of layer `stats.layer`, rounded to the dtype of the model's weights.
+    """Factors of every linear of layer `stats.layer` that `stats` tells of, rounded to the dtype of the model's weights.
 
     Up to K, or without `full` up to ceil(r*), as a store of an older format that is gone on with has them.
     With `gradients` (by linear), each component also gets its curvature and its slope, whatever the scheme. Of several
@@ -36,11 +36,11 @@ def decompose_layer(
         NonFiniteError: a factor or an energy is NaN or infinity (or does not fit the dtype); names the linear.
     """
     problems = []
-    members = [spec for spec in loaded.linears if spec.layer == stats.layer]
+    members = [spec for spec in loaded.linears if spec.layer == stats.layer and spec.name in stats.input_of]
     owner_of = owners([float(spec.params) * spec.k for spec in members])
     for spec, owner in zip(members, owner_of, strict=True):
         if owner == rank():
-            weight = weight_of(loaded.model.get_submodule(spec.name))
+            weight = target_weight(loaded.model, spec)
             moment = stats.moments[stats.input_of[spec.name]] if stats.moments else None
             gradient = gradients[spec.name] if gradients else None
             problems.append(Problem(spec.name, weight, moment, spec.k if full else spec.max_rank, gradient))
@@ -51,7 +51,7 @@ def decompose_layer(
         except (RuntimeError, ValueError) as error:
             raise UnirankError(f"The decomposition of {loaded.layers}.{stats.layer} failed: {error}") from error
         results |= {problem.name: _rounded(problem, found) for problem, found in zip(part, solved, strict=True)}
-    return _gathered(results, members, owner_of, weight_of(loaded.model.get_submodule(members[0].name)))
+    return _gathered(results, members, owner_of, target_weight(loaded.model, members[0]))
 
 
 def _parts(problems: Sequence[Problem]) -> Iterator[list[Problem]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,10 +30,10 @@ from unirank.analysis.store import MANIFEST, AnalysisStore, create_or_resume, op
 from unirank.disk.files import check_output, locked
 from unirank.distributed import barrier, from_zero, process_group, rank, share, size
 from unirank.errors import InputError, StoreError, warn
-from unirank.layerwise.recording import Streams, record
-from unirank.layerwise.statistics import calibrate_layer
+from unirank.layerwise.recording import Recording, Streams, record
+from unirank.layerwise.statistics import calibrate_layer, calibrate_parts
 from unirank.progress import OnProgress, silent
-from unirank.types import LoadedModel
+from unirank.types import ExpertSpec, LayerStats, LoadedModel
 
 
 def fill_store(
@@ -73,6 +75,8 @@ def fill_store(
     # A store that is gone on with keeps its clip, also one from before there was any.
     calibration = with_clip(asked, begun, source)
     backward = gradient_windows(calibration, chosen)
+    if backward:
+        loaded.require_no_experts("A backward pass")
     texts = texts_of(loaded, calibration)
     windows, notes = checked_windows(loaded, texts, calibration, moments=chosen.needs_moment)
     weights = weights_hash(loaded)
@@ -169,22 +173,36 @@ def _fill(
         for layer in range(first if resumed else 0, count):
             moments = layer >= first and (chosen.needs_moment or backward > 0)
             with loaded.resident(layer):
-                stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
                 if layer < first:
+                    calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
                     continue
                 gradients = store.gradients(layer, device) if backward else None
-                factors = decompose_layer(loaded, stats, chosen, gradients, full=store.full)
+                factors, cosines, shares = {}, {}, {}
+                for stats in _calibrated(loaded, layer, recording, streams, moments=moments, **collected):
+                    factors |= decompose_layer(loaded, stats, chosen, gradients, full=store.full)
+                    cosines, shares = stats.cosines, stats.shares
+                    del stats  # a part's are as much as the next one's
             if writing is not None:
                 writing.result()
                 progress(stage, layer, count)
             if rank() == 0:
                 # Calibration goes on with the list.
                 entering = Streams(list(streams.batches), streams.probe) if size() == 1 else None
-                writing = disk.submit(store.write_layer, layer, factors, stats.cosines, entering)
-            del stats, factors  # a layer's are as much as the next layer's work needs
+                writing = disk.submit(store.write_layer, layer, factors, cosines, entering, shares)
+            del factors  # a layer's are as much as the next layer's work needs
         if writing is not None:
             writing.result()
             progress(stage, count, count)
+
+
+def _calibrated(
+    loaded: LoadedModel, layer: int, recording: Recording, streams: Streams, **options: Any
+) -> Iterator[LayerStats]:
+    """What calibration sees of one layer; in parts where it holds many experts."""
+    if any(isinstance(spec, ExpertSpec) and spec.layer == layer for spec in loaded.linears):
+        yield from calibrate_parts(loaded, layer, recording, streams, **options)
+    else:
+        yield calibrate_layer(loaded, layer, recording, streams, **options)
 
 
 def _hidden_bytes(loaded: LoadedModel, windows: torch.Tensor) -> int:

@@ -100,7 +100,7 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int, folder: Pa
     calls: list[list[LayerCall]] = []
     start = Streams([], torch.empty(0), folder)
     tails: list[tuple[None, ...] | None] = []  # one, once it is known
-    weights = {spec.name: loaded.model.get_submodule(spec.name).weight for spec in loaded.linears}
+    weights = {spec.name: spec.stored_in(loaded.model) for spec in loaded.linears}
     versions = {name: _version(weight) for name, weight in weights.items()}
     disorder = f"{model} does not call every layer of {loaded.layers} once, in order, for a batch of tokens."
 

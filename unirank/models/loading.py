@@ -15,12 +15,14 @@ from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
 from unirank.models.companions import companions_in_memory, companions_of
 from unirank.models.embeddings import embedding_rows
 from unirank.models.folder import RESAVE
+from unirank.models.idle import without_idle
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.low_rank_experts import LowRankExperts
 from unirank.models.quantizer import METHOD
 from unirank.models.sources import Source, find_source, skeleton_of
 from unirank.models.streamed import Pages, page_map, take_pages
 from unirank.models.structure import find_linears, refuse_experts
-from unirank.models.wrappers import check_linear, refuse_additions, refuse_foreign, shortened, unwrapped
+from unirank.models.wrappers import check_target, refuse_additions, refuse_foreign, shortened, unwrapped
 from unirank.types import LoadedModel, Paging
 
 
@@ -201,7 +203,7 @@ def _describe(
     """As `describe`; `stored` is the dtype in the checkpoint, where another one was asked for."""
     model.eval()
     refuse_experts(model, model.config)
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, LowRankLinear | LowRankExperts) for module in model.modules()):
         raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
     _refuse_converted(model.config, source)
     refuse_foreign(model, paged=pages is not None)
@@ -211,8 +213,9 @@ def _describe(
         )
     _check_width(model)
     layers, linears = find_linears(model)
+    linears = without_idle(model, layers, linears, paged=pages is not None)
     for spec in linears:
-        check_linear(spec.name, model.get_submodule(spec.name))
+        check_target(model, spec)
     embedding_rows(model)  # which tokens have one is asked of the texts: a tokenizer may have more than occur
     loaded = LoadedModel(model, tokenizer, layers, linears, source or str(model.config.name_or_path), pages)
     for name, tensor in loaded.state():

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
-from unirank.types import SUBLAYERS, LinearSpec
+from unirank.models.experts import count_of, experts_in, is_experts, specs_of
+from unirank.types import BLOCK, SUBLAYERS, ExpertSpec, LinearSpec, Sublayer
 
 # Config keys by which transformers' mixture-of-experts models give their number of experts.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -21,13 +22,14 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
     """Path of the decoder's layer list, and every linear inside its layers, by structure.
 
-    The layers are the outermost ModuleList with the most linear weights. Inside a layer, the linears fall into two
-    groups by the child module that holds them (linears that hang on the layer itself form a group of their own, as
-    in OPT); the first group is the attention sublayer, the second the MLP. Calibration checks that they run in that
-    order.
+    The layers are the outermost ModuleList with the most linear weights. Inside a layer, the linears fall into groups
+    by the child module that holds them (linears that hang on the layer itself form a group of their own, as in OPT),
+    which are its sublayers: how they stand to each other and to the residual stream is read from a run (see
+    `layerwise.trace`). Of two, the first is called "attention" and the second "mlp"; any other, and one with weights of
+    another kind (a convolution, state-space parameters), by its module's name. What is no linear stays whole.
 
-    Raises InputError when there is no such list, when a layer has other than two groups, when it holds experts or
-    other weights that no linear map owns, or when layers share a weight.
+    Raises InputError when there is no such list, when a layer has no linears or holds experts, or when layers share a
+    weight.
     """
     found = _layer_list(model)
     if found is None:
@@ -39,9 +41,10 @@ def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
     specs: list[LinearSpec] = []
     for index, layer in enumerate(layers):
         specs.extend(_linears_of_layer(f"{layers_path}.{index}", index, layer))
-    first: dict[int, str] = {}
+    first: dict[tuple[int, int | None], str] = {}
     for spec in specs:
-        other = first.setdefault(id(model.get_submodule(spec.name).weight), spec.name)
+        expert = spec.expert if isinstance(spec, ExpertSpec) else None
+        other = first.setdefault((id(spec.stored_in(model)), expert), spec.name)
         if other != spec.name:
             raise InputError(f"{other} and {spec.name} are one weight; unirank compresses layers that share none.")
     return layers_path, tuple(specs)
@@ -75,34 +78,42 @@ def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def _linears_of_layer(path: str, index: int, layer: nn.Module) -> Iterator[LinearSpec]:
-    for name, parameter in _other_weights(layer):
-        if parameter.dim() > 2:
-            where = f"{path}.{name}"
-            if _says_experts(name):
-                raise InputError(
-                    f"Mixture-of-experts models are not supported: {where} stacks {parameter.shape[0]} experts."
-                )
-            raise InputError(
-                f"{where} is a weight {list(parameter.shape)} that belongs to no linear map; unirank compresses "
-                "layers whose matrices are those of nn.Linear or Conv1D."
-            )
+    for name, parameter in _unknown_experts(layer):
+        raise InputError(
+            f"{path}.{name} stacks experts, {list(parameter.shape)}, and their module is not one of transformers' common "
+            "interface, so it is not known which tokens pass through which."
+        )
     for name in _lists_of_networks(layer):
         start = "Mixture-of-experts models are not supported: " if _says_experts(name) else ""
         raise InputError(
             f"{start}{path}.{name} is a list of sub-networks, of which it is not known which tokens pass through it."
         )
     groups: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, linear in _linears_in(layer):
-        groups.setdefault(name.split(".")[0] if "." in name else "", []).append((name, linear))
-    if len(groups) != len(SUBLAYERS):
-        found = ", ".join(repr(group or "the layer itself") for group in groups) or "none"
-        raise InputError(
-            f"{path} must hold its linears in two groups, attention and MLP; found {len(groups)}: {found}."
-        )
-    for sublayer, members in zip(SUBLAYERS, groups.values(), strict=True):
-        for name, linear in members:
-            m, n = weight_of(linear).shape
-            yield LinearSpec(f"{path}.{name}", index, sublayer, name, m, n)
+    for name, holder in _holders_in(layer):
+        groups.setdefault(name.split(".")[0] if "." in name else "", []).append((name, holder))
+    if not groups:
+        raise InputError(f"{path} holds no linear maps, so there is nothing in it to compress.")
+    for position, (group, members) in enumerate(groups.items()):
+        if len(groups) == len(SUBLAYERS) and not (group and holds_other_weights(layer.get_submodule(group))):
+            sublayer = SUBLAYERS[position]
+        else:
+            sublayer = _name(group)
+        for name, holder in members:
+            if is_experts(holder):
+                yield from specs_of(f"{path}.{name}", index, sublayer, name, holder)
+            else:
+                m, n = weight_of(holder).shape
+                yield LinearSpec(f"{path}.{name}", index, sublayer, name, m, n)
+
+
+def _name(group: str) -> Sublayer:
+    """What people call the sublayer that the child module `group` of a layer is; "" is the layer itself."""
+    return f"{group}_" if group == BLOCK else group or "rest"
+
+
+def holds_other_weights(module: nn.Module) -> bool:
+    """Whether it holds a convolution, or a matrix that belongs to no linear map."""
+    return any(isinstance(child, _ConvNd) for child in module.modules()) or any(True for _ in _other_weights(module))
 
 
 def _other_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -115,6 +126,31 @@ def _other_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             for name, parameter in child.named_parameters(prefix=path, recurse=False):
                 if sum(size > 1 for size in parameter.shape) > 1:
                     yield name, parameter
+
+
+def _holders_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with matrices to compress: linears but for routers, and stacked experts."""
+    routers = {id(router) for router in _routers_in(module)}
+    for name, child in module.named_modules():
+        if is_experts(child) or (isinstance(child, nn.Linear | Conv1D) and id(child) not in routers):
+            yield name, child
+
+
+def _routers_in(module: nn.Module) -> Iterator[nn.Module]:
+    """Linears beside stacked experts with an output for each expert: they decide who works, and stay whole."""
+    for path, experts in experts_in(module):
+        beside = module.get_submodule(path.rpartition(".")[0])
+        for _, linear in _linears_in(beside):
+            if weight_of(linear).shape[0] == count_of(experts):
+                yield linear
+
+
+def _unknown_experts(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Stacks in a module that calls itself one of experts, and is none that is understood."""
+    known = tuple(f"{path}." for path, _ in experts_in(module))
+    for name, parameter in _other_weights(module):
+        if parameter.dim() > 2 and _says_experts(name) and not name.startswith(known):
+            yield name, parameter
 
 
 def _lists_of_networks(module: nn.Module) -> Iterator[str]:
@@ -142,7 +178,7 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 
 
 def refuse_experts(model: nn.Module, config: PretrainedConfig) -> None:
-    """Raise InputError where `config` states several experts and the decoder layers of `model` hold them.
+    """Raise InputError where `config` states several experts and the layers of `model` hold them in an unknown way.
 
     A configuration may state experts that no layer has: Doge without `is_moe`, the first layers of DeepSeek.
     """
@@ -151,9 +187,17 @@ def refuse_experts(model: nn.Module, config: PretrainedConfig) -> None:
         return
     found = _layer_list(model)
     for layer in [model] if found is None else found[1]:
-        if any(True for _ in _other_weights(layer)) or any(True for _ in _lists_of_networks(layer)):
+        known = tuple(f"{path}." for path, _ in experts_in(layer))
+        others = [
+            name
+            for name, parameter in _other_weights(layer)
+            if not name.startswith(known) and (parameter.dim() > 2 or _says_experts(name))
+        ]
+        others += _lists_of_networks(layer)
+        if others:
             raise InputError(
-                f"Mixture-of-experts models are not supported: {stated}; unirank compresses dense decoders."
+                f"Not all mixtures of experts are supported: {stated}, and {others[0]} in its layers is not of "
+                "transformers' common interface for experts."
             )
 
 

@@ -1,0 +1,49 @@
+"""Put the ranks of a plan into a module of stacked experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from unirank.analysis.store import AnalysisStore
+from unirank.errors import NonFiniteError
+from unirank.models.low_rank import lost_output
+from unirank.models.low_rank_experts import make_low_rank_experts
+from unirank.models.targets import target_weight
+from unirank.rank_plan import RankPlan
+from unirank.types import DENSE, ExpertSpec, LoadedModel
+
+
+@torch.no_grad()
+def put_experts(loaded: LoadedModel, store: AnalysisStore, specs: Sequence[ExpertSpec], plan: RankPlan) -> None:
+    """Replace the module whose matrices are `specs`, all of one module, where the plan gives any of them a rank.
+
+    A scheme with means gives a bias to each matrix that has a rank, zeros to the others of its stack.
+
+    Raises NonFiniteError where such a bias does not fit the dtype; names the matrix.
+    """
+    cut = [spec for spec in specs if plan.ranks[spec.name] != DENSE]
+    if not cut:
+        return
+    path = cut[0].module
+    lost: dict[str, torch.Tensor] = {}
+    for spec in cut:
+        mean = store.input_mean(spec)
+        if mean is not None:
+            weight = target_weight(loaded.model, spec)
+            lost[spec.name] = lost_output(weight, *store.factors(spec, int(plan.ranks[spec.name])), mean)
+            if not lost[spec.name].isfinite().all():
+                raise NonFiniteError(f"The bias of {spec.name} is NaN or infinity in {weight.dtype}.")
+    ranks: dict[str, dict[int, int]] = {}
+    for spec in cut:
+        ranks.setdefault(spec.parameter, {})[spec.expert] = int(plan.ranks[spec.name])
+    biased = {spec.parameter for spec in cut if spec.name in lost}
+    experts = make_low_rank_experts(loaded.model, path, ranks, biased=biased, form=plan.form)
+    for spec in cut:
+        if spec.name in lost:
+            getattr(experts, f"{spec.parameter}_bias")[spec.expert] += lost[spec.name]
+    for spec in cut:
+        factors = experts.factors(spec.parameter)
+        assert factors is not None
+        factors.put(spec.expert, *store.factors(spec, int(plan.ranks[spec.name])))
