@@ -20,6 +20,7 @@ from unirank.errors import InputError
 from unirank.models.companions import write_companions
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
+from unirank.models.low_rank_experts import LowRankExperts
 from unirank.models.quantizing import floats_of, quantized_linears
 from unirank.models.shards import save_model
 from unirank.models.wrappers import refuse_foreign, unwrapped
@@ -50,8 +51,15 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: Pr
     model = unwrapped(model)
     refuse_foreign(model, done="densified", paged=pages is not None)
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    if not low_rank:
+    stacked = {name: module for name, module in model.named_modules() if isinstance(module, LowRankExperts)}
+    if not low_rank and not stacked:
         raise InputError("The model has no low-rank layers, so there is nothing to densify.")
+    for name, experts in stacked.items():
+        if experts.added_bias:
+            raise InputError(
+                f"{type(model).__name__} has no place for the biases of the experts at {name}, which the scheme or "
+                "preset added; compress with a scheme that adds none, such as whiten."
+            )
     biased = {name for name, module in low_rank.items() if module.output_bias is not None}
     config, skeleton = _skeleton(model, biased)
     for name, linear in quantized_linears(model).items():
@@ -60,7 +68,10 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: Pr
         model.set_submodule(name, floats_of(linear, model.dtype, conv=conv))
     for position, (name, module) in enumerate(low_rank.items(), start=1):
         model.set_submodule(name, _dense(name, module, isinstance(skeleton.get_submodule(name), Conv1D), pages))
-        told(progress)("densify", position, len(low_rank))
+        told(progress)("densify", position, len(low_rank) + len(stacked))
+    for position, (name, experts) in enumerate(stacked.items(), start=len(low_rank) + 1):
+        model.set_submodule(name, _dense_experts(name, experts, pages))
+        told(progress)("densify", position, len(low_rank) + len(stacked))
     for name, expected in skeleton.named_modules():
         linear = model.get_submodule(name)
         if isinstance(expected, nn.Linear) and expected.bias is not None and linear.bias is None:
@@ -111,6 +122,25 @@ def _dense(name: str, module: LowRankLinear, conv: bool, pages: Paging | None) -
             pages.put(f"{name}.bias", lambda: pages.tensor(own_bias))
     linear.bias = bias
     return linear.train(module.training)
+
+
+def _dense_experts(path: str, experts: LowRankExperts, pages: Paging | None) -> nn.Module:
+    stacks = {}
+    for name in experts.stacks:
+        factors = experts.factors(name)
+        if factors is None:
+            stacks[name] = getattr(experts, name)
+        elif pages is None or not factors.right.is_meta:
+            stacks[name] = nn.Parameter(experts.dense_stack(name))
+        else:
+
+            def read(leaf: str, name: str = name, pages: Paging = pages) -> torch.Tensor:
+                return pages.tensor(f"{path}.{name}_factors.{leaf}")
+
+            shape = experts.dense_shape(name)
+            stacks[name] = nn.Parameter(torch.empty(shape, dtype=factors.right.dtype, device="meta"))
+            pages.put(f"{path}.{name}", lambda name=name, read=read: experts.dense_stack(name, read))
+    return experts.dense_module(stacks)
 
 
 def _product(stored: Sequence[torch.Tensor], conv: bool) -> torch.Tensor:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import NonFiniteError
 from unirank.models.low_rank import lost_output
-from unirank.models.low_rank_experts import make_low_rank_experts
+from unirank.models.low_rank_experts import LowRankExperts, RaggedFactors, make_low_rank_experts
 from unirank.models.targets import target_weight
 from unirank.rank_plan import RankPlan
-from unirank.types import DENSE, ExpertSpec, LoadedModel
+from unirank.types import DENSE, ExpertSpec, LoadedModel, Paging
 
 
 @torch.no_grad()
@@ -43,7 +44,46 @@ def put_experts(loaded: LoadedModel, store: AnalysisStore, specs: Sequence[Exper
     for spec in cut:
         if spec.name in lost:
             getattr(experts, f"{spec.parameter}_bias")[spec.expert] += lost[spec.name]
-    for spec in cut:
-        factors = experts.factors(spec.parameter)
+    for name in experts.stacks:
+        factors = experts.factors(name)
+        members = [spec for spec in cut if spec.parameter == name]
+        if loaded.pages is None:
+            _fill(factors, store, members)
+        elif factors is None:
+            setattr(experts, name, nn.Parameter(getattr(experts, name).to("meta"), requires_grad=False))
+        else:
+            _leave(loaded.pages, f"{path}.{name}", experts, factors, store, members)
+
+
+def _fill(factors: RaggedFactors | None, store: AnalysisStore, specs: Sequence[ExpertSpec]) -> None:
+    for spec in specs:
         assert factors is not None
-        factors.put(spec.expert, *store.factors(spec, int(plan.ranks[spec.name])))
+        factors.put(spec.expert, *store.factors(spec, factors.ranks[spec.expert] or 0))
+
+
+def _leave(
+    pages: Paging,
+    name: str,
+    experts: LowRankExperts,
+    factors: RaggedFactors,
+    store: AnalysisStore,
+    specs: Sequence[ExpertSpec],
+) -> None:
+    """Take the tensors of a stack out of memory; they are made from the store, and dense ones of the file, when read."""
+    ranks, form, dtype, device = factors.ranks, factors.form, factors.right.dtype, factors.right.device
+    m, n, turned = factors.m, factors.n, experts.turned
+    factors.to("meta")
+    waiting: dict[str, torch.Tensor] = {}  # of one reading, until each was taken
+
+    def take(leaf: str) -> torch.Tensor:
+        if leaf not in waiting:
+            made = RaggedFactors(m, n, ranks, form=form, device=device, dtype=dtype)
+            if made.dense is not None:
+                stack = pages.tensor(name)
+                made.take_dense(stack, turned=turned)
+            _fill(made, store, specs)
+            waiting.update(made.state_dict())
+        return waiting.pop(leaf)
+
+    for leaf in factors.state_dict():
+        pages.put(f"{name}_factors.{leaf}", lambda leaf=leaf: take(leaf))

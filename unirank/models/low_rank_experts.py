@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,12 +107,29 @@ class RaggedFactors(nn.Module):
             own[name].copy_(tensor)
 
     @torch.no_grad()
+    def take_dense(self, stacked: torch.Tensor, *, turned: bool) -> None:
+        """Copy the matrices of dense experts from all experts', `[E, M, N]`, or where they are `turned` `[E, N, M]`."""
+        for expert, rank in enumerate(self.ranks):
+            if rank is None:
+                self.tensors(expert)["dense"].copy_(stacked[expert].T if turned else stacked[expert])
+
+    @torch.no_grad()
     def dense_weight(self, expert: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix `[M, N]`, computed in `dtype`."""
         own = self.tensors(expert)
         if "dense" in own:
             return own["dense"].to(dtype)
         return weight_product(own["left.weight"].to(dtype), own["right.weight"].to(dtype), own.get("place"))
+
+    def filled(self, read: Callable[[str], torch.Tensor]) -> RaggedFactors:
+        """The same with other tensors, those that `read` gives by name."""
+        found: Any = copy.copy(self)
+        parameters = {
+            name: None if own is None else nn.Parameter(read(name), requires_grad=False)
+            for name, own in self._parameters.items()
+        }
+        found.__dict__ |= {"_parameters": parameters, "_buffers": {name: read(name) for name in self._buffers}}
+        return found
 
     def extra_repr(self) -> str:
         return f"experts={len(self.ranks)}, m={self.m}, n={self.n}, ranks={self.rank} in all, form={self.form}"
@@ -154,12 +171,11 @@ class LowRankExperts(nn.Module):
         Dense matrices (None) are copied. With `add_bias`, a parameter without biases gets zeros.
         """
         stacked = getattr(self, name)
-        turned = self._code[0].is_transposed
+        turned = self.turned
         m, n = stacked.shape[:0:-1] if turned else stacked.shape[1:]
         factors = RaggedFactors(m, n, ranks, form=form, device=stacked.device, dtype=stacked.dtype)
-        for expert, rank in enumerate(ranks):
-            if rank is None and not stacked.is_meta:
-                factors.tensors(expert)["dense"].data.copy_(stacked[expert].T if turned else stacked[expert])
+        if not stacked.is_meta:
+            factors.take_dense(stacked, turned=turned)
         delattr(self, name)
         total = torch.full((1,), factors.rank, dtype=torch.int64, device=stacked.device)
         self.register_buffer(name, total)
@@ -168,6 +184,11 @@ class LowRankExperts(nn.Module):
             zeros = torch.zeros((self.count, m), device=stacked.device, dtype=stacked.dtype)
             self.register_parameter(f"{name}_bias", nn.Parameter(zeros))
             self.added_bias = (*self.added_bias, name)
+
+    @property
+    def turned(self) -> bool:
+        """Whether the dense module's parameters are `[E, N, M]`."""
+        return self._code[0].is_transposed
 
     def factors(self, name: str) -> RaggedFactors | None:
         """What stands in the place of the parameter `name`; None where it is dense."""
@@ -192,6 +213,36 @@ class LowRankExperts(nn.Module):
                 made.index_copy_(0, rows, weighted.to(dtype))
         return made.view(tokens, each, -1).sum(1).to(hidden_states.dtype)
 
+    def dense_stack(self, name: str, read: Callable[[str], torch.Tensor] | None = None) -> torch.Tensor:
+        """What the dense module has as the parameter `name`: products, computed in float32, in this module's dtype.
+
+        `read` gives the tensors of its factors by name; None takes those that are here.
+        """
+        factors = self.factors(name)
+        if factors is None:
+            return getattr(self, name).detach()
+        own = factors if read is None else factors.filled(read)
+        weights = (own.dense_weight(expert) for expert in range(self.count))
+        turned = self.turned
+        return torch.stack([(weight.T if turned else weight).to(own.right.dtype) for weight in weights])
+
+    def dense_shape(self, name: str) -> torch.Size:
+        """The shape of the dense module's parameter `name`."""
+        factors = self.factors(name)
+        if factors is None:
+            return getattr(self, name).shape
+        sides = (factors.n, factors.m) if self.turned else (factors.m, factors.n)
+        return torch.Size((self.count, *sides))
+
+    def dense_module(self, stacks: Mapping[str, nn.Parameter]) -> nn.Module:
+        """A module of the dense class with these parameters, and all else that is here."""
+        dense: Any = copy.copy(self._code[0])
+        parameters = dict(stacks) | {name: own for name, own in self._parameters.items() if name not in stacks}
+        buffers = {name: own for name, own in self._buffers.items() if name not in stacks}
+        modules = {name: own for name, own in self._modules.items() if not isinstance(own, RaggedFactors)}
+        dense.__dict__ |= {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
+        return dense.train(self.training)
+
     def run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x `[T, D]` -> `[T, D]`, by one expert."""
         code, (first, second) = self._code[0], self.stacks
@@ -202,7 +253,7 @@ class LowRankExperts(nn.Module):
         factors = self.factors(name)
         if factors is None:
             weight = getattr(self, name)[expert]
-            y = F.linear(x, weight.T if self._code[0].is_transposed else weight)
+            y = F.linear(x, weight.T if self.turned else weight)
         else:
             y = factors.product(expert, x)
         bias = expert_bias(self, name, expert)
