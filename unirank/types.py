@@ -235,8 +235,8 @@ def refuse_experts_for(what: str, linears: Iterable[LinearSpec]) -> None:
     expert = next((spec for spec in linears if isinstance(spec, ExpertSpec)), None)
     if expert is not None:
         raise InputError(
-            f"{what} is not available for mixtures of experts, whose matrices are stacked ({expert.module}); take a "
-            "scheme without gradients and an allocator that measures nothing, as preset='unirank' does."
+            f"{what} is not available for mixtures of experts, whose matrices are stacked ({expert.module}); "
+            "preset='unirank' is, and every scheme without gradients with every allocator that measures nothing."
         )
 
 

@@ -17,16 +17,18 @@ from unirank.types import DENSE, ExpertSpec, LoadedModel, Paging
 
 
 @torch.no_grad()
-def put_experts(loaded: LoadedModel, store: AnalysisStore, specs: Sequence[ExpertSpec], plan: RankPlan) -> None:
+def put_experts(loaded: LoadedModel, store: AnalysisStore, specs: Sequence[ExpertSpec], plan: RankPlan) -> int:
     """Replace the module whose matrices are `specs`, all of one module, where the plan gives any of them a rank.
 
     A scheme with means gives a bias to each matrix that has a rank, zeros to the others of its stack.
+
+    Returns how many matrices have a rank.
 
     Raises NonFiniteError where such a bias does not fit the dtype; names the matrix.
     """
     cut = [spec for spec in specs if plan.ranks[spec.name] != DENSE]
     if not cut:
-        return
+        return 0
     path = cut[0].module
     lost: dict[str, torch.Tensor] = {}
     for spec in cut:
@@ -53,6 +55,7 @@ def put_experts(loaded: LoadedModel, store: AnalysisStore, specs: Sequence[Exper
             setattr(experts, name, nn.Parameter(getattr(experts, name).to("meta"), requires_grad=False))
         else:
             _leave(loaded.pages, f"{path}.{name}", experts, factors, store, members)
+    return len(cut)
 
 
 def _fill(factors: RaggedFactors | None, store: AnalysisStore, specs: Sequence[ExpertSpec]) -> None:

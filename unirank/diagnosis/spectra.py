@@ -15,7 +15,7 @@ from unirank.errors import NonFiniteError
 from unirank.layerwise.recording import record
 from unirank.layerwise.statistics import SublayerStreams
 from unirank.layerwise.trace import traced_layer
-from unirank.models.structure import weight_of
+from unirank.models.targets import target_weight
 from unirank.progress import OnProgress
 from unirank.types import LoadedModel, Sublayer
 
@@ -47,7 +47,7 @@ def weight_energies(loaded: LoadedModel, progress: OnProgress) -> dict[str, torc
         specs = [spec for spec in loaded.linears if spec.layer == layer]
         grams = []
         for spec in specs:
-            weight = weight_of(loaded.model.get_submodule(spec.name)).to(WORK_DTYPE)
+            weight = target_weight(loaded.model, spec).to(WORK_DTYPE)
             grams.append(weight @ weight.T if spec.m <= spec.n else weight.T @ weight)
         solved = eigh_descending(grams)
         energies |= {spec.name: values.cpu() for spec, (values, _) in zip(specs, solved, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from unirank.types import BLOCK, SUBLAYERS, ExpertSpec, LinearSpec, Sublayer
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
+def find_linears(model: nn.Module, *, idle: Collection[str] = ()) -> tuple[str, tuple[LinearSpec, ...]]:
     """Path of the decoder's layer list, and every linear inside its layers, by structure.
 
     The layers are the outermost ModuleList with the most linear weights. Inside a layer, the linears fall into groups
     by the child module that holds them (linears that hang on the layer itself form a group of their own, as in OPT),
     which are its sublayers: how they stand to each other and to the residual stream is read from a run (see
     `layerwise.trace`). Of two, the first is called "attention" and the second "mlp"; any other, and one with weights of
-    another kind (a convolution, state-space parameters), by its module's name. What is no linear stays whole.
+    another kind (a convolution, state-space parameters), by its module's name. What is no linear stays whole, and so do
+    the linears in `idle`.
 
     Raises InputError when there is no such list, when a layer has no linears or holds experts, or when layers share a
     weight.
@@ -40,7 +41,7 @@ def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
     layers_path, layers = found
     specs: list[LinearSpec] = []
     for index, layer in enumerate(layers):
-        specs.extend(_linears_of_layer(f"{layers_path}.{index}", index, layer))
+        specs.extend(_linears_of_layer(f"{layers_path}.{index}", index, layer, idle))
     first: dict[tuple[int, int | None], str] = {}
     for spec in specs:
         expert = spec.expert if isinstance(spec, ExpertSpec) else None
@@ -77,7 +78,7 @@ def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return None if best is None else best[1:]
 
 
-def _linears_of_layer(path: str, index: int, layer: nn.Module) -> Iterator[LinearSpec]:
+def _linears_of_layer(path: str, index: int, layer: nn.Module, idle: Collection[str]) -> Iterator[LinearSpec]:
     for name, parameter in _unknown_experts(layer):
         raise InputError(
             f"{path}.{name} stacks experts, {list(parameter.shape)}, and their module is not one of transformers' common "
@@ -90,14 +91,14 @@ def _linears_of_layer(path: str, index: int, layer: nn.Module) -> Iterator[Linea
         )
     groups: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, holder in _holders_in(layer):
+        if f"{path}.{name}" in idle:
+            continue
         groups.setdefault(name.split(".")[0] if "." in name else "", []).append((name, holder))
     if not groups:
         raise InputError(f"{path} holds no linear maps, so there is nothing in it to compress.")
-    for position, (group, members) in enumerate(groups.items()):
-        if len(groups) == len(SUBLAYERS) and not (group and holds_other_weights(layer.get_submodule(group))):
-            sublayer = SUBLAYERS[position]
-        else:
-            sublayer = _name(group)
+    names = _names(layer, list(groups))
+    for group, members in groups.items():
+        sublayer = names[group]
         for name, holder in members:
             if is_experts(holder):
                 yield from specs_of(f"{path}.{name}", index, sublayer, name, holder)
@@ -106,14 +107,22 @@ def _linears_of_layer(path: str, index: int, layer: nn.Module) -> Iterator[Linea
                 yield LinearSpec(f"{path}.{name}", index, sublayer, name, m, n)
 
 
-def _name(group: str) -> Sublayer:
-    """What people call the sublayer that the child module `group` of a layer is; "" is the layer itself."""
-    return f"{group}_" if group == BLOCK else group or "rest"
+def _names(layer: nn.Module, groups: Sequence[str]) -> dict[str, Sublayer]:
+    """What people call the sublayers that these child modules of a layer are; "" is the layer itself."""
+    own = {group: f"{group}_" if group == BLOCK else group or "rest" for group in groups}
+    if len(groups) != len(SUBLAYERS):
+        return own
+    plain = [group for group in groups if not (group and holds_other_weights(layer.get_submodule(group)))]
+    attention = next((group for group in plain if "att" in group.lower()), plain[0] if plain == list(groups) else None)
+    return own | {group: SUBLAYERS[0 if group == attention else 1] for group in plain}
 
 
 def holds_other_weights(module: nn.Module) -> bool:
-    """Whether it holds a convolution, or a matrix that belongs to no linear map."""
-    return any(isinstance(child, _ConvNd) for child in module.modules()) or any(True for _ in _other_weights(module))
+    """Whether it holds a convolution, or a matrix that belongs to no linear map and to no experts."""
+    if any(isinstance(child, _ConvNd) for child in module.modules()):
+        return True
+    known = tuple(f"{path}.".lstrip(".") for path, _ in experts_in(module))
+    return any(not name.startswith(known) for name, _ in _other_weights(module))
 
 
 def _other_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

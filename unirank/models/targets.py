@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
 
-from unirank.models.experts import expert_weight
+from unirank.errors import InputError
+from unirank.models.experts import expert_bias, expert_weight
 from unirank.models.low_rank import count_target, make_low_rank
 from unirank.models.low_rank_experts import LowRankExperts, make_low_rank_experts
 from unirank.models.structure import weight_of
@@ -19,6 +20,13 @@ def target_weight(model: nn.Module, spec: LinearSpec) -> torch.Tensor:
     if isinstance(spec, ExpertSpec):
         return expert_weight(model.get_submodule(spec.module), spec.parameter, spec.expert)
     return weight_of(model.get_submodule(spec.name))
+
+
+def has_bias(model: nn.Module, spec: LinearSpec) -> bool:
+    """Whether a target of a dense model has a bias."""
+    if isinstance(spec, ExpertSpec):
+        return expert_bias(model.get_submodule(spec.module), spec.parameter, spec.expert) is not None
+    return model.get_submodule(spec.name).bias is not None
 
 
 def expert_of(model: nn.Module, name: str) -> tuple[str, str, int] | None:
@@ -35,6 +43,13 @@ def expert_of(model: nn.Module, name: str) -> tuple[str, str, int] | None:
     return (module, parameter, int(number)) if stacked else None
 
 
+def refuse_expert_targets(model: nn.Module, names: Iterable[str], what: str) -> None:
+    """Raise InputError where `what` cannot be had for experts, and there are some among the targets `names`."""
+    found = next(filter(None, (expert_of(model, name) for name in names)), None)
+    if found is not None:
+        raise InputError(f"{what} is not available for mixtures of experts, whose matrices are stacked ({found[0]}).")
+
+
 def count_of_target(model: nn.Module, name: str) -> int:
     """Weight parameters of the target `name`, dense or low-rank, without its bias."""
     found = expert_of(model, name)
@@ -48,10 +63,10 @@ def count_of_target(model: nn.Module, name: str) -> int:
 
 
 def has_added_bias(model: nn.Module, name: str) -> bool:
-    """Whether the low-rank target `name` has a bias that the dense model has not."""
+    """Whether the target `name` is low-rank and has a bias that the dense model has not."""
     found = expert_of(model, name)
     if found is None:
-        return bool(model.get_submodule(name).added_bias)
+        return bool(getattr(model.get_submodule(name), "added_bias", False))
     holder = model.get_submodule(found[0])
     return isinstance(holder, LowRankExperts) and found[1] in holder.added_bias
 
