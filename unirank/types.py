@@ -85,8 +85,9 @@ class LinearSpec:
         if spec.sublayer in ("", BLOCK):
             raise Damaged(f"the linear {spec.name[:80]!r} has no legal sublayer")
         if isinstance(spec, ExpertSpec) and not (
-            type(spec.expert) is int and type(spec.transposed) is bool and spec.name == f"{spec.module}."
-            f"{spec.parameter}.{spec.expert}"
+            type(spec.expert) is int
+            and type(spec.transposed) is bool
+            and spec.name == f"{spec.module}.{spec.parameter}.{spec.expert}"
         ):
             raise Damaged(f"the expert {spec.name[:80]!r} is not legal")
         return spec

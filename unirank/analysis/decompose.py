@@ -25,7 +25,7 @@ def decompose_layer(
     *,
     full: bool = True,
 ) -> dict[str, Factors]:
-    """Factors of every linear of layer `stats.layer` that `stats` tells of, rounded to the dtype of the model's weights.
+    """Factors of the linears of layer `stats.layer` that `stats` tells of, rounded to the dtype of the model's weights.
 
     Up to K, or without `full` up to ceil(r*), as a store of an older format that is gone on with has them.
     With `gradients` (by linear), each component also gets its curvature and its slope, whatever the scheme. Of several

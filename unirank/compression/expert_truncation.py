@@ -72,7 +72,7 @@ def _leave(
     store: AnalysisStore,
     specs: Sequence[ExpertSpec],
 ) -> None:
-    """Take the tensors of a stack out of memory; they are made from the store, and dense ones of the file, when read."""
+    """Take the tensors of a stack out of memory; when read they are made from the store, and dense ones of the file."""
     ranks, form, dtype, device = factors.ranks, factors.form, factors.right.dtype, factors.right.device
     m, n, turned = factors.m, factors.n, experts.turned
     factors.to("meta")

@@ -137,7 +137,7 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int, folder: Pa
             if len(calls[-1]) != len(layers):
                 raise InputError(disorder)
             entered = start.batches[-1] if start.batches else start.probe
-            if len(entered) != len(ids):
+            if len(ids) not in _window_sizes(entered):
                 raise InputError(
                     f"{model} must hand its layers hidden states [windows, tokens, D], got {_kind(entered)}."
                 )
@@ -147,6 +147,14 @@ def record(loaded: LoadedModel, windows: torch.Tensor, *, batch: int, folder: Pa
                 f"{model} changes {name}.weight when it runs; unirank needs weights that stay as they are."
             )
     return Recording(calls[1:], tails[0], calls[0], start)
+
+
+def _window_sizes(hidden: torch.Tensor) -> tuple[int, ...]:
+    """Where the number of windows may stand: first, or second where a layer carries several streams at once.
+
+    Gemma 3n has them in front, `[4, B, T, D]`, DeepSeek V4 behind, `[B, T, 4, D]`.
+    """
+    return tuple(hidden.shape[: hidden.dim() - 2])
 
 
 def _version(weight: Any) -> int:
@@ -192,7 +200,7 @@ def shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any], place: str) -> tuple[LayerCall, torch.Tensor]:
     rest = dict(kwargs)
     hidden = args[0] if args else rest.pop("hidden_states", None)
-    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or not hidden.is_floating_point():
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() not in (3, 4) or not hidden.is_floating_point():
         raise InputError(f"{place} must take hidden states [windows, tokens, D] first, got {_kind(hidden)}.")
     return LayerCall(args[1:], rest, None if args else "hidden_states"), hidden
 

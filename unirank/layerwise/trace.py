@@ -107,10 +107,11 @@ def trace_layer(
     sublayer goes from the state in which the one before it ended to the first state behind its own linears; norms before
     it belong to it, and what follows the last one too. Where two stand between the same two states, they are parallel
     (GPT-NeoX, Falcon, Cohere) if neither reads what the other makes, and each starts from the first state alone;
-    else they share the step, and its cosine.
+    else they share the step, and its cosine. They share it too where no module reads or gives the state between them
+    (Gemma 3n, whose layers carry four streams at once).
 
-    Raises InputError when a target does not run exactly once, when no state of the stream is found, or when nothing
-    that can be watched reads or gives what has to be known.
+    Raises InputError when a target does not run exactly once, when what leaves the layer cannot be followed back to what
+    enters it, or when a module gets what has to be watched by keyword.
     """
     events: list[_Event] = []
     flow = Flow(hidden)
@@ -204,15 +205,18 @@ class _Steps:
                 self._members.setdefault(by_path[event.name].sublayer, []).append(event)
 
     def spans(self) -> dict[Sublayer, Span]:
-        steps = self._steps()
-        places = [None, *(self._place(*step[:2]) for step in steps[:-1]), None]
         found: dict[Sublayer, Span] = {}
-        for index, (_, _, members) in enumerate(steps):
-            start, end = places[index], places[index + 1]
-            behind = steps[index - 1][0] if index else 0
+        start, behind, members = None, 0, []
+        steps = self._steps()
+        for number, (state, until, names) in enumerate(steps, start=1):
+            members = [*members, *names]
+            end = self._place(state, until) if number < len(steps) else None
+            if number < len(steps) and end is None:
+                continue  # nobody can watch the state between this step and the next: they are one
             branches = self._branches(members, behind) if len(members) > 1 else {}
             for name in members:
                 found[name] = Span(start, None, branches[name]) if branches else Span(start, end)
+            start, behind, members = end, state, []
         return found
 
     def _steps(self) -> list[tuple[int, int, list[Sublayer]]]:
@@ -241,7 +245,7 @@ class _Steps:
         at = event.at + 1 if event.gives is None else event.gives
         return min(bisect_left(self._states, max(at, 1)), len(self._states) - 1)
 
-    def _place(self, end: int, until: int) -> Place:
+    def _place(self, end: int, until: int) -> Place | None:
         """Where the first state from `end` to `until` can be caught that is read by a module, or given by one."""
         states = [state for state in self._states if end <= state <= until]
         for state in states:
@@ -255,10 +259,7 @@ class _Steps:
         by_name = next((event.name for event in self._events if event.reads in states), None)
         if by_name is not None:
             raise InputError(f"{self._prefix} must give {by_name} its input as the first argument by position.")
-        raise InputError(
-            f"No module of {self._prefix} reads or gives the stream between its sublayers; that structure is not "
-            "understood."
-        )
+        return None
 
     def _branches(self, names: Sequence[Sublayer], behind: int) -> dict[Sublayer, Place]:
         """What each of several sublayers of one step adds by itself; empty where they depend on each other."""

@@ -1,7 +1,7 @@
 """Stacked experts: the modules of transformers' common interface, found by what they have and never by their names.
 
-Such a module holds two parameters, `gate_up_proj` (or `up_proj`) and `down_proj`, each with one matrix for every expert,
-and is called with hidden states `[T, D]`, the experts of every token `[T, k]` and their weights `[T, k]`
+Such a module holds two parameters, `gate_up_proj` (or `up_proj`) and `down_proj`, with one matrix for every expert, and
+is called with hidden states `[T, D]`, the experts of every token `[T, k]` and their weights `[T, k]`
 (transformers' `use_experts_implementation`). What it does beside its matrices (gates, clamps, norms) is its own.
 """
 

@@ -15,7 +15,7 @@ from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
 from unirank.models.companions import companions_in_memory, companions_of
 from unirank.models.embeddings import embedding_rows
 from unirank.models.folder import RESAVE
-from unirank.models.idle import idle_linears
+from unirank.models.irregular import irregular_linears
 from unirank.models.low_rank import LowRankLinear
 from unirank.models.low_rank_experts import LowRankExperts
 from unirank.models.quantizer import METHOD
@@ -213,7 +213,7 @@ def _describe(
         )
     _check_width(model)
     layers, linears = find_linears(model)
-    if idle := idle_linears(model, layers, linears, paged=pages is not None):
+    if idle := irregular_linears(model, layers, linears, paged=pages is not None):
         layers, linears = find_linears(model, idle=idle)
     for spec in linears:
         check_target(model, spec)

@@ -155,8 +155,8 @@ class LowRankExperts(nn.Module):
             own.register_buffer(name, tensor, persistent=name not in dense._non_persistent_buffers_set)
         for name, child in dense.named_children():
             own.add_module(name, child)
-        # The dense module's gates, norms and numbers, by its own code, on the tensors that are here. In a tuple, so that
-        # it is no child.
+        # The dense module's gates, norms and numbers, by its own code, on the tensors that are here. In a tuple, so
+        # that it is no child.
         code: Any = copy.copy(dense)
         code.__dict__ |= {kind: self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")}
         self._code = (code,)
@@ -165,7 +165,9 @@ class LowRankExperts(nn.Module):
         self.added_bias: tuple[str, ...] = ()  # parameters whose biases are not the dense module's
         self.train(dense.training)
 
-    def low_rank(self, name: str, ranks: Sequence[int | None], *, add_bias: bool = False, form: Form = "factors") -> None:
+    def low_rank(
+        self, name: str, ranks: Sequence[int | None], *, add_bias: bool = False, form: Form = "factors"
+    ) -> None:
         """Make room for factors of these ranks in the place of the parameter `name`.
 
         Dense matrices (None) are copied. With `add_bias`, a parameter without biases gets zeros.
@@ -200,7 +202,9 @@ class LowRankExperts(nn.Module):
         factors = self.factors(name)
         return getattr(self, name)[expert].numel() if factors is None else factors.count(expert)
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """`[T, D]`, the experts `[T, k]` of every token and their weights `[T, k]` -> `[T, D]`."""
         tokens, each = top_k_index.shape
         weights = top_k_weights.reshape(-1, 1)
@@ -308,8 +312,9 @@ def check_expert_guards(model: nn.Module) -> None:
                 factors, guard = module.factors(name), getattr(module, name)
                 if factors is not None and not guard.is_meta and guard.tolist() != [factors.rank]:
                     raise InputError(
-                        f"{type(model).__name__} found no low-rank weights for {path}.{name} in the checkpoint and would "
-                        "start from random ones; open it as the class that was compressed, with AutoModelForCausalLM."
+                        f"{type(model).__name__} found no low-rank weights for {path}.{name} in the checkpoint and "
+                        "would start from random ones; open it as the class that was compressed, with "
+                        "AutoModelForCausalLM."
                     )
 
 

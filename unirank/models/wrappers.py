@@ -167,7 +167,8 @@ def check_linear(name: str, linear: nn.Module) -> None:
             f"{name} is a {type(linear).__name__} that also holds {', '.join(own)}; unirank compresses linears of a "
             "weight and a bias, so merge or remove what was added to it first."
         )
-    _check_dtype(name, linear.weight.dtype)
+    weight: Any = linear.weight
+    _check_dtype(name, weight.dtype)
 
 
 def check_target(model: nn.Module, spec: LinearSpec) -> None:

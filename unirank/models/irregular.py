@@ -1,12 +1,13 @@
-"""Linears that a decoder layer holds and does not call, so that they stay whole.
+"""Linears that a decoder layer does not call exactly once, so that they stay whole.
 
 Mamba multiplies by the weight of its `dt_proj` itself; the cross attention of an encoder-decoder's decoder sleeps where
-it is a language model by itself.
+it is a language model by itself; Gemma 3n asks the router of its several streams twice.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,14 +21,14 @@ from unirank.types import SUBLAYERS, ExpertSpec, LinearSpec, sublayers_of
 _TOKENS = 8
 
 
-def idle_linears(
+def irregular_linears(
     model: PreTrainedModel, layers: str, linears: Sequence[LinearSpec], *, paged: bool
 ) -> frozenset[str]:
-    """The names of those `linears` that stay idle while a few tokens run through the decoder.
+    """The names of those `linears` that a few tokens on their way through the decoder do not meet exactly once.
 
     Only unusual layers are asked: with weights of another kind (convolutions, state-space parameters) or another number
-    of sublayers than two. Else an idle linear is a fault, and the trace of the layer says so. A model that cannot be
-    run here is left to it too.
+    of sublayers than two. Else such a linear is a fault, and the trace of the layer says so; which is also left to say
+    it of a layer that runs several times as a whole, and of a model that cannot be run here.
 
     Args:
         layers: path of the layers' list.
@@ -36,11 +37,11 @@ def idle_linears(
     if not any(_is_unusual(layer, [s for s in linears if s.layer == i]) for i, layer in _numbered(model, layers)):
         return frozenset()
     watched = {spec.name for spec in linears if not isinstance(spec, ExpertSpec)}
-    called: set[str] = set()
+    called: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            called.add(name)
+            called[name] += 1
 
         return hook
 
@@ -57,7 +58,12 @@ def idle_linears(
                     handle.remove()
         except Exception:  # it is the model's own code, which may do anything; calibration runs it again and says what
             return frozenset()
-    return frozenset(watched - called) if called else frozenset()
+    found: set[str] = set()
+    for index, _ in _numbered(model, layers):
+        members = {spec.name: called[spec.name] for spec in linears if spec.layer == index and spec.name in watched}
+        if 1 in members.values():
+            found.update(name for name, count in members.items() if count != 1)
+    return frozenset(found)
 
 
 def _numbered(model: nn.Module, layers: str) -> list[tuple[int, nn.Module]]:
