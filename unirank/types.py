@@ -140,6 +140,10 @@ class Paging(Protocol):
         """The tensor `name`, read now."""
         ...
 
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        """What reads `tensor(name)` as it is now, whatever is put there later."""
+        ...
+
     def put(self, name: str, make: Callable[[], torch.Tensor]) -> None:
         """From now on `tensor(name)` is what `make()` gives."""
         ...

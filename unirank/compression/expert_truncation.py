@@ -75,6 +75,7 @@ def _leave(
     """Take the tensors of a stack out of memory; when read they are made from the store, and dense ones of the file."""
     ranks, form, dtype, device = factors.ranks, factors.form, factors.right.dtype, factors.right.device
     m, n, turned = factors.m, factors.n, experts.turned
+    whole = pages.reader(name)
     factors.to("meta")
     waiting: dict[str, torch.Tensor] = {}  # of one reading, until each was taken
 
@@ -82,8 +83,7 @@ def _leave(
         if leaf not in waiting:
             made = RaggedFactors(m, n, ranks, form=form, device=device, dtype=dtype)
             if made.dense is not None:
-                stack = pages.tensor(name)
-                made.take_dense(stack, turned=turned)
+                made.take_dense(whole(), turned=turned)
             _fill(made, store, specs)
             waiting.update(made.state_dict())
         return waiting.pop(leaf)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Mapping
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
 from unirank.models.companions import companions_in_memory, companions_of
 from unirank.models.embeddings import embedding_rows
+from unirank.models.experts import experts_in
 from unirank.models.folder import RESAVE
 from unirank.models.irregular import irregular_linears
 from unirank.models.low_rank import LowRankLinear
@@ -153,14 +156,23 @@ def _read(source: Source, **options: Any) -> PreTrainedModel:
 def _read_paged(source: Source) -> tuple[PreTrainedModel, Pages]:
     skeleton = skeleton_of(source.name, source.config, bool(source.common["trust_remote_code"]))
     layers, _ = find_linears(skeleton)
+    options: dict[str, Any] = {"device_map": page_map(skeleton, layers, source.device)}
+    converted = None
+    if any(True for _ in experts_in(skeleton)):
+        # Files often have a matrix for each expert, and the model a stack of all, which has to be on the disk then.
+        converted = options["offload_folder"] = tempfile.mkdtemp(prefix="unirank-")
     logger = getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(ERROR)  # it warns of what is meant here: parameters on the disk
     try:
-        model = _read(source, device_map=page_map(skeleton, layers, source.device))
+        model = _read(source, **options)
+    except BaseException:
+        if converted is not None:
+            shutil.rmtree(converted, ignore_errors=True)
+        raise
     finally:
         logger.setLevel(level)
-    return model, take_pages(model, layers, source.device)
+    return model, take_pages(model, layers, source.device, converted)
 
 
 def _check_width(model: PreTrainedModel) -> None:
@@ -213,7 +225,7 @@ def _describe(
         )
     _check_width(model)
     layers, linears = find_linears(model)
-    if idle := irregular_linears(model, layers, linears, paged=pages is not None):
+    if idle := irregular_linears(model, layers, linears):
         layers, linears = find_linears(model, idle=idle)
     for spec in linears:
         check_target(model, spec)
