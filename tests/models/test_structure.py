@@ -35,12 +35,49 @@ def test_a_vector_in_more_dimensions_is_no_experts(shape: tuple[int, ...]) -> No
     assert find_linears(model) == before
 
 
-def test_stacked_heads_are_not_called_experts() -> None:
+@pytest.mark.parametrize("shape", [(32, 4, 8), (64, 16)])
+def test_weights_that_belong_to_no_linear_map_stay_whole(shape: tuple[int, ...]) -> None:
+    """XLNet stacks its heads; Mamba has state-space parameters."""
     model = build("llama")
-    model.model.layers[1].self_attn.q = parameter(32, 4, 8)
-    with pytest.raises(unirank.InputError, match=r"self_attn\.q is a weight \[32, 4, 8\] .* no linear map") as caught:
+    before = find_linears(model)
+    model.model.layers[1].self_attn.q = parameter(*shape)
+    assert find_linears(model) == before
+
+
+def test_layer_without_linears_is_refused() -> None:
+    model = build("llama")
+    model.model.layers[1] = nn.LayerNorm(32)
+    with pytest.raises(unirank.InputError, match=r"^model\.layers\.1 holds no linear maps"):
         find_linears(model)
-    assert "xperts" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        (("attn", "mlp"), ["attention", "mlp"]),
+        (("feed_forward", "self_attn"), ["mlp", "attention"]),
+        (("one", "other"), ["attention", "mlp"]),
+        (("mixer",), ["mixer"]),
+        (("block",), ["block_"]),
+        (("mamba*", "mlp"), ["mamba", "mlp"]),
+        (("feed_forward", "mamba*"), ["mlp", "mamba"]),
+        (("attn*", "mlp"), ["attention", "mlp"]),
+        (("attention", "intermediate", "output"), ["attention", "intermediate", "output"]),
+    ],
+)
+def test_names_of_sublayers(groups: tuple[str, ...], names: list[str]) -> None:
+    """A star stands for a convolution beside the linear."""
+    layer = nn.Module()
+    for group in groups:
+        child = nn.Module()
+        child.linear = nn.Linear(8, 8)
+        if group.endswith("*"):
+            child.conv = nn.Conv1d(8, 8, 2)
+        layer.add_module(group.rstrip("*"), child)
+    model = nn.Module()
+    model.layers = nn.ModuleList([layer])
+    _, linears = find_linears(model)
+    assert [spec.sublayer for spec in linears] == names
 
 
 def test_a_list_of_networks_is_not_called_experts_unless_it_calls_itself_so() -> None:
@@ -67,7 +104,7 @@ def test_experts_that_a_configuration_states_count_where_a_layer_holds_them(
     model = LlamaForCausalLM(config)
     assert unirank.describe(model, tokenizer).layer_count == 3  # all layers are dense, as in Doge
     model.model.layers[1].mlp.w1 = parameter(4 * 48, 32)  # DBRX keeps its experts so
-    with pytest.raises(unirank.InputError, match=r"^Mixture-of-experts models are not supported: .*num_experts = 4;"):
+    with pytest.raises(unirank.InputError, match=r"^This mixture of experts is not supported: .*num_experts = 4, and mlp\.w1"):
         unirank.describe(model, tokenizer)
 
 

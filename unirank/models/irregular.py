@@ -6,9 +6,9 @@ it is a language model by itself; Gemma 3n asks the router of its several stream
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,18 +21,14 @@ from unirank.types import SUBLAYERS, ExpertSpec, LinearSpec, sublayers_of
 _TOKENS = 8
 
 
-def irregular_linears(
-    model: PreTrainedModel, layers: str, linears: Sequence[LinearSpec], *, paged: bool
-) -> frozenset[str]:
+def irregular_linears(model: PreTrainedModel, layers: str, linears: Sequence[LinearSpec]) -> frozenset[str]:
     """The names of those `linears` that a few tokens on their way through the decoder do not meet exactly once.
 
     Only unusual layers are asked: with weights of another kind (convolutions, state-space parameters) or another number
     of sublayers than two. Else such a linear is a fault, and the trace of the layer says so; which is also left to say
     it of a layer that runs several times as a whole, and of a model that cannot be run here.
 
-    Args:
-        layers: path of the layers' list.
-        paged: the layers are not in memory; then a copy of the model without weights runs.
+    `layers` is the path of the layers' list; those that are not in memory run with zeros for weights.
     """
     if not any(_is_unusual(layer, [s for s in linears if s.layer == i]) for i, layer in _numbered(model, layers)):
         return frozenset()
@@ -45,17 +41,14 @@ def irregular_linears(
 
         return hook
 
-    device = torch.device("meta") if paged else next(model.parameters()).device
-    with torch.no_grad():
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    decoder: Any = model.base_model
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(_with_zeros(model, layers, device))
+        for name in watched:
+            stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
         try:
-            running = _bare(model) if paged else model
-            handles = [running.get_submodule(name).register_forward_hook(note(name)) for name in watched]
-            try:
-                decoder: Any = running.base_model
-                decoder(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device=device), use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            decoder(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device=device), use_cache=False)
         except Exception:  # it is the model's own code, which may do anything; calibration runs it again and says what
             return frozenset()
     found: set[str] = set()
@@ -75,6 +68,32 @@ def _is_unusual(layer: nn.Module, linears: Sequence[LinearSpec]) -> bool:
     return (not experts and holds_other_weights(layer)) or len(sublayers_of(linears)) != len(SUBLAYERS)
 
 
-def _bare(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config)).eval()
+@contextmanager
+def _with_zeros(model: nn.Module, layers: str, device: torch.device) -> Iterator[None]:
+    """The layers whose weights are elsewhere hold zeros while they run: what they call does not depend on them."""
+
+    def fill(layer: nn.Module, _: Any) -> None:
+        for tensors, leaf, tensor in _absent(layer):
+            zeros = torch.zeros_like(tensor, device=device)
+            tensors[leaf] = nn.Parameter(zeros, requires_grad=False) if isinstance(tensor, nn.Parameter) else zeros
+
+    meta = {id(layer): _absent(layer) for _, layer in _numbered(model, layers)}
+
+    def restore(layer: nn.Module, *_: Any) -> None:
+        for tensors, leaf, tensor in meta[id(layer)]:
+            tensors[leaf] = tensor
+
+    with ExitStack() as stack:
+        for _, layer in _numbered(model, layers):
+            stack.callback(restore, layer)  # also where its own code failed
+            stack.callback(layer.register_forward_pre_hook(fill).remove)
+            stack.callback(layer.register_forward_hook(restore).remove)
+        yield
+
+
+def _absent(layer: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+    found: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    for module in layer.modules():
+        groups: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        found += [(held, leaf, one) for held in groups for leaf, one in held.items() if one is not None and one.is_meta]
+    return found

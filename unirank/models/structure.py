@@ -112,8 +112,10 @@ def _names(layer: nn.Module, groups: Sequence[str]) -> dict[str, Sublayer]:
     own = {group: f"{group}_" if group == BLOCK else group or "rest" for group in groups}
     if len(groups) != len(SUBLAYERS):
         return own
-    plain = [group for group in groups if not (group and holds_other_weights(layer.get_submodule(group)))]
-    attention = next((group for group in plain if "att" in group.lower()), plain[0] if plain == list(groups) else None)
+    attention = next((group for group in groups if "attention" in group or "attn" in group), None)
+    plain = [g for g in groups if g in ("", attention) or not holds_other_weights(layer.get_submodule(g))]
+    if attention is None and len(plain) == len(groups):
+        attention = plain[0]
     return own | {group: SUBLAYERS[0 if group == attention else 1] for group in plain}
 
 
@@ -195,17 +197,20 @@ def refuse_experts(model: nn.Module, config: PretrainedConfig) -> None:
     if stated is None:
         return
     found = _layer_list(model)
-    for layer in [model] if found is None else found[1]:
+    layers = [model] if found is None else list(found[1])
+    understood = any(True for layer in layers for _ in experts_in(layer))
+    for layer in layers:
         known = tuple(f"{path}." for path, _ in experts_in(layer))
         others = [
             name
             for name, parameter in _other_weights(layer)
-            if not name.startswith(known) and (parameter.dim() > 2 or _says_experts(name))
+            # Beside experts that are understood, a matrix is a router's, or a state-space parameter.
+            if not name.startswith(known) and not (understood and parameter.dim() == 2 and not _says_experts(name))
         ]
         others += _lists_of_networks(layer)
         if others:
             raise InputError(
-                f"Not all mixtures of experts are supported: {stated}, and {others[0]} in its layers is not of "
+                f"This mixture of experts is not supported: {stated}, and {others[0]} in its layers is not held as in "
                 "transformers' common interface for experts."
             )
 
