@@ -1,4 +1,4 @@
-"""Stacked experts with low-rank matrices are the dense ones at full rank, whatever their layout, and hold no padding."""
+"""Stacked experts with low-rank matrices: at full rank the dense ones, in every layout; and no padding."""
 
 from __future__ import annotations
 
