@@ -17,10 +17,14 @@ from unirank.analysis.needs import dry_run
 from unirank.compression.densified import densify, save_dense
 from unirank.compression.truncation import truncate
 from unirank.layerwise import expert_moments
+from unirank.models.low_rank import count_parameters
 from unirank.models.low_rank_experts import LowRankExperts
 from unirank.planning.imported_ranks import import_plan
 from unirank.planning.score import score
-from unirank.types import ExpertSpec, Form, LoadedModel
+from unirank.serving.members import refuse_experts
+from unirank.tradeoff.sizes import Sizes
+from unirank.tradeoff.swapping import Swapping, on_loan
+from unirank.types import FORMS, ExpertSpec, Form, LoadedModel
 
 IDS = torch.arange(2, 18)[None]
 pytestmark = pytest.mark.filterwarnings("ignore::unirank.UnirankWarning")  # of few tokens
@@ -172,3 +176,49 @@ def test_a_plan_that_keeps_an_experts_matrix_dense_stores_it_beside_the_factors(
     assert experts.factors("gate_up_proj").ranks == (None, None, 5, None)
     assert torch.equal(experts.factors("gate_up_proj").dense_weight(3), before)
     assert experts.factors("down_proj") is None
+
+
+def test_tied_ranks_are_one_for_a_stack_and_within_the_budget(
+    loaded: LoadedModel, calibration: unirank.Calibration, tmp_path: Path
+) -> None:
+    store = unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
+    for form in FORMS:
+        tied = unirank.plan(store, 0.3, allocator="tied", form=form)
+        stacks: dict[str, set[object]] = {}
+        for spec in store.linears:
+            if isinstance(spec, ExpertSpec):
+                stacks.setdefault(f"{spec.module}.{spec.parameter}", set()).add(tied.ranks[spec.name])
+        assert [len(ranks) for ranks in stacks.values()] == [1] * 6
+        assert 0.9 * tied.budget < tied.used <= tied.budget
+
+
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(
+    loaded: LoadedModel, calibration: unirank.Calibration, tmp_path: Path
+) -> None:
+    sizes = Sizes.of(loaded)
+    for scheme, form in (("whiten", "pivoted"), ("afm", "factors")):
+        compressed = unirank.compress(loaded, 0.3, calibration=calibration, scheme=scheme, form=form, copy=True)
+        ranks, adds = compressed.plan.ranks, scheme == "afm"
+        state = compressed.model.state_dict().values()
+        assert sizes.weight_bytes(ranks, form, "float32", adds_bias=adds) == sum(tensor.nbytes for tensor in state)
+        assert sizes.parameters_at(ranks, form, adds_bias=adds) == count_parameters(compressed.model)
+
+
+def test_a_loan_is_given_back_dense(loaded: LoadedModel, calibration: unirank.Calibration, tmp_path: Path) -> None:
+    store = unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
+    dense, before = dict(loaded.model.named_modules()), logits(loaded.model)
+    swapping = Swapping(loaded)
+    for removed in (0.2, 0.4):
+        plan = unirank.plan(store, removed)
+        with on_loan(loaded):
+            swapping.put(store, plan)
+            found = logits(loaded.model)
+        assert torch.equal(found, logits(unirank.apply(loaded, store, plan, copy=True).model))
+        assert dict(loaded.model.named_modules()) == dense
+        assert torch.equal(logits(loaded.model), before)
+
+
+def test_vllm_is_told_that_it_cannot_serve_low_rank_experts() -> None:
+    refuse_experts(["model.layers.0.mlp.down_proj"])
+    with pytest.raises(unirank.InputError, match=r"vLLM cannot serve low-rank experts.*experts\.down_proj\.3\)"):
+        refuse_experts(["model.layers.0.mlp.experts.down_proj.3"])

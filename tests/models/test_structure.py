@@ -104,7 +104,8 @@ def test_experts_that_a_configuration_states_count_where_a_layer_holds_them(
     model = LlamaForCausalLM(config)
     assert unirank.describe(model, tokenizer).layer_count == 3  # all layers are dense, as in Doge
     model.model.layers[1].mlp.w1 = parameter(4 * 48, 32)  # DBRX keeps its experts so
-    with pytest.raises(unirank.InputError, match=r"^This mixture of experts is not supported: .*num_experts = 4, and mlp\.w1"):
+    message = r"^This mixture of experts is not supported: .*num_experts = 4, and mlp\.w1"
+    with pytest.raises(unirank.InputError, match=message):
         unirank.describe(model, tokenizer)
 
 

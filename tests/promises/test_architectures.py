@@ -26,7 +26,10 @@ pytestmark = pytest.mark.slow
 
 EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "mixtral": (T.MixtralConfig, {"num_local_experts": 4}),
-    "qwen3-moe": (T.Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 8}),
+    "qwen3-moe": (
+        T.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 8},
+    ),
 }
 
 

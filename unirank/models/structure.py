@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
+from unirank.models.decoder import lists_of_decoder
 from unirank.models.experts import count_of, experts_in, is_experts, specs_of
 from unirank.types import BLOCK, SUBLAYERS, ExpertSpec, LinearSpec, Sublayer
 
@@ -22,7 +23,7 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 def find_linears(model: nn.Module, *, idle: Collection[str] = ()) -> tuple[str, tuple[LinearSpec, ...]]:
     """Path of the decoder's layer list, and every linear inside its layers, by structure.
 
-    The layers are the outermost ModuleList with the most linear weights. Inside a layer, the linears fall into groups
+    The layers are the outermost ModuleList of the text decoder with the most linear weights. Inside a layer, the linears fall into groups
     by the child module that holds them (linears that hang on the layer itself form a group of their own, as in OPT),
     which are its sublayers: how they stand to each other and to the residual stream is read from a run (see
     `layerwise.trace`). Of two, the first is called "attention" and the second "mlp"; any other, and one with weights of
@@ -70,8 +71,8 @@ def require_plain(model: nn.Module, done: str) -> None:
 
 def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     best: tuple[int, str, nn.ModuleList] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not (best and path.startswith(best[1] + ".")):
+    for path, module in lists_of_decoder(model):
+        if not (best and path.startswith(best[1] + ".")):
             size = sum(linear.weight.numel() for _, linear in _linears_in(module))
             if size and (best is None or size > best[0]):
                 best = (size, path, module)
@@ -81,8 +82,8 @@ def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 def _linears_of_layer(path: str, index: int, layer: nn.Module, idle: Collection[str]) -> Iterator[LinearSpec]:
     for name, parameter in _unknown_experts(layer):
         raise InputError(
-            f"{path}.{name} stacks experts, {list(parameter.shape)}, and their module is not one of transformers' common "
-            "interface, so it is not known which tokens pass through which."
+            f"{path}.{name} stacks experts, {list(parameter.shape)}, and their module is not one of transformers' "
+            "common interface, so it is not known which tokens pass through which."
         )
     for name in _lists_of_networks(layer):
         start = "Mixture-of-experts models are not supported: " if _says_experts(name) else ""
