@@ -57,8 +57,9 @@ def answer(loaded: LoadedModel, change: Callable[[torch.Tensor], Any], read: Cal
         (lambda hidden: [hidden], lambda output: output[0]),  # OpenAI-GPT
         (lambda hidden: (hidden, None), lambda output: only(*output)),  # CpmAnt
         (lambda hidden: (hidden, hidden * 2), lambda output: output[0]),
+        (lambda h: (h, h), lambda o: only(*o)),
     ],
-    ids=["bare", "tuple", "list", "pair with None", "pair with a tensor that nobody reads"],
+    ids=["bare", "tuple", "list", "pair with None", "pair with a tensor that nobody reads", "pair that is unpacked"],
 )
 def test_hidden_states_are_found_in_what_a_layer_returns(change, read, make_model, calibration, tmp_path) -> None:
     stores = []
@@ -78,9 +79,8 @@ def test_hidden_states_are_found_in_what_a_layer_returns(change, read, make_mode
         (lambda h: (), lambda o: o, "must return hidden states .* got a tuple"),
         (lambda h: None, lambda o: o, "must return hidden states .* got nothing"),
         (lambda h: h[0], lambda o: o[None], r"must return hidden states \[1, 8, 32\], got float32 \[8, 32\]"),
-        (lambda h: (h, h), lambda o: only(*o), "with layers that pass hidden states on: "),
     ],
-    ids=["named tuple", "dict", "nothing in a tuple", "None", "no windows", "pair that the model needs"],
+    ids=["named tuple", "dict", "nothing in a tuple", "None", "no windows"],
 )
 def test_other_answers_of_a_layer_are_refused(change, read, message: str, make_model) -> None:
     loaded = make_model()
@@ -134,6 +134,31 @@ def test_layer_that_takes_something_else_is_refused(call, message: str, make_mod
     decoder.forward = lambda input_ids, **_: call(decoder.layers[0], decoder.embed_tokens(input_ids))
     with pytest.raises(unirank.InputError, match=rf"model\.layers\.0 of LlamaForCausalLM must take .* {message}\.$"):
         record(loaded, WINDOWS, batch=2)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_layer_returns_beside_its_hidden_states_reaches_no_other_layer(own: bool, make_model) -> None:
+    """xLSTM returns a state, which its model unpacks; Zaya's is what the next layer reads."""
+    loaded = make_model()
+    decoder = loaded.model.base_model
+    for layer in layers_of(loaded):
+        before = layer.forward
+        layer.forward = lambda *a, _before=before, given=None, **k: (_before(*a, **k), torch.ones(2) if own else given)
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> None:
+        hidden, state = decoder.embed_tokens(input_ids), torch.zeros(2)
+        rotary = decoder.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for layer in decoder.layers:
+            hidden, state = layer(hidden, position_embeddings=rotary, given=state)
+
+    decoder.forward = forward
+    if own:
+        with pytest.raises(
+            unirank.InputError, match=r"model\.layers\.1 of .* takes more from the layer before it than"
+        ):
+            record(loaded, WINDOWS, batch=2)
+    else:
+        assert len(record(loaded, WINDOWS, batch=2).calls[0]) == 3
 
 
 def test_windows_that_do_not_come_first_are_refused(make_model) -> None:

@@ -81,6 +81,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 1,
     },
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
 
