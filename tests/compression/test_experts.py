@@ -73,7 +73,8 @@ def test_compress_save_load_and_densify(
     opened = unirank.open_compressed(tmp_path / "out")
     assert opened.plan == plan
     assert torch.equal(logits(opened.model), logits(compressed.model))
-    out = opened.model.generate(IDS, max_new_tokens=4, do_sample=False)
+    generate: Any = opened.model.generate
+    out = generate(IDS, max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 20)
     if scheme == "afm":
         with pytest.raises(unirank.InputError, match="has no place for the biases of the experts at"):
@@ -150,7 +151,8 @@ def test_a_dry_run_works_on_a_layer_of_experts(
 def test_what_experts_cannot_have_is_refused_before_any_work(
     loaded: LoadedModel, calibration: unirank.Calibration, tmp_path: Path
 ) -> None:
-    for options in ({"preset": "fast"}, {"preset": "best"}, {"scheme": "kfac"}, {"allocator": "lems"}):
+    refused: Any = ({"preset": "fast"}, {"preset": "best"}, {"scheme": "kfac"}, {"allocator": "lems"})
+    for options in refused:
         with pytest.raises(unirank.InputError, match=r"is not available for mixtures of experts.*experts\).*\.$"):
             unirank.compress(loaded, 0.3, calibration=calibration, store=tmp_path / "store", **options)
         assert not (tmp_path / "store").exists()
@@ -196,7 +198,8 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(
     loaded: LoadedModel, calibration: unirank.Calibration, tmp_path: Path
 ) -> None:
     sizes = Sizes.of(loaded)
-    for scheme, form in (("whiten", "pivoted"), ("afm", "factors")):
+    kinds: list[tuple[str, Form]] = [("whiten", "pivoted"), ("afm", "factors")]
+    for scheme, form in kinds:
         compressed = unirank.compress(loaded, 0.3, calibration=calibration, scheme=scheme, form=form, copy=True)
         ranks, adds = compressed.plan.ranks, scheme == "afm"
         state = compressed.model.state_dict().values()

@@ -9,10 +9,10 @@ import torch
 
 import unirank
 from unirank.analysis.calibration import texts_of, windows_of
-from unirank.layerwise.expert_moments import PRIOR, called_with, parts_of
+from unirank.layerwise.expert_moments import PRIOR, parts_of
 from unirank.layerwise.recording import record
 from unirank.layerwise.statistics import calibrate_layer, calibrate_parts
-from unirank.models.experts import second_input
+from unirank.models.experts import called_with, second_input
 from unirank.types import ExpertSpec, LoadedModel
 
 
@@ -111,6 +111,6 @@ def test_groups_keep_the_matrices_of_an_expert_together(loaded: LoadedModel) -> 
     assert {spec.expert for spec in parts_of(specs, 1)[2]} == {2}
 
 
-def test_another_way_to_be_called_is_refused() -> None:
+def test_another_way_to_be_called_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(unirank.InputError, match=r"x must be called with .* got \[3, 2\]\.$"):
-        called_with("x", (torch.zeros(3, 2),), {})
+        called_with("x", loaded.model.get_submodule("model.layers.0.mlp.experts"), (torch.zeros(3, 2),), {})

@@ -17,9 +17,9 @@ from unirank.types import Form
 IDS = torch.arange(2, 18)[None]
 
 
-@pytest.fixture(params=["mixtral", "gpt_oss", "aria_text", "nemotron_h"])
+@pytest.fixture(params=["mixtral", "gpt_oss", "aria_text", "nemotron_h", "llama4_text"])
 def model(request: pytest.FixtureRequest) -> Any:
-    """Concatenated, interleaved with biases, transposed, without gates."""
+    """Concatenated, interleaved with biases, transposed, without gates, called with all tokens for each expert."""
     model = build(request.param)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def cut(model: Any, rank_of: Any, form: Form) -> dict[str, LowRankExperts]:
             name: [expert_weight(dense, name, e).clone() for e in range(count_of(dense))] for name in stacks_of(dense)
         }
         chosen = [expert for expert in range(count_of(dense)) if expert != 1]
-        ranks = {name: dict.fromkeys(chosen, rank_of(min(own[0].shape))) for name, own in weights.items()}
+        ranks: Any = {name: dict.fromkeys(chosen, rank_of(min(own[0].shape))) for name, own in weights.items()}
         made[path] = make_low_rank_experts(model, path, ranks, form=form)
         for name, own in weights.items():
             factors: Any = made[path].factors(name)

@@ -18,9 +18,9 @@ from torch import nn
 
 from unirank import ops
 from unirank.distributed import sum_in_order
-from unirank.errors import InputError, NonFiniteError
+from unirank.errors import NonFiniteError
 from unirank.layerwise.clipping import clip_factors, clipped, scaled
-from unirank.models.experts import count_of, routed, second_input, stacks_of
+from unirank.models.experts import called_with, count_of, routed, second_input, stacks_of
 from unirank.types import ExpertSpec, Moment
 
 PRIOR = 1.0  # tokens of the common moment that count beside an expert's own, for each input (**choice**)
@@ -124,7 +124,7 @@ class ExpertMoments:
 
     def _hook(self, name: str, *, first: bool) -> Callable[..., None]:
         def accumulate(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, index, weights = called_with(name, args, kwargs)
+            hidden, index, weights = called_with(name, module, args, kwargs)
             count = count_of(module)
             places = routed(index, count)
             if first:
@@ -177,25 +177,6 @@ class ExpertMoments:
             own = gathered[spec.module, spec.expert][second]
             found[spec.name] = _shrunk(spec.name, own, self._lent[spec.module] if second else inputs[spec.module])
         return found
-
-
-def called_with(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a module of experts was called with: hidden states `[T, D]`, experts `[T, k]` and their weights `[T, k]`.
-
-    Raises InputError for anything else.
-    """
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if len(tensors) == 3:
-        hidden, index, weights = tensors
-        same = index.shape == weights.shape and hidden.dim() == 2 and index.shape[:1] == hidden.shape[:1]
-        if same and index.dim() == 2 and not index.is_floating_point():
-            return hidden, index, weights
-    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-    raise InputError(
-        f"{name} must be called with hidden states [T, D], experts [T, k] and weights [T, k], got {shapes or 'none'}."
-    )
 
 
 def _shrunk(name: str, own: _Sums, common: Moment) -> Moment:

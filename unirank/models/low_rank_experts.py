@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unirank.errors import InputError
-from unirank.models.experts import activated, expert_bias, is_experts, routed, stacks_of
+from unirank.models.experts import activated, expert_bias, is_experts, is_transposed, routed, stacks_of
 from unirank.models.low_rank import stored_tensors, weight_product
 from unirank.types import Form
 
@@ -190,7 +190,7 @@ class LowRankExperts(nn.Module):
     @property
     def turned(self) -> bool:
         """Whether the dense module's parameters are `[E, N, M]`."""
-        return self._code[0].is_transposed
+        return is_transposed(self._code[0])
 
     def factors(self, name: str) -> RaggedFactors | None:
         """What stands in the place of the parameter `name`; None where it is dense."""
@@ -203,9 +203,17 @@ class LowRankExperts(nn.Module):
         return getattr(self, name)[expert].numel() if factors is None else factors.count(expert)
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[T, D]`, the experts `[T, k]` of every token and their weights `[T, k]` -> `[T, D]`."""
+        """`[T, D]`, the experts `[T, k]` of every token and their weights `[T, k]` -> `[T, D]`.
+
+        Of Llama 4's kind, `[E T, D]` alone -> `[E T, D]`; what is zero stays zero.
+        """
+        if top_k_index is None or top_k_weights is None:
+            return self._for_all_tokens(hidden_states)
         tokens, each = top_k_index.shape
         weights = top_k_weights.reshape(-1, 1)
         dtype = torch.promote_types(hidden_states.dtype, weights.dtype)
@@ -247,11 +255,21 @@ class LowRankExperts(nn.Module):
         dense.__dict__ |= {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
         return dense.train(self.training)
 
+    def _for_all_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        made = torch.zeros_like(flat)
+        each = len(flat) // self.count
+        for expert, x in enumerate(flat.split(each)):
+            rows = (x != 0).any(1).nonzero().squeeze(1)
+            if len(rows):
+                made.index_copy_(0, rows + expert * each, self.run(expert, x[rows]))
+        return made
+
     def run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x `[T, D]` -> `[T, D]`, by one expert."""
         code, (first, second) = self._code[0], self.stacks
         y = self._product(second, expert, activated(code, self._product(first, expert, x)))
-        return code.post_expert_norm(y) if code.has_post_expert_norm else y
+        return code.post_expert_norm(y) if getattr(code, "has_post_expert_norm", False) else y
 
     def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         factors = self.factors(name)
