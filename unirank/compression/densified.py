@@ -18,6 +18,7 @@ from unirank.disk.files import check_output, staged_directory, write_json
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.models.companions import write_companions
+from unirank.models.configurations import text_part
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
 from unirank.models.low_rank_experts import LowRankExperts
@@ -80,9 +81,10 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: Pr
             device = "cpu" if weight.is_meta else weight.device
             linear.bias = nn.Parameter(torch.zeros(expected.out_features, dtype=weight.dtype, device=device))
     model.config = config
-    for module in model.modules():
-        if isinstance(getattr(module, "config", None), PretrainedConfig):
-            setattr(module, "config", config.get_text_config() if module is not model else config)  # noqa: B010
+    configs = {name: getattr(module, "config", None) for name, module in skeleton.named_modules()}
+    for name, module in model.named_modules():
+        if isinstance(configs.get(name), PretrainedConfig):  # each part its own: a vision tower, a decoder
+            setattr(module, "config", configs[name])  # noqa: B010
     join_again(model)
     return model
 
@@ -153,12 +155,12 @@ def _skeleton(model: PreTrainedModel, biased: set[str]) -> tuple[PretrainedConfi
     """The original class, empty, with a configuration that has a place for the biases of the linears `biased`."""
     plain = copy.deepcopy(model.config)
     plain.__dict__.pop("quantization_config", None)
-    switches = [key for key, value in plain.to_dict().items() if key.endswith("bias") and value is False]
+    switches = [key for key, value in text_part(plain).to_dict().items() if key.endswith("bias") and value is False]
     for count in range(len(switches) + 1):
         for chosen in itertools.combinations(switches, count):
             config = copy.deepcopy(plain)
             for key in chosen:
-                setattr(config, key, True)
+                setattr(text_part(config), key, True)
             with torch.device("meta"):
                 skeleton = type(model)(config)
             if all(getattr(skeleton.get_submodule(name), "bias", None) is not None for name in biased):

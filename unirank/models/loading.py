@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line
-from unirank.models.companions import companions_in_memory, companions_of
+from unirank.models.companions import companions_in_memory, companions_of, companions_of_processor, tokenizer_of
+from unirank.models.configurations import auto_class, text_part
 from unirank.models.embeddings import embedding_rows
 from unirank.models.experts import experts_in
 from unirank.models.folder import RESAVE
@@ -86,17 +87,9 @@ def load_paged(
     return model, source.tokenizer, pages
 
 
-def _text_part(config: Any) -> Any:
-    """The configuration of the text decoder; the whole one where it does not tell of one, which is refused later."""
-    try:
-        return config.get_text_config()
-    except (ValueError, RuntimeError):
-        return config
-
-
 def _method(config: Any) -> str | None:
     """How the weights of a checkpoint were quantized, by its configuration; None where they were not."""
-    found = getattr(config, "quantization_config", None) or getattr(_text_part(config), "quantization_config", None)
+    found = getattr(config, "quantization_config", None) or getattr(text_part(config), "quantization_config", None)
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
@@ -115,7 +108,7 @@ def _refuse_converted(config: Any, source: str) -> None:
 def _read(source: Source, **options: Any) -> PreTrainedModel:
     try:
         # Safetensors only: other weight files are pickles.
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        read: Any = auto_class(source.config).from_pretrained(
             source.path,
             config=source.config,
             dtype=source.dtype,
@@ -190,7 +183,7 @@ def _check_width(model: PreTrainedModel) -> None:
 
 def describe(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     source: str = "",
     pages: Paging | None = None,
@@ -199,9 +192,18 @@ def describe(
 
     What torch.compile, DataParallel or DistributedDataParallel wraps is taken out. What cannot be taken out is refused:
     adapters that are not merged, weights that are sharded or offloaded. Raises like `load`.
+
+    Args:
+        tokenizer: or the processor of a model with towers, which holds one; it then goes into the checkpoint too.
     """
+    processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer_of(tokenizer)
     loaded = _describe(unwrapped(model), tokenizer, source, pages)
-    return dataclasses.replace(loaded, companions=companions_in_memory(loaded.model, tokenizer))
+    beside = companions_in_memory(loaded.model, tokenizer)
+    if processor is not None:
+        beside = companions_of_processor(processor, tokenizer, beside)
+    return dataclasses.replace(loaded, companions=beside)
 
 
 def _describe(

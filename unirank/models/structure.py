@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from unirank.errors import InputError
 from unirank.models.decoder import lists_of_decoder
 from unirank.models.experts import count_of, experts_in, is_experts, specs_of
-from unirank.types import BLOCK, SUBLAYERS, ExpertSpec, LinearSpec, Sublayer
+from unirank.types import BLOCK, SUBLAYERS, ExpertSpec, LinearSpec, ListedSpec, Sublayer
 
 # Config keys by which transformers' mixture-of-experts models give their number of experts.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -23,12 +23,12 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 def find_linears(model: nn.Module, *, idle: Collection[str] = ()) -> tuple[str, tuple[LinearSpec, ...]]:
     """Path of the decoder's layer list, and every linear inside its layers, by structure.
 
-    The layers are the outermost ModuleList of the text decoder with the most linear weights. Inside a layer, the linears fall into groups
-    by the child module that holds them (linears that hang on the layer itself form a group of their own, as in OPT),
-    which are its sublayers: how they stand to each other and to the residual stream is read from a run (see
-    `layerwise.trace`). Of two, the first is called "attention" and the second "mlp"; any other, and one with weights of
-    another kind (a convolution, state-space parameters), by its module's name. What is no linear stays whole, and so do
-    the linears in `idle`.
+    The layers are the outermost ModuleList of the text decoder with the most linear weights. Inside a layer, the
+    linears fall into groups by the child module that holds them (linears that hang on the layer itself form a group of
+    their own, as in OPT), which are its sublayers: how they stand to each other and to the residual stream is read from
+    a run (see `layerwise.trace`). Of two, the first is called "attention" and the second "mlp"; any other, and one with
+    weights of another kind (a convolution, state-space parameters), by its module's name. What is no linear stays
+    whole, and so do the linears in `idle`.
 
     Raises InputError when there is no such list, when a layer has no linears or holds experts, or when layers share a
     weight.
@@ -85,11 +85,7 @@ def _linears_of_layer(path: str, index: int, layer: nn.Module, idle: Collection[
             f"{path}.{name} stacks experts, {list(parameter.shape)}, and their module is not one of transformers' "
             "common interface, so it is not known which tokens pass through which."
         )
-    for name in _lists_of_networks(layer):
-        start = "Mixture-of-experts models are not supported: " if _says_experts(name) else ""
-        raise InputError(
-            f"{start}{path}.{name} is a list of sub-networks, of which it is not known which tokens pass through it."
-        )
+    lists = list(_lists_of_networks(layer))  # the outer ones come first
     groups: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, holder in _holders_in(layer):
         if f"{path}.{name}" in idle:
@@ -105,7 +101,13 @@ def _linears_of_layer(path: str, index: int, layer: nn.Module, idle: Collection[
                 yield from specs_of(f"{path}.{name}", index, sublayer, name, holder)
             else:
                 m, n = weight_of(holder).shape
-                yield LinearSpec(f"{path}.{name}", index, sublayer, name, m, n)
+                own = (f"{path}.{name}", index, sublayer, name, m, n)
+                networks = next((networks for networks in lists if name.startswith(f"{networks}.")), None)
+                if networks is None:
+                    yield LinearSpec(*own)
+                else:
+                    member = int(name.removeprefix(f"{networks}.").partition(".")[0])
+                    yield ListedSpec(*own, f"{path}.{networks}", member)
 
 
 def _names(layer: nn.Module, groups: Sequence[str]) -> dict[str, Sublayer]:
@@ -149,11 +151,14 @@ def _holders_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _routers_in(module: nn.Module) -> Iterator[nn.Module]:
-    """Linears beside stacked experts with an output for each expert: they decide who works, and stay whole."""
-    for path, experts in experts_in(module):
-        beside = module.get_submodule(path.rpartition(".")[0])
-        for _, linear in _linears_in(beside):
-            if weight_of(linear).shape[0] == count_of(experts):
+    """Linears beside experts, stacked or listed, with an output for each: they decide who works, and stay whole."""
+    counts = [(path, count_of(experts)) for path, experts in experts_in(module)]
+    counts += [(path, len(list(module.get_submodule(path).children()))) for path in _lists_of_networks(module)]
+    for path, count in counts:
+        parent = path.rpartition(".")[0]
+        for name, linear in _linears_in(module.get_submodule(parent)):
+            inside = f"{parent}.{name}".lstrip(".").startswith(f"{path}.")
+            if not inside and weight_of(linear).shape[0] == count > 1:
                 yield linear
 
 
@@ -199,7 +204,7 @@ def refuse_experts(model: nn.Module, config: PretrainedConfig) -> None:
         return
     found = _layer_list(model)
     layers = [model] if found is None else list(found[1])
-    understood = any(True for layer in layers for _ in experts_in(layer))
+    understood = any(True for layer in layers for _ in (*experts_in(layer), *_lists_of_networks(layer)))
     for layer in layers:
         known = tuple(f"{path}." for path, _ in experts_in(layer))
         others = [
@@ -208,7 +213,6 @@ def refuse_experts(model: nn.Module, config: PretrainedConfig) -> None:
             # Beside experts that are understood, a matrix is a router's, or a state-space parameter.
             if not name.startswith(known) and not (understood and parameter.dim() == 2 and not _says_experts(name))
         ]
-        others += _lists_of_networks(layer)
         if others:
             raise InputError(
                 f"This mixture of experts is not supported: {stated}, and {others[0]} in its layers is not held as in "
