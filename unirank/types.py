@@ -75,8 +75,8 @@ class LinearSpec:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LinearSpec:
-        """Read what `dataclasses.asdict` gave, of an `ExpertSpec` too. Raises Damaged for anything else."""
-        spec = build(ExpertSpec if isinstance(record, dict) and "expert" in record else cls, record)
+        """Read what `dataclasses.asdict` gave, of its kinds too. Raises Damaged for anything else."""
+        spec = build(_kind_of(record), record)
         whole = all(type(size) is int for size in (spec.layer, spec.m, spec.n))
         if not (whole and spec.layer >= 0 and spec.m > 0 and spec.n > 0):
             raise Damaged(f"the linear {str(spec.name)[:80]!r} is not legal")
@@ -90,6 +90,10 @@ class LinearSpec:
             and spec.name == f"{spec.module}.{spec.parameter}.{spec.expert}"
         ):
             raise Damaged(f"the expert {spec.name[:80]!r} is not legal")
+        if isinstance(spec, ListedSpec) and not (
+            type(spec.member) is int and f"{spec.name}.".startswith(f"{spec.networks}.{spec.member}.")
+        ):
+            raise Damaged(f"the linear {spec.name[:80]!r} is not legal")
         return spec
 
     def rank_cost(self, rank: Rank, form: Form = "factors") -> int:
@@ -131,6 +135,24 @@ class ExpertSpec(LinearSpec):
         """The parameter of all experts; low-rank, it is a vector."""
         weight: Any = getattr(model.get_submodule(self.module), self.parameter)
         return weight
+
+
+def _kind_of(record: object) -> type[LinearSpec]:
+    keys = record if isinstance(record, dict) else ()
+    return ExpertSpec if "expert" in keys else ListedSpec if "member" in keys else LinearSpec
+
+
+@dataclass(frozen=True)
+class ListedSpec(LinearSpec):
+    """A linear of one of the networks that a module keeps in a list, of which each may see some of the tokens only."""
+
+    networks: str  # the list's path from the model's root, "model.layers.0.mlp.experts"
+    member: int  # the network's number
+
+    @property
+    def siblings(self) -> str:
+        """Equal for the same linear of every network of the list."""
+        return f"{self.networks}.*{self.name.removeprefix(f'{self.networks}.{self.member}')}"
 
 
 class Paging(Protocol):
@@ -236,11 +258,12 @@ class LoadedModel:
 
 
 def refuse_experts_for(what: str, linears: Iterable[LinearSpec]) -> None:
-    """Raise InputError where `what` cannot be had for stacked experts, and there are some among `linears`."""
-    expert = next((spec for spec in linears if isinstance(spec, ExpertSpec)), None)
+    """Raise InputError where `what` cannot be had for experts, stacked or listed, and there are some in `linears`."""
+    expert = next((spec for spec in linears if isinstance(spec, ExpertSpec | ListedSpec)), None)
     if expert is not None:
+        where = expert.module if isinstance(expert, ExpertSpec) else expert.networks
         raise InputError(
-            f"{what} is not available for mixtures of experts, whose matrices are stacked ({expert.module}); "
+            f"{what} is not available for mixtures of experts, of which each sees some tokens only ({where}); "
             "preset='unirank' is, and every scheme without gradients with every allocator that measures nothing."
         )
 

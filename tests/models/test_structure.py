@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 import unirank
 from tests.support.tiny import COMMON, build
 from unirank.models.structure import find_linears
+from unirank.types import ListedSpec
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -80,11 +81,13 @@ def test_names_of_sublayers(groups: tuple[str, ...], names: list[str]) -> None:
     assert [spec.sublayer for spec in linears] == names
 
 
-def test_a_list_of_networks_is_not_called_experts_unless_it_calls_itself_so() -> None:
+def test_linears_of_networks_in_a_list_are_targets_that_know_their_siblings() -> None:
     model = build("llama")
     model.model.layers[1].mlp.adapters = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
-    with pytest.raises(unirank.InputError, match=r"^model\.layers\.1\.mlp\.adapters is a list of sub-networks"):
-        find_linears(model)
+    _, linears = find_linears(model)
+    listed = [spec for spec in linears if isinstance(spec, ListedSpec)]
+    assert [spec.name for spec in listed] == [f"model.layers.1.mlp.adapters.{i}" for i in range(2)]
+    assert {spec.siblings for spec in listed} == {"model.layers.1.mlp.adapters.*"}
 
 
 class WithPart(LlamaConfig):

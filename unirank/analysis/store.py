@@ -27,7 +27,7 @@ from unirank.disk.strictjson import Damaged, entry, number
 from unirank.disk.tensorfile import TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.errors import StoreError
 from unirank.layerwise.recording import Streams
-from unirank.types import BLOCK, CosineStat, ExpertSpec, Factors, Form, Gradient, LinearSpec, sublayers_of
+from unirank.types import BLOCK, CosineStat, ExpertSpec, Factors, Form, Gradient, LinearSpec, ListedSpec, sublayers_of
 
 _OPTIONAL = ("mean", "curvature", "slope")
 Scratch = Literal["forward", "backward"]
@@ -251,13 +251,15 @@ class AnalysisStore:
         return found
 
     def shares(self) -> dict[str, float]:
-        """Of every matrix of an expert the share of its router's weight; other linears have none."""
+        """Of every matrix of a stacked expert the share of its router's weight, and of every linear of a listed one the
+        share of the tokens; other linears have none."""
         found = {}
-        for layer in sorted({spec.layer for spec in self.linears if isinstance(spec, ExpertSpec)}):
+        routed = [spec for spec in self.linears if isinstance(spec, ExpertSpec | ListedSpec)]
+        for layer in sorted({spec.layer for spec in routed}):
             with self._open(layer) as file:
-                told = entry(file.header, "shares", dict)
-                for spec in self.linears:
-                    if spec.layer == layer and isinstance(spec, ExpertSpec):
+                told = entry(file.header, "shares", dict) if "shares" in file.header else {}
+                for spec in routed:
+                    if spec.layer == layer and (spec.name in told or isinstance(spec, ExpertSpec)):
                         found[spec.name] = number(told.get(spec.name), f"the share of {spec.name}")
         return found
 

@@ -48,7 +48,7 @@ def parts_of(specs: Sequence[ExpertSpec], room: int | None) -> list[list[ExpertS
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Running sums over the tokens that one matrix read."""
 
     gram: torch.Tensor
@@ -56,24 +56,30 @@ class _Sums:
     mean_abs: torch.Tensor | None
     tokens: int = 0
 
+    @classmethod
+    def empty(cls, n: int, device: torch.device, *, mean_abs: bool) -> Sums:
+        """Of `n` inputs, before the first token."""
+        zeros = torch.zeros((n, n), dtype=torch.float64, device=device)
+        return cls(zeros, zeros.new_zeros(n), zeros.new_zeros(n) if mean_abs else None)
+
     def add(self, x: torch.Tensor) -> None:
         ops.gram_accumulate_(self.gram, self.total, x)
         if self.mean_abs is not None:
             self.mean_abs += x.abs().sum(0, dtype=torch.float64)
         self.tokens += len(x)
 
-    def merge(self, other: _Sums) -> None:
+    def merge(self, other: Sums) -> None:
         self.gram += other.gram
         self.total += other.total
         if self.mean_abs is not None and other.mean_abs is not None:
             self.mean_abs += other.mean_abs
         self.tokens += other.tokens
 
-    def gathered(self) -> _Sums:
+    def gathered(self) -> Sums:
         """The sums over all processes."""
         count = int(sum_in_order(torch.tensor([self.tokens])))
         mean_abs = None if self.mean_abs is None else sum_in_order(self.mean_abs)
-        return _Sums(sum_in_order(self.gram), sum_in_order(self.total), mean_abs, count)
+        return Sums(sum_in_order(self.gram), sum_in_order(self.total), mean_abs, count)
 
     def moment(self) -> Moment:
         """The means over the tokens, in the place of the sums; zeros where none came."""
@@ -95,8 +101,8 @@ class ExpertMoments:
             spec.module: layer.get_submodule(spec.module.removeprefix(f"{prefix}.")) for spec in specs
         }
         self._specs, self._mean_abs, self._clip = list(specs), mean_abs, clip
-        self._sums: dict[tuple[str, int], tuple[_Sums, _Sums]] = {}  # of the group, by module and expert: both matrices
-        self._common: dict[str, _Sums] = {}  # by module, while its first pass runs: what its second matrices read
+        self._sums: dict[tuple[str, int], tuple[Sums, Sums]] = {}  # of the group, by module and expert: both matrices
+        self._common: dict[str, Sums] = {}  # by module, while its first pass runs: what its second matrices read
         self._lent: dict[str, Moment] = {}  # the same, done
         self._weights: dict[str, torch.Tensor] = {}  # by module, [E]
 
@@ -111,16 +117,15 @@ class ExpertMoments:
             for name, module in self._modules.items():
                 device = getattr(module, stacks_of(module)[0]).device
                 for key, (outer, inner) in ((key, n) for key, n in sizes.items() if key[0] == name):
-                    self._sums[key] = self._empty(outer, device), self._empty(inner, device)
+                    self._sums[key] = (
+                        Sums.empty(outer, device, mean_abs=self._mean_abs),
+                        Sums.empty(inner, device, mean_abs=self._mean_abs),
+                    )
                     if first and name not in self._common:
-                        self._common[name] = self._empty(inner, device)
+                        self._common[name] = Sums.empty(inner, device, mean_abs=self._mean_abs)
                 hook = self._hook(name, first=first)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
-
-    def _empty(self, n: int, device: torch.device) -> _Sums:
-        zeros = torch.zeros((n, n), dtype=torch.float64, device=device)
-        return _Sums(zeros, zeros.new_zeros(n), zeros.new_zeros(n) if self._mean_abs else None)
 
     def _hook(self, name: str, *, first: bool) -> Callable[..., None]:
         def accumulate(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,11 +180,11 @@ class ExpertMoments:
         for spec in group:
             second = spec.parameter == stacks_of(self._modules[spec.module])[1]
             own = gathered[spec.module, spec.expert][second]
-            found[spec.name] = _shrunk(spec.name, own, self._lent[spec.module] if second else inputs[spec.module])
+            found[spec.name] = shrunk(spec.name, own, self._lent[spec.module] if second else inputs[spec.module])
         return found
 
 
-def _shrunk(name: str, own: _Sums, common: Moment) -> Moment:
+def shrunk(name: str, own: Sums, common: Moment) -> Moment:
     """The moment of what one matrix read, shrunk towards what others read too."""
     n = len(own.total)
     if not (own.gram.diagonal().isfinite().all() and own.total.isfinite().all()):

@@ -21,9 +21,10 @@ from unirank.distributed import sum_in_order
 from unirank.errors import NonFiniteError
 from unirank.layerwise.clipping import clipped
 from unirank.layerwise.expert_moments import ROOM, ExpertMoments, parts_of
+from unirank.layerwise.listed_moments import ListedMoments
 from unirank.layerwise.recording import Recording, Streams
 from unirank.layerwise.trace import Place, TracedLayer, traced_layer
-from unirank.types import BLOCK, CosineStat, ExpertSpec, LayerStats, LoadedModel, Moment
+from unirank.types import BLOCK, CosineStat, ExpertSpec, LayerStats, ListedSpec, LoadedModel, Moment
 
 
 @torch.no_grad()
@@ -74,6 +75,7 @@ def calibrate_parts(
     grams = _Grams(layer, enabled=moments, mean_abs=mean_abs, clip=clip)
     cosines = _Cosines(layer, device=streams.probe.device)
     stacked = [spec for spec in layer.specs if isinstance(spec, ExpertSpec)]
+    listed = ListedMoments(layer.module, layer.prefix, layer.specs, enabled=moments, mean_abs=mean_abs, clip=clip)
     experts = ExpertMoments(layer.module, layer.prefix, stacked, mean_abs=mean_abs, clip=clip)
     groups = parts_of(stacked, room) if moments and stacked else [stacked]
     found, inputs, shown, shares = {}, {}, {}, {}
@@ -83,6 +85,7 @@ def calibrate_parts(
             stack.enter_context(experts.hooked(group if moments else ()))
             if first:
                 stack.enter_context(grams.hooked())
+                stack.enter_context(listed.hooked())
                 stack.enter_context(cosines.hooked())
             for position, kept in enumerate(list(streams.batches)):
                 hidden = kept.to(streams.probe.device)
@@ -93,7 +96,8 @@ def calibrate_parts(
                     streams.put(position, output)
         input_of = {spec.name: spec.name for spec in group}
         if first:
-            found, shown, shares = grams.finish(), cosines.finish(), experts.shares()
+            found, shown, shares = grams.finish(), cosines.finish(), experts.shares() | listed.shares()
+            found |= listed.finish()
             readers = layer.trace.input_of
             inputs = {spec.module: found[readers[spec.module]] for spec in stacked} if moments else {}
             input_of |= {name: owner for name, owner in readers.items() if name not in inputs}
@@ -109,7 +113,8 @@ class _Grams:
     """One running Gram matrix per distinct input of the layer's linears."""
 
     def __init__(self, layer: TracedLayer, *, enabled: bool, mean_abs: bool, clip: float) -> None:
-        self._owners = sorted(set(layer.trace.input_of.values())) if enabled else []
+        own = {spec.name for spec in layer.specs if isinstance(spec, ListedSpec)}
+        self._owners = sorted(set(layer.trace.input_of.values()) - own) if enabled else []
         self._modules = {name: layer.module.get_submodule(layer.path_of(name)) for name in self._owners}
         self._clip = clip
         self._gram: dict[str, torch.Tensor] = {}

@@ -18,7 +18,7 @@ from unirank.errors import InputError
 from unirank.layerwise.dataflow import Flow, is_stream
 from unirank.layerwise.recording import Recording, layers_of
 from unirank.models.experts import as_modules
-from unirank.types import LinearSpec, LoadedModel, Sublayer
+from unirank.types import LinearSpec, ListedSpec, LoadedModel, Sublayer
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
 def _check_linears(
     prefix: str, specs: Sequence[LinearSpec], by_path: dict[str, LinearSpec], linears: Sequence[_Event]
 ) -> None:
-    missing = by_path.keys() - {event.name for event in linears}
-    if missing or len(linears) != len(specs):
+    ran = {event.name for event in linears}
+    missing = {name for name, spec in by_path.items() if not isinstance(spec, ListedSpec)} - ran
+    if missing or len(linears) != len(ran):
         names = ", ".join(sorted(missing)) or "one of them more than once"
         raise InputError(
             f"{prefix} must run each of its linears exactly once for a token batch; it does not run {names}."
@@ -182,9 +183,11 @@ def _input_of(linears: Sequence[_Event], by_path: dict[str, LinearSpec]) -> dict
     first_reader: dict[tuple[int, int | None], str] = {}
     found = {}
     for event in linears:
-        owner = first_reader.setdefault((id(event.inputs), event.reads), event.name)
-        found[by_path[event.name].name] = by_path[owner].name
-    return found
+        if not isinstance(by_path[event.name], ListedSpec):
+            owner = first_reader.setdefault((id(event.inputs), event.reads), event.name)
+            found[by_path[event.name].name] = by_path[owner].name
+    # Which tokens a network of a list sees is another matter for every batch.
+    return found | {spec.name: spec.name for spec in by_path.values() if isinstance(spec, ListedSpec)}
 
 
 class _Steps:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from unirank.models.structure import holds_other_weights
-from unirank.types import SUBLAYERS, ExpertSpec, LinearSpec, sublayers_of
+from unirank.types import SUBLAYERS, ExpertSpec, LinearSpec, ListedSpec, sublayers_of
 
 _TOKENS = 8
 
@@ -32,7 +32,7 @@ def irregular_linears(model: PreTrainedModel, layers: str, linears: Sequence[Lin
     """
     if not any(_is_unusual(layer, [s for s in linears if s.layer == i]) for i, layer in _numbered(model, layers)):
         return frozenset()
-    watched = {spec.name for spec in linears if not isinstance(spec, ExpertSpec)}
+    watched = {spec.name for spec in linears if not isinstance(spec, ExpertSpec | ListedSpec)}
     called: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:

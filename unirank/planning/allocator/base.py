@@ -14,7 +14,7 @@ from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError
 from unirank.planning.score import Components, ScoreSettings, marginal_cost
 from unirank.progress import OnProgress, silent
-from unirank.types import CosineStat, ExpertSpec, Form, LinearSpec, LoadedModel
+from unirank.types import CosineStat, ExpertSpec, Form, LinearSpec, ListedSpec, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Request:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of every matrix of an expert the share of its router's weight; empty without experts."""
-        return self.store.shares() if any(isinstance(spec, ExpertSpec) for spec in self.linears) else {}
+        """`AnalysisStore.shares`; empty without experts."""
+        return self.store.shares() if any(isinstance(spec, ExpertSpec | ListedSpec) for spec in self.linears) else {}
 
     def check_floor(self) -> None:
         """Raise InputError when `min_rank` alone exceeds the budget."""
