@@ -116,13 +116,13 @@ class ExpertMoments:
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 device = getattr(module, stacks_of(module)[0]).device
-                for key, (outer, inner) in ((key, n) for key, n in sizes.items() if key[0] == name):
-                    self._sums[key] = (
-                        Sums.empty(outer, device, mean_abs=self._mean_abs),
-                        Sums.empty(inner, device, mean_abs=self._mean_abs),
-                    )
-                    if first and name not in self._common:
-                        self._common[name] = Sums.empty(inner, device, mean_abs=self._mean_abs)
+                for key, ns in sizes.items():
+                    if key[0] == name:
+                        outer, inner = (Sums.empty(n, device, mean_abs=self._mean_abs) for n in ns)
+                        self._sums[key] = outer, inner
+                if first and group:
+                    n = max((spec for spec in self._specs if spec.module == name), key=_is_second(module)).n
+                    self._common[name] = Sums.empty(n, device, mean_abs=self._mean_abs)
                 hook = self._hook(name, first=first)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
@@ -178,10 +178,16 @@ class ExpertMoments:
             self._lent[name] = total.moment()
         found = {}
         for spec in group:
-            second = spec.parameter == stacks_of(self._modules[spec.module])[1]
+            second = _is_second(self._modules[spec.module])(spec)
             own = gathered[spec.module, spec.expert][second]
             found[spec.name] = shrunk(spec.name, own, self._lent[spec.module] if second else inputs[spec.module])
         return found
+
+
+def _is_second(module: Any) -> Callable[[ExpertSpec], bool]:
+    """Tells of a target whether it is of the second of the module's two stacks."""
+    second = stacks_of(module)[1]
+    return lambda spec: spec.parameter == second
 
 
 def shrunk(name: str, own: Sums, common: Moment) -> Moment:

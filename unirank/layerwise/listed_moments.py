@@ -1,7 +1,8 @@
 """Moments of linears of networks in a list, of which each may see some of the tokens only: experts as modules.
 
-Where all networks of a list see the same number of tokens they are ordinary. Else each linear's moment is shrunk towards
-what the same linears of all networks read, as in `expert_moments`, and its share is that of the tokens that it saw.
+Where all networks of a list see the same number of tokens they are ordinary. Else each linear's moment is shrunk
+towards what the same linears of all networks read, as in `expert_moments`, and its share is that of the tokens that it
+saw.
 """
 
 from __future__ import annotations
