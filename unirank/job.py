@@ -178,6 +178,8 @@ class Job:
         loaded.require_dense()
         if self.tokens_for:
             loaded.require_whole(capitalised(self.tokens_for))
+        if self.recipe.afterwards:
+            loaded.require_no_experts(capitalised(" and ".join(self.recipe.afterwards)))
         if self.choose is not None:
             if self.choose.whole_model_for:
                 loaded.require_whole(capitalised(self.choose.whole_model_for))
@@ -305,6 +307,7 @@ def apply(
 
     loaded.require_dense()
     if refine is not None:
+        loaded.require_no_experts("The second pass")
         loaded.require_whole("The second pass")
         if windows is None:
             raise InputError("The second pass needs calibration tokens: apply(..., refine=..., windows=...).")

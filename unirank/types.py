@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -17,12 +17,18 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Sublayer = Literal["attention", "mlp"]
-SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")
+Sublayer = str  # a name for people, from the module tree: see `models.structure.find_linears`
+SUBLAYERS: tuple[Sublayer, ...] = ("attention", "mlp")  # of a layer that has two
+BLOCK: Final = "block"  # the whole layer, where a sublayer could stand
 DENSE: Final = "dense"
 Rank = int | Literal["dense"]
 Form = Literal["factors", "pivoted"]  # how a low-rank matrix is stored, and so what a rank costs
 FORMS: tuple[Form, ...] = ("factors", "pivoted")
+
+
+def sublayers_of(linears: Iterable[LinearSpec]) -> tuple[Sublayer, ...]:
+    """The sublayers of `linears`, each once, in the order in which they come first."""
+    return tuple(dict.fromkeys(spec.sublayer for spec in linears))
 
 
 def rank_cost(m: int, n: int, rank: Rank, form: Form = "factors") -> int:
@@ -69,13 +75,25 @@ class LinearSpec:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LinearSpec:
-        """Read what `dataclasses.asdict` gave. Raises Damaged for anything else."""
-        spec = build(cls, record)
+        """Read what `dataclasses.asdict` gave, of its kinds too. Raises Damaged for anything else."""
+        spec = build(_kind_of(record), record)
         whole = all(type(size) is int for size in (spec.layer, spec.m, spec.n))
-        if not (whole and spec.layer >= 0 and spec.m > 0 and spec.n > 0 and spec.sublayer in SUBLAYERS):
+        if not (whole and spec.layer >= 0 and spec.m > 0 and spec.n > 0):
             raise Damaged(f"the linear {str(spec.name)[:80]!r} is not legal")
-        if not (isinstance(spec.name, str) and isinstance(spec.kind, str)):
+        if not all(isinstance(name, str) for name in (spec.name, spec.kind, spec.sublayer)):
             raise Damaged("a linear has no name")
+        if spec.sublayer in ("", BLOCK):
+            raise Damaged(f"the linear {spec.name[:80]!r} has no legal sublayer")
+        if isinstance(spec, ExpertSpec) and not (
+            type(spec.expert) is int
+            and type(spec.transposed) is bool
+            and spec.name == f"{spec.module}.{spec.parameter}.{spec.expert}"
+        ):
+            raise Damaged(f"the expert {spec.name[:80]!r} is not legal")
+        if isinstance(spec, ListedSpec) and not (
+            type(spec.member) is int and f"{spec.name}.".startswith(f"{spec.networks}.{spec.member}.")
+        ):
+            raise Damaged(f"the linear {spec.name[:80]!r} is not legal")
         return spec
 
     def rank_cost(self, rank: Rank, form: Form = "factors") -> int:
@@ -86,12 +104,66 @@ class LinearSpec:
         """The least rank that costs as much as the dense matrix: `ceil(r*)`, in the pivoted form K."""
         return self.k if form == "pivoted" else self.max_rank
 
+    def stored_in(self, model: nn.Module) -> torch.Tensor:
+        """What `model` has by the name of the weight, however it is stored; low-rank, it is a vector."""
+        weight: Any = model.get_submodule(self.name).weight
+        return weight
+
+
+@dataclass(frozen=True)
+class ExpertSpec(LinearSpec):
+    """One matrix of one expert, of those that a module stacks in a parameter `[E, M, N]`, or `[E, N, M]`.
+
+    Its name is the parameter's and the expert's number, "model.layers.0.mlp.experts.down_proj.3"; its kind is without
+    the number.
+    """
+
+    expert: int
+    transposed: bool  # whether the parameter is `[E, N, M]`
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's own name, "down_proj"."""
+        return self.name.split(".")[-2]
+
+    @property
+    def module(self) -> str:
+        """The path of the module that holds the experts, from the model's root."""
+        return self.name.rsplit(".", 2)[0]
+
+    def stored_in(self, model: nn.Module) -> torch.Tensor:
+        """The parameter of all experts; low-rank, it is a vector."""
+        weight: Any = getattr(model.get_submodule(self.module), self.parameter)
+        return weight
+
+
+def _kind_of(record: object) -> type[LinearSpec]:
+    keys = record if isinstance(record, dict) else ()
+    return ExpertSpec if "expert" in keys else ListedSpec if "member" in keys else LinearSpec
+
+
+@dataclass(frozen=True)
+class ListedSpec(LinearSpec):
+    """A linear of one of the networks that a module keeps in a list, of which each may see some of the tokens only."""
+
+    networks: str  # the list's path from the model's root, "model.layers.0.mlp.experts"
+    member: int  # the network's number
+
+    @property
+    def siblings(self) -> str:
+        """Equal for the same linear of every network of the list."""
+        return f"{self.networks}.*{self.name.removeprefix(f'{self.networks}.{self.member}')}"
+
 
 class Paging(Protocol):
     """Where the weights of decoder layers are that are not in memory; see `unirank.pages`."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, read now."""
+        ...
+
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        """What reads `tensor(name)` as it is now, whatever is put there later."""
         ...
 
     def put(self, name: str, make: Callable[[], torch.Tensor]) -> None:
@@ -170,16 +242,30 @@ class LoadedModel:
     def require_dense(self) -> None:
         """Raise InputError where targets were replaced by low-rank ones since the model was loaded."""
         # A low-rank linear holds a guard in the place of the weight matrix: a vector.
-        weights: list[Any] = [self.model.get_submodule(spec.name).weight for spec in self.linears]
-        if any(weight.dim() != 2 for weight in weights):
+        if any(spec.stored_in(self.model).dim() < 2 for spec in self.linears):
             raise InputError(
                 f"The model {self.source} was compressed in place by an earlier apply, truncate or refine; load it "
                 "again, or compress a copy with apply(..., copy=True)."
             )
 
+    def require_no_experts(self, what: str) -> None:
+        """Raise InputError where `what` cannot be had for experts, and there are some among the targets."""
+        refuse_experts_for(what, self.linears)
+
     @property
     def layer_count(self) -> int:
         return self.linears[-1].layer + 1
+
+
+def refuse_experts_for(what: str, linears: Iterable[LinearSpec]) -> None:
+    """Raise InputError where `what` cannot be had for experts, stacked or listed, and there are some in `linears`."""
+    expert = next((spec for spec in linears if isinstance(spec, ExpertSpec | ListedSpec)), None)
+    if expert is not None:
+        where = expert.module if isinstance(expert, ExpertSpec) else expert.networks
+        raise InputError(
+            f"{what} is not available for mixtures of experts, of which each sees some tokens only ({where}); "
+            "preset='unirank' is, and every scheme without gradients with every allocator that measures nothing."
+        )
 
 
 @dataclass(frozen=True)
@@ -237,7 +323,8 @@ class LayerStats:
     layer: int
     moments: Mapping[str, Moment]  # by the name of the first linear that reads the input
     input_of: Mapping[str, str]  # linear -> key of `moments`
-    cosines: Mapping[str, CosineStat]  # "attention", "mlp", "block"
+    cosines: Mapping[str, CosineStat]  # by sublayer, and "block"
+    shares: Mapping[str, float] = field(default_factory=dict)  # of the router's weight, by expert's matrix
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 import unirank
 from unirank.errors import NonFiniteError
 from unirank.layerwise.recording import foreign, layers_of, record
-from unirank.layerwise.trace import trace_layer
+from unirank.layerwise.trace import Place, Span, trace_layer
 from unirank.types import LinearSpec, LoadedModel
 
 WINDOWS = torch.arange(24).view(2, 12)
@@ -57,8 +57,9 @@ def answer(loaded: LoadedModel, change: Callable[[torch.Tensor], Any], read: Cal
         (lambda hidden: [hidden], lambda output: output[0]),  # OpenAI-GPT
         (lambda hidden: (hidden, None), lambda output: only(*output)),  # CpmAnt
         (lambda hidden: (hidden, hidden * 2), lambda output: output[0]),
+        (lambda h: (h, h), lambda o: only(*o)),
     ],
-    ids=["bare", "tuple", "list", "pair with None", "pair with a tensor that nobody reads"],
+    ids=["bare", "tuple", "list", "pair with None", "pair with a tensor that nobody reads", "pair that is unpacked"],
 )
 def test_hidden_states_are_found_in_what_a_layer_returns(change, read, make_model, calibration, tmp_path) -> None:
     stores = []
@@ -78,9 +79,8 @@ def test_hidden_states_are_found_in_what_a_layer_returns(change, read, make_mode
         (lambda h: (), lambda o: o, "must return hidden states .* got a tuple"),
         (lambda h: None, lambda o: o, "must return hidden states .* got nothing"),
         (lambda h: h[0], lambda o: o[None], r"must return hidden states \[1, 8, 32\], got float32 \[8, 32\]"),
-        (lambda h: (h, h), lambda o: only(*o), "with layers that pass hidden states on: "),
     ],
-    ids=["named tuple", "dict", "nothing in a tuple", "None", "no windows", "pair that the model needs"],
+    ids=["named tuple", "dict", "nothing in a tuple", "None", "no windows"],
 )
 def test_other_answers_of_a_layer_are_refused(change, read, message: str, make_model) -> None:
     loaded = make_model()
@@ -134,6 +134,31 @@ def test_layer_that_takes_something_else_is_refused(call, message: str, make_mod
     decoder.forward = lambda input_ids, **_: call(decoder.layers[0], decoder.embed_tokens(input_ids))
     with pytest.raises(unirank.InputError, match=rf"model\.layers\.0 of LlamaForCausalLM must take .* {message}\.$"):
         record(loaded, WINDOWS, batch=2)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_layer_returns_beside_its_hidden_states_reaches_no_other_layer(own: bool, make_model) -> None:
+    """xLSTM returns a state, which its model unpacks; Zaya's is what the next layer reads."""
+    loaded = make_model()
+    decoder = loaded.model.base_model
+    for layer in layers_of(loaded):
+        before = layer.forward
+        layer.forward = lambda *a, _before=before, given=None, **k: (_before(*a, **k), torch.ones(2) if own else given)
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> None:
+        hidden, state = decoder.embed_tokens(input_ids), torch.zeros(2)
+        rotary = decoder.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for layer in decoder.layers:
+            hidden, state = layer(hidden, position_embeddings=rotary, given=state)
+
+    decoder.forward = forward
+    if own:
+        with pytest.raises(
+            unirank.InputError, match=r"model\.layers\.1 of .* takes more from the layer before it than"
+        ):
+            record(loaded, WINDOWS, batch=2)
+    else:
+        assert len(record(loaded, WINDOWS, batch=2).calls[0]) == 3
 
 
 def test_windows_that_do_not_come_first_are_refused(make_model) -> None:
@@ -215,46 +240,101 @@ class Layer(nn.Module):
         return self.how(self, x)
 
 
-@pytest.mark.parametrize(
-    ("how", "inner", "message"),
-    [
-        (lambda m, x: x + m.second(input=x + m.first(x)), 4, "must give second its input as the first argument"),
-        (lambda m, x: x + m.second(m.norm(input=x + m.first(x))), 4, "must give norm its input as the first argument"),
-        (
-            lambda m, x: x + m.second(m.norm(m.first(x) * 2)),
-            6,
-            r"takes hidden states \[1, 3, 4\], and what norm reads is \[1, 3, 6\]",
-        ),
-        (
-            lambda m, x: x + m.first(x)[..., :4] + m.second(x),
-            4,
-            None,
-        ),
-    ],
-    ids=["linear by keyword", "norm by keyword", "narrow stream", "parallel"],
-)
-def test_layer_whose_parts_cannot_be_watched_is_refused(how, inner: int, message: str | None) -> None:
+def spans_of(how: Callable[[Any, torch.Tensor], torch.Tensor], inner: int = 4, first: int | None = None):
+    """What the trace says of a layer whose first linear gives `inner` (or `first`) and whose second one reads `inner`."""
+    layer, x = Layer(how, inner), torch.randn(1, 3, 4)
+    if first is not None:
+        layer.first = nn.Linear(4, first)
     specs = [
-        LinearSpec("l.0.first", 0, "attention", "first", inner, 4),
+        LinearSpec("l.0.first", 0, "attention", "first", first or inner, 4),
         LinearSpec("l.0.second", 0, "mlp", "second", 4, inner),
     ]
-    layer, x = Layer(how, inner), torch.randn(1, 3, 4)
-    if message is None:
-        assert trace_layer(layer, "l.0", specs, lambda one, hidden: one(hidden), x)[0].middle is None
-        return
-    with pytest.raises(unirank.InputError, match=rf"^l\.0 {message}"):
-        trace_layer(layer, "l.0", specs, lambda one, hidden: one(hidden), x)
+    return trace_layer(layer, "l.0", specs, lambda one, hidden: one(hidden), x)[0].spans
 
 
-def test_parallel_sublayer_whose_last_linear_is_not_its_output_is_refused() -> None:
-    layer = Layer(lambda m, x: x + m.first(x)[..., :4] + m.second(x))
-    layer.first = nn.Linear(4, 8)
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda m, x: x + m.second(input=x + m.first(x)), "must give second its input as the first argument"),
+        (lambda m, x: (h := x + m.first(x)) + m.second(m.norm(input=h)), "must give norm its input as the first"),
+        (lambda m, x: x.detach().numpy() is not None and torch.tensor((x + m.second(m.first(x))).tolist()), "followed"),
+        (lambda m, x: x.add_(m.second(m.first(x))), "writes to the hidden states that enter it"),
+    ],
+    ids=["linear by keyword", "norm by keyword", "through Python", "in place"],
+)
+def test_layer_whose_parts_cannot_be_watched_is_refused(how, message: str) -> None:
+    with pytest.raises(unirank.InputError, match=rf"l\.0 .*{message}"):
+        spans_of(how)
+
+
+def add_in_place(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = x + m.first(x)
+    given = m.second(m.norm(h))
+    return h.add_(given)
+
+
+def assign_to_parts(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = torch.empty_like(x)
+    h[:, :1], h[:, 1:] = x[:, :1] + m.first(x)[:, :1], x[:, 1:] + m.first.forward(x)[:, 1:]
+    return h + m.second(m.norm(h))
+
+
+@pytest.mark.parametrize(
+    ("how", "overwritten"),
+    [
+        (lambda m, x: (h := x + m.first(x)) + m.second(m.norm(h)), False),
+        (lambda m, x: (h := 0.5 * x + 0.1 * m.first(x)).mul(2) + m.second(m.norm(h)), False),
+        (lambda m, x: (h := torch.lerp(x, m.first(x), 0.3)) + m.second(m.norm(h)).reshape(h.shape), False),
+        (add_in_place, True),
+        (assign_to_parts, False),
+    ],
+    ids=["sum", "scaled", "gated", "sum in place", "by parts"],
+)
+def test_stream_is_found_however_it_is_summed(how, overwritten: bool) -> None:
+    middle = Place("norm", "input", overwritten)
+    assert spans_of(how) == {"attention": Span(end=middle), "mlp": Span(start=middle)}
+
+
+def test_norm_behind_the_sum_belongs_to_the_next_sublayer() -> None:
+    middle = Place("norm", "input")
+    spans = spans_of(lambda m, x: (h := m.norm(x + m.first(x))) + m.second(h))
+    assert spans == {"attention": Span(end=middle), "mlp": Span(start=middle)}
+
+
+def test_module_that_gives_the_stream_serves_where_none_reads_it() -> None:
+    class Adds(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
+    layer = Layer(lambda m, x: (h := m.first(x)) + m.second(torch.tanh(h)))
+    layer.first = Adds(4, 4)
     specs = [
-        LinearSpec("l.0.first", 0, "attention", "first", 8, 4),
+        LinearSpec("l.0.first", 0, "attention", "first", 4, 4),
         LinearSpec("l.0.second", 0, "mlp", "second", 4, 4),
     ]
-    with pytest.raises(unirank.InputError, match=r"^l\.0 takes .* and what first gives is \[1, 3, 8\]"):
-        trace_layer(layer, "l.0", specs, lambda one, hidden: one(hidden), torch.randn(1, 3, 4))
+    spans = trace_layer(layer, "l.0", specs, lambda one, hidden: one(hidden), torch.randn(1, 3, 4))[0].spans
+    assert spans == {"attention": Span(end=Place("first", "output")), "mlp": Span(start=Place("first", "output"))}
+
+
+@pytest.mark.parametrize(
+    ("how", "inner", "first"),
+    [
+        (lambda m, x: x + m.second(m.norm(m.first(x) * 2)), 6, None),
+        (lambda m, x: x + m.second(m.norm(x + m.first(x))), 4, None),
+        (lambda m, x: x + m.first(x)[..., :4] + m.second(x), 4, 8),
+        (lambda m, x: (h := x + m.first(x)) + m.second(h * 2), 4, None),
+    ],
+    ids=["one behind the other", "the stream goes around", "parallel, cut", "nobody reads it"],
+)
+def test_sublayers_that_cannot_be_told_apart_share_their_step(how, inner: int, first: int | None) -> None:
+    assert spans_of(how, inner, first) == {"attention": Span(), "mlp": Span()}
+
+
+def test_parallel_sublayers_have_a_branch_each() -> None:
+    assert spans_of(lambda m, x: x + m.first(x) + m.second(m.norm(x))) == {
+        "attention": Span(branch=Place("first", "output")),
+        "mlp": Span(branch=Place("second", "output")),
+    }
 
 
 @pytest.mark.parametrize("error", [TypeError("a slip"), RuntimeError("of ours"), IndexError("in a hook")])

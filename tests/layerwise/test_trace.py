@@ -8,7 +8,7 @@ from torch import nn
 
 import unirank
 from unirank.layerwise.recording import layers_of, record
-from unirank.layerwise.trace import LayerTrace, trace_layer
+from unirank.layerwise.trace import LayerTrace, Place, Span, trace_layer
 from unirank.types import LinearSpec, LoadedModel
 
 IDS = torch.arange(24).view(2, 12)
@@ -50,21 +50,21 @@ def test_stream_between_the_sublayers_is_the_input_plus_what_the_attention_adds(
     name: str, middle: str, attention: str, make_model
 ) -> None:
     trace, hidden, _, seen = traced(make_model(name))
-    assert trace.middle == middle
+    assert trace.spans == {"attention": Span(end=Place(middle, "input")), "mlp": Span(start=Place(middle, "input"))}
     assert torch.equal(seen[f"{middle}.in"].view_as(hidden), hidden + seen[attention])
     assert not torch.equal(seen[f"{middle}.in"].view_as(hidden), hidden)
 
 
 def test_parallel_sublayers_have_no_stream_between_them(make_model) -> None:
     trace, hidden, output, seen = traced(make_model("gpt-neox"))
-    assert trace.middle is None
-    assert trace.last_linear == {"attention": "attention.dense", "mlp": "mlp.dense_4h_to_h"}
+    branches = {"attention": "attention.dense", "mlp": "mlp.dense_4h_to_h"}
+    assert trace.spans == {key: Span(branch=Place(module, "output")) for key, module in branches.items()}
     torch.testing.assert_close(hidden + seen["attention.dense"] + seen["mlp.dense_4h_to_h"], output)
 
 
 def test_gpt_neox_with_sequential_sublayers_is_told_from_the_parallel_kind(make_model) -> None:
     trace, hidden, _, seen = traced(make_model("gpt-neox", use_parallel_residual=False))
-    assert trace.middle == "post_attention_layernorm"
+    assert trace.spans["mlp"] == Span(start=Place("post_attention_layernorm", "input"))
     assert torch.equal(seen["post_attention_layernorm.in"], hidden + seen["attention"])
 
 
@@ -124,7 +124,7 @@ def test_target_that_runs_twice_is_refused(make_model) -> None:
         traced(loaded)
 
 
-def test_layer_that_runs_its_mlp_first_is_refused() -> None:
+def test_sublayers_come_in_the_order_in_which_they_run() -> None:
     class Reversed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -134,5 +134,6 @@ def test_layer_that_runs_its_mlp_first_is_refused() -> None:
             return self.first(self.second(x))
 
     specs = [LinearSpec("l.0.first", 0, "attention", "first", 4, 4), LinearSpec("l.0.second", 0, "mlp", "second", 4, 4)]
-    with pytest.raises(unirank.InputError, match=r"l\.0 runs second before its attention"):
-        trace_layer(Reversed(), "l.0", specs, lambda layer, x: layer(x), torch.ones(1, 3, 4))
+    trace, _ = trace_layer(Reversed(), "l.0", specs, lambda layer, x: layer(x), torch.ones(1, 3, 4))
+    middle = Place("first", "input")
+    assert list(trace.spans.items()) == [("mlp", Span(end=middle)), ("attention", Span(start=middle))]

@@ -95,25 +95,11 @@ def test_dtype_argument_decides_the_dtype_of_the_weights(model_dir: Path) -> Non
     assert load_pretrained(str(model_dir), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
 
 
-def test_mixture_of_experts_is_refused_by_its_config(make_model, tmp_path: Path, tokenizer) -> None:
-    message = r"Mixture-of-experts models are not supported: mixtral has num\w*experts = 4"
-    with pytest.raises(unirank.InputError, match=message):
-        make_model("mixtral")
-    build("mixtral").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(unirank.InputError, match=message):
-        unirank.load(str(tmp_path))
-
-
 def test_mixture_of_experts_is_refused_by_its_structure(tokenizer) -> None:
     stacked = build("llama")
     stacked.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(4, 8, 8))
-    with pytest.raises(unirank.InputError, match=r"Mixture-of-experts .*model\.layers\.1\.mlp\.experts .*4"):
+    with pytest.raises(unirank.InputError, match=r"model\.layers\.1\.mlp\.experts stacks experts, \[4, 8, 8\]"):
         unirank.describe(stacked, tokenizer)
-    listed = build("llama")
-    listed.model.layers[2].mlp.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
-    with pytest.raises(unirank.InputError, match=r"model\.layers\.2\.mlp\.experts is a list of sub-networks"):
-        unirank.describe(listed, tokenizer)
 
 
 def test_model_without_linears_in_its_layers_is_refused() -> None:

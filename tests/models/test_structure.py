@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 import unirank
 from tests.support.tiny import COMMON, build
 from unirank.models.structure import find_linears
+from unirank.types import ListedSpec
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -35,19 +36,58 @@ def test_a_vector_in_more_dimensions_is_no_experts(shape: tuple[int, ...]) -> No
     assert find_linears(model) == before
 
 
-def test_stacked_heads_are_not_called_experts() -> None:
+@pytest.mark.parametrize("shape", [(32, 4, 8), (64, 16)])
+def test_weights_that_belong_to_no_linear_map_stay_whole(shape: tuple[int, ...]) -> None:
+    """XLNet stacks its heads; Mamba has state-space parameters."""
     model = build("llama")
-    model.model.layers[1].self_attn.q = parameter(32, 4, 8)
-    with pytest.raises(unirank.InputError, match=r"self_attn\.q is a weight \[32, 4, 8\] .* no linear map") as caught:
+    before = find_linears(model)
+    model.model.layers[1].self_attn.q = parameter(*shape)
+    assert find_linears(model) == before
+
+
+def test_layer_without_linears_is_refused() -> None:
+    model = build("llama")
+    model.model.layers[1] = nn.LayerNorm(32)
+    with pytest.raises(unirank.InputError, match=r"^model\.layers\.1 holds no linear maps"):
         find_linears(model)
-    assert "xperts" not in str(caught.value)
 
 
-def test_a_list_of_networks_is_not_called_experts_unless_it_calls_itself_so() -> None:
+@pytest.mark.parametrize(
+    ("groups", "names"),
+    [
+        (("attn", "mlp"), ["attention", "mlp"]),
+        (("feed_forward", "self_attn"), ["mlp", "attention"]),
+        (("one", "other"), ["attention", "mlp"]),
+        (("mixer",), ["mixer"]),
+        (("block",), ["block_"]),
+        (("mamba*", "mlp"), ["mamba", "mlp"]),
+        (("feed_forward", "mamba*"), ["mlp", "mamba"]),
+        (("attn*", "mlp"), ["attention", "mlp"]),
+        (("attention", "intermediate", "output"), ["attention", "intermediate", "output"]),
+    ],
+)
+def test_names_of_sublayers(groups: tuple[str, ...], names: list[str]) -> None:
+    """A star stands for a convolution beside the linear."""
+    layer = nn.Module()
+    for group in groups:
+        child = nn.Module()
+        child.linear = nn.Linear(8, 8)
+        if group.endswith("*"):
+            child.conv = nn.Conv1d(8, 8, 2)
+        layer.add_module(group.rstrip("*"), child)
+    model = nn.Module()
+    model.layers = nn.ModuleList([layer])
+    _, linears = find_linears(model)
+    assert [spec.sublayer for spec in linears] == names
+
+
+def test_linears_of_networks_in_a_list_are_targets_that_know_their_siblings() -> None:
     model = build("llama")
     model.model.layers[1].mlp.adapters = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
-    with pytest.raises(unirank.InputError, match=r"^model\.layers\.1\.mlp\.adapters is a list of sub-networks"):
-        find_linears(model)
+    _, linears = find_linears(model)
+    listed = [spec for spec in linears if isinstance(spec, ListedSpec)]
+    assert [spec.name for spec in listed] == [f"model.layers.1.mlp.adapters.{i}" for i in range(2)]
+    assert {spec.siblings for spec in listed} == {"model.layers.1.mlp.adapters.*"}
 
 
 class WithPart(LlamaConfig):
@@ -67,7 +107,8 @@ def test_experts_that_a_configuration_states_count_where_a_layer_holds_them(
     model = LlamaForCausalLM(config)
     assert unirank.describe(model, tokenizer).layer_count == 3  # all layers are dense, as in Doge
     model.model.layers[1].mlp.w1 = parameter(4 * 48, 32)  # DBRX keeps its experts so
-    with pytest.raises(unirank.InputError, match=r"^Mixture-of-experts models are not supported: .*num_experts = 4;"):
+    message = r"^This mixture of experts is not supported: .*num_experts = 4, and mlp\.w1"
+    with pytest.raises(unirank.InputError, match=message):
         unirank.describe(model, tokenizer)
 
 

@@ -19,13 +19,17 @@ from tests.support.architectures import ARCHITECTURES, NO_PLACE, build
 from unirank.compression.densified import densify
 from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.low_rank_experts import LowRankExperts
 from unirank.types import DENSE
 
 pytestmark = pytest.mark.slow
 
 EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "mixtral": (T.MixtralConfig, {"num_local_experts": 4}),
-    "qwen3-moe": (T.Qwen3MoeConfig, {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),
+    "qwen3-moe": (
+        T.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 8},
+    ),
 }
 
 
@@ -96,6 +100,18 @@ def test_densified_it_is_a_plain_checkpoint_with_the_same_outputs(
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_mixtures_of_experts_are_refused_in_one_sentence(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(InputError, match=r"Mixture-of-experts models are not supported: .* dense decoders\.$"):
-        unirank.describe(build(*EXPERTS[name]), tokenizer, source=name)
+def test_mixtures_of_experts_too(
+    name: str, tokenizer: PreTrainedTokenizerFast, calibration: unirank.Calibration, tmp_path: Path
+) -> None:
+    loaded = unirank.describe(build(*EXPERTS[name]), tokenizer, source=name)
+    assert len(loaded.linears) == 3 * (4 + 2 * 4)
+    store = unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
+    compressed = unirank.apply(loaded, store, unirank.plan(store, 0.3, allocator="uniform"))
+    low_rank = [module for module in loaded.model.modules() if isinstance(module, LowRankExperts)]
+    assert len(low_rank) == 3
+    again = AutoModelForCausalLM.from_pretrained(compressed.save(tmp_path / "out"))
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, loaded.model(ids).logits)
+    for cache in (False, True):
+        assert torch.equal(generated(again, cache), generated(loaded.model, cache))

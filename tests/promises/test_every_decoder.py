@@ -20,6 +20,7 @@ from tests.support.every_decoder import TYPES, build
 from unirank.compression.checkpoint import CompressedModel
 from unirank.errors import InputError
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.low_rank_experts import LowRankExperts
 from unirank.types import LoadedModel
 
 # Few tokens, for speed: what is asked here is whether a kind of model is understood, and some are wider than that.
@@ -79,7 +80,7 @@ def test_it_works_or_is_refused(
     # A few classes have a configuration that AutoModelForCausalLM does not know; the dense model fares no better.
     known = type(model.config) in AutoModelForCausalLM._model_mapping
     again = (AutoModelForCausalLM if known else type(model)).from_pretrained(out)
-    assert any(isinstance(module, LowRankLinear) for module in again.modules())
+    assert any(isinstance(module, LowRankLinear | LowRankExperts) for module in again.modules())
     ids = torch.arange(2, 18)[None]
     with torch.no_grad():
         logits = again(input_ids=ids).logits
@@ -96,7 +97,7 @@ def test_from_a_directory_too(
     tokenizer.save_pretrained(tmp_path / "dense")
     load = partial(unirank.load, tmp_path / "dense", device="cpu", stream=stream)
     compressed = compressed_or_refused(load, windows, tmp_path / "store")
-    assert (compressed is not None) == (kind in ("llama", "openai-gpt", "cpmant", "doge"))
+    assert (compressed is not None) == (kind in ("llama", "openai-gpt", "cpmant", "doge", "mixtral"))
 
 
 @pytest.mark.parametrize("kind", NOT_TINY)

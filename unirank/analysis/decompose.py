@@ -11,7 +11,7 @@ from unirank.analysis.overlap import Solvers, entries_of_work
 from unirank.analysis.scheme.base import WORK_DTYPE, Problem, Scheme
 from unirank.distributed import owners, rank, send_to_zero, size
 from unirank.errors import NonFiniteError, UnirankError, is_out_of_memory
-from unirank.models.structure import weight_of
+from unirank.models.targets import target_weight
 from unirank.queues import has_queues
 from unirank.types import Factors, Gradient, LayerStats, LinearSpec, LoadedModel, Moment
 
@@ -31,7 +31,7 @@ def decompose_layer(
     full: bool = True,
     work: torch.dtype = WORK_DTYPE,
 ) -> dict[str, Factors]:
-    """Factors of every linear of layer `stats.layer`, rounded to the dtype of the model's weights.
+    """Factors of the linears of layer `stats.layer` that `stats` tells of, rounded to the dtype of the model's weights.
 
     Up to K, or without `full` up to ceil(r*), as a store of an older format that is gone on with has them.
     With `gradients` (by linear), each component also gets its curvature and its slope, whatever the scheme. Of several
@@ -48,7 +48,7 @@ def decompose_layer(
         NonFiniteError: a factor or an energy is NaN or infinity (or does not fit the dtype); names the linear.
     """
     weights = weights_of_layer(loaded, stats.layer) if weights is None else weights
-    members = [spec for spec in loaded.linears if spec.layer == stats.layer]
+    members = [spec for spec in loaded.linears if spec.layer == stats.layer and spec.name in stats.input_of]
     owner_of = owners([float(spec.params) * spec.k for spec in members])
     own = [spec for spec, owner in zip(members, owner_of, strict=True) if owner == rank()]
     read = {stats.input_of[spec.name] for spec in own} if stats.moments else ()
@@ -67,9 +67,8 @@ def decompose_layer(
 
 
 def weights_of_layer(loaded: LoadedModel, index: int) -> dict[str, torch.Tensor]:
-    """The weights `[M, N]` of the linears of layer `index`, which is in memory, by name."""
-    names = [spec.name for spec in loaded.linears if spec.layer == index]
-    return {name: weight_of(loaded.model.get_submodule(name)) for name in names}
+    """The weights `[M, N]` of the targets of layer `index`, which is in memory, by name."""
+    return {spec.name: target_weight(loaded.model, spec) for spec in loaded.linears if spec.layer == index}
 
 
 @torch.no_grad()

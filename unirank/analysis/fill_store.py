@@ -32,10 +32,10 @@ from unirank.disk.files import check_output, locked
 from unirank.distributed import barrier, from_zero, process_group, rank, share, size
 from unirank.errors import InputError, StoreError, warn
 from unirank.layerwise.recording import record
-from unirank.layerwise.statistics import calibrate_layer
+from unirank.layerwise.statistics import calibrate_layer, calibrate_parts
 from unirank.progress import OnProgress, silent
 from unirank.queues import CALLS, Beside, has_queues
-from unirank.types import Factors, LayerStats, LoadedModel
+from unirank.types import ExpertSpec, Factors, LayerStats, LoadedModel
 
 
 def fill_store(
@@ -82,6 +82,8 @@ def fill_store(
     # A store that is gone on with keeps its clip, also one from before there was any.
     calibration = with_clip(asked, begun, source)
     backward = gradient_windows(calibration, chosen)
+    if backward:
+        loaded.require_no_experts("A backward pass")
     texts = texts_of(loaded, calibration)
     windows, notes = checked_windows(loaded, texts, calibration, moments=chosen.needs_moment)
     weights = weights_hash(loaded)
@@ -191,11 +193,24 @@ def _fill(
         for layer in range(first if resumed else 0, count):
             moments = layer >= first and (chosen.needs_moment or backward > 0)
             with loaded.resident(layer):
-                stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
-                if layer >= first:
-                    entering = streams.settled() if hidden.keep and size() == 1 else None
-                    solve = partial(factors_of, stats, weights_of_layer(loaded, layer), store.full)
-                    finishing.take(layer, stats.cosines, entering, solve)
-                    del solve, entering
-            del stats  # a layer's are as much as the next layer's work needs
+                if layer < first:
+                    calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
+                    continue
+                weights = weights_of_layer(loaded, layer)
+                if any(isinstance(spec, ExpertSpec) and spec.layer == layer for spec in loaded.linears):
+                    factors: dict[str, Factors] = {}
+                    for stats in calibrate_parts(loaded, layer, recording, streams, moments=moments, **collected):
+                        factors |= factors_of(stats, weights, store.full)
+                        cosines, shared = stats.cosines, stats.shares
+                        del stats  # a part's are as much as the next one's
+                    solve = partial(dict, factors)
+                    del factors
+                else:
+                    stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
+                    cosines, shared = stats.cosines, stats.shares
+                    solve = partial(factors_of, stats, weights, store.full)
+                    del stats  # a layer's are as much as the next layer's work needs
+                entering = streams.settled() if hidden.keep and size() == 1 else None
+                finishing.take(layer, cosines, shared, entering, solve)
+                del solve, entering, weights
         finishing.end()

@@ -34,7 +34,7 @@ from unirank.errors import InputError, warn
 from unirank.layerwise.backward import backward_layer, head_gradient
 from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import Recording, Streams, record
-from unirank.layerwise.statistics import calibrate_layer
+from unirank.layerwise.statistics import calibrate_parts
 from unirank.models.shards import SHARD_BYTES
 from unirank.progress import OnProgress, Stopwatch, gib, silent
 from unirank.queues import has_queues
@@ -105,7 +105,7 @@ def dry_run(
     keep_hidden: bool | None = None,
     progress: OnProgress = silent,
 ) -> Needs:
-    """Do the work of one batch on the first layer, and scale it to the whole analysis.
+    """Do the work of one batch on one layer, the first of the largest ones, and scale it to the whole analysis.
 
     The peak of the process so far counts as needed, so this is best the first thing that a process does.
 
@@ -127,15 +127,17 @@ def dry_run(
     for note in notes:
         warn(note)
     identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256="estimate")
+    if backward:
+        loaded.require_no_experts("A backward pass")
     keep = not has_queues(loaded.device) if keep_hidden is None else keep_hidden
-    one = _work_on_first_layer(
-        loaded, windows[: calibration.batch], chosen, identity, backward > 0, keep, _existing(place), progress
-    )
+    index = _largest_layer(loaded)
+    batch = windows[: calibration.batch]
+    one = _work_on_layer(loaded, index, batch, chosen, identity, backward > 0, keep, _existing(place), progress)
     batches = max(1.0, len(windows) / calibration.batch)
     share = backward / len(windows)
     params = sum(spec.params for spec in loaded.linears)
-    first = [spec for spec in loaded.linears if spec.layer == 0]
-    scale = params / sum(spec.params for spec in first)  # the layers, in units of the first
+    first = [spec for spec in loaded.linears if spec.layer == index]
+    scale = params / sum(spec.params for spec in first)  # the layers, in units of this one
     element = next(loaded.model.parameters()).element_size()
     others = sum(parameter.numel() for parameter in loaded.model.parameters()) - params
 
@@ -212,8 +214,17 @@ class _Work:
     head: float = 0.0
 
 
-def _work_on_first_layer(
+def _largest_layer(loaded: LoadedModel) -> int:
+    """The first of the layers with the most parameters: in mixtures of experts, the first ones are often without."""
+    sizes: dict[int, int] = {}
+    for spec in loaded.linears:
+        sizes[spec.layer] = sizes.get(spec.layer, 0) + spec.params
+    return max(sizes, key=lambda layer: sizes[layer])
+
+
+def _work_on_layer(
     loaded: LoadedModel,
+    index: int,
     windows: torch.Tensor,
     scheme: Scheme,
     identity: Identity,
@@ -234,30 +245,32 @@ def _work_on_first_layer(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unirank-", dir=place)))
         clock.lap()
-        stack.enter_context(loaded.resident(0))
+        stack.enter_context(loaded.resident(index))
         work.read = clock.lap()
         moving = Streams(list(streams.batches), streams.probe)
         for _ in range(2):  # the first time warms up
             moving = Streams(list(streams.batches), streams.probe)
             clock.lap()
-            stats = calibrate_layer(
+            parts = calibrate_parts(
                 loaded,
-                0,
+                index,
                 recording,
                 moving,
                 moments=scheme.needs_moment or backward,
                 mean_abs=scheme.needs_mean_abs,
                 clip=identity.calibration.clip or 0.0,
             )
+            stats = next(parts)
             work.calibrate = clock.lap()
         progress(stage, 1, steps)
         gradients = None
         if backward:
             with torch.no_grad():
-                recording.calls[0][0].run(loaded.model.get_submodule(f"{loaded.layers}.0"), streams.batches[0])
+                layer = loaded.model.get_submodule(f"{loaded.layers}.{index}")
+                recording.calls[0][index].run(layer, streams.batches[0])
             work.forward = clock.lap()
             with lent(loaded.model):
-                gradients, _ = backward_layer(loaded, 0, recording, streams.batches, streams.batches)
+                gradients, _ = backward_layer(loaded, index, recording, streams.batches, streams.batches)
                 work.backward = clock.lap()
                 for ids, hidden in zip(windows, streams.batches[0], strict=True):
                     head_gradient(loaded, recording, ids[None], hidden[None], 0)
@@ -267,15 +280,22 @@ def _work_on_first_layer(
         work_dtype = PRECISIONS[identity.calibration.precision or "float64"]
         factors = decompose_layer(loaded, stats, scheme, gradients, work=work_dtype)
         work.decompose = clock.lap()
+        cosines, shares = stats.cosines, stats.shares
+        del stats
+        for more in parts:  # of a layer with many experts
+            work.calibrate += clock.lap()
+            factors |= decompose_layer(loaded, more, scheme, gradients, work=work_dtype)
+            work.decompose += clock.lap()
+            del more
         progress(stage, 3, steps)
         store = create_or_resume(scratch / "store", identity, loaded.linears)
         clock.lap()
         store.write_scratch("forward", 0, streams.batches)
         work.write_stream = clock.lap()
         progress(stage, 4, steps)
-        store.write_layer(0, factors, stats.cosines, moving if keep else None)
+        store.write_layer(index, factors, cosines, moving if keep else None, shares)
         work.write = clock.lap()
-        work.layer_bytes = store.layer_file(0).stat().st_size
+        work.layer_bytes = store.layer_file(index).stat().st_size
     progress(stage, steps, steps)
     work.stream_bytes = sum(hidden.nbytes for hidden in streams.batches)
     work.call_bytes = _call_bytes(recording)

@@ -93,6 +93,7 @@ class _Layer:
 
     index: int
     cosines: Mapping[str, CosineStat]
+    shares: Mapping[str, float]
     entering: Streams | None
 
 
@@ -127,14 +128,15 @@ class Finishing:
         self,
         index: int,
         cosines: Mapping[str, CosineStat],
+        shares: Mapping[str, float],
         entering: Streams | None,
         decompose: Callable[[], dict[str, Factors]],
     ) -> None:
-        """The next layer: its cosines, what enters the one after it where that is kept, and how its factors are made.
+        """The next layer: its cosines, the shares of its experts, what enters the one after it where that is kept, and how its factors are made.
 
         Raises what making and writing this layer and earlier ones raises.
         """
-        layer = _Layer(index, cosines, entering)
+        layer = _Layer(index, cosines, shares, entering)
         if self._beside is None:
             self._write(layer, decompose())
         else:
@@ -154,8 +156,8 @@ class Finishing:
     def _write(self, layer: _Layer, factors: Mapping[str, Factors]) -> None:
         self._written()
         if rank() == 0:
-            write = self._store.write_layer
-            self._writing = layer.index, self._disk.submit(write, layer.index, factors, layer.cosines, layer.entering)
+            given = (layer.index, factors, layer.cosines, layer.entering, layer.shares)
+            self._writing = layer.index, self._disk.submit(self._store.write_layer, *given)
 
     def _written(self) -> None:
         if self._writing is not None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from unirank import looks
 from unirank.errors import StoreError
+from unirank.types import BLOCK, CosineStat, sublayers_of
 
 if TYPE_CHECKING:
     from unirank.analysis.store import AnalysisStore
-
-COSINES = ("attention", "mlp", "block")
 
 
 def as_lines(store: AnalysisStore) -> str:
@@ -35,5 +35,17 @@ def as_html(store: AnalysisStore) -> str:
         found = store.cosines()
     except StoreError as error:  # said, for a notebook would show a traceback in the place of the object
         return said + looks.text(str(error))
-    rows = [[str(layer), *(f"{of[key].mean:.4f}" for key in COSINES)] for layer, of in enumerate(found)]
-    return said + looks.table(("layer", *COSINES), rows, "cosine between input and output")
+    columns, rows = cosine_rows(store, found)
+    return said + looks.table(("layer", *columns), rows, "cosine between input and output")
+
+
+def cosine_rows(
+    store: AnalysisStore, cosines: Sequence[Mapping[str, CosineStat]]
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The names of all sublayers and the block; and for each layer its number and mean cosines, empty for what others
+    have."""
+    columns = (*sublayers_of(store.linears), BLOCK)
+    return columns, [
+        [str(layer), *(f"{of[key].mean:.4f}" if key in of else "" for key in columns)]
+        for layer, of in enumerate(cosines)
+    ]

@@ -28,7 +28,7 @@ from unirank.disk.tensorfile import TensorFile, open_tensors, read_tensors, writ
 from unirank.errors import StoreError
 from unirank.layerwise.recording import Streams
 from unirank.queues import PageLocked
-from unirank.types import CosineStat, Factors, Form, Gradient, LinearSpec
+from unirank.types import BLOCK, CosineStat, ExpertSpec, Factors, Form, Gradient, LinearSpec, ListedSpec, sublayers_of
 
 _OPTIONAL = ("mean", "curvature", "slope")
 Scratch = Literal["forward", "backward"]
@@ -104,11 +104,17 @@ class AnalysisStore:
             )
 
     def write_layer(
-        self, layer: int, factors: Mapping[str, Factors], cosines: Mapping[str, CosineStat], streams: Streams | None
+        self,
+        layer: int,
+        factors: Mapping[str, Factors],
+        cosines: Mapping[str, CosineStat],
+        streams: Streams | None,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         """Add one finished layer; `streams`, what enters the next one, is on disk before the layer counts as done.
 
-        None keeps none: a killed run then makes them again.
+        None keeps none: a killed run then makes them again. `shares` are those of the router's weight, by the matrices
+        of experts.
         """
         if streams is not None and layer + 1 < self.layer_count:
             tensors = {f"batch.{i:06d}": hidden for i, hidden in enumerate(streams.batches)}
@@ -125,6 +131,8 @@ class AnalysisStore:
             "cosines": {key: asdict(stat) for key, stat in cosines.items()},
             "damping": {name: factor.damping for name, factor in factors.items()},
         }
+        if shares:
+            header["shares"] = dict(shares)
         write_tensors(self.layer_file(layer), tensors, header)
         self._stream_file(layer).unlink(missing_ok=True)
 
@@ -233,12 +241,26 @@ class AnalysisStore:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def cosines(self) -> list[dict[str, CosineStat]]:
-        """Per layer: the cosine statistics of "attention", "mlp" and "block"."""
+        """Per layer: the cosine statistics of each of its sublayers ("attention", "mlp", ...) and of "block"."""
         found = []
         for layer in range(self.layer_count):
             with self._open(layer) as file:
                 stats = entry(file.header, "cosines", dict)
-                found.append({key: CosineStat.from_dict(entry(stats, key, dict)) for key in shown.COSINES})
+                keys = (*sublayers_of(spec for spec in self.linears if spec.layer == layer), BLOCK)
+                found.append({key: CosineStat.from_dict(entry(stats, key, dict)) for key in keys})
+        return found
+
+    def shares(self) -> dict[str, float]:
+        """Of every matrix of a stacked expert the share of its router's weight, and of every linear of a listed one the
+        share of the tokens; other linears have none."""
+        found = {}
+        routed = [spec for spec in self.linears if isinstance(spec, ExpertSpec | ListedSpec)]
+        for layer in sorted({spec.layer for spec in routed}):
+            with self._open(layer) as file:
+                told = entry(file.header, "shares", dict) if "shares" in file.header else {}
+                for spec in routed:
+                    if spec.layer == layer and (spec.name in told or isinstance(spec, ExpertSpec)):
+                        found[spec.name] = number(told.get(spec.name), f"the share of {spec.name}")
         return found
 
     def energies(self) -> dict[str, torch.Tensor]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from unirank.analysis.shown import cosine_rows
 from unirank.cli.terminal import in_flags
 from unirank.progress import gib
-from unirank.types import DENSE, SUBLAYERS
+from unirank.types import DENSE
 
 if TYPE_CHECKING:
     from unirank.analysis.needs import Needs
@@ -32,9 +33,10 @@ def _table(title: str, *columns: str) -> Table:
 
 def cosine_table(store: AnalysisStore) -> Table:
     """Mean token cosine of every sublayer and block."""
-    table = _table("cosine between input and output", "layer", *SUBLAYERS, "block")
-    for layer, stats in enumerate(store.cosines()):
-        table.add_row(str(layer), *(f"{stats[key].mean:.4f}" for key in (*SUBLAYERS, "block")))
+    columns, rows = cosine_rows(store, store.cosines())
+    table = _table("cosine between input and output", "layer", *columns)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -262,13 +264,15 @@ def _spectra_table(diagnosis: Diagnosis) -> Table:
 def _geometry_table(diagnosis: Diagnosis) -> list[Table]:
     if not diagnosis.geometry:
         return []
-    columns = [f"{sublayer} {what}" for sublayer in SUBLAYERS for what in ("cosine", "|f|/|x|", "|cos(x, f)|")]
+    sublayers = list(dict.fromkeys(row.sublayer for row in diagnosis.geometry))
+    columns = [f"{sublayer} {what}" for sublayer in sublayers for what in ("cosine", "|f|/|x|", "|cos(x, f)|")]
     table = _table("why the cosine is what it is: size and direction of f(x)", "layer", *columns)
-    layers: dict[int, list[str]] = {}
-    for row in diagnosis.geometry:  # attention before mlp
-        layers.setdefault(row.layer, []).extend((f"{row.cosine:.4f}", f"{row.size:.3g}", f"{row.parallel:.3f}"))
-    for layer, cells in layers.items():
-        table.add_row(str(layer), *cells)
+    layers: dict[int, dict[str, tuple[str, str, str]]] = {}
+    for row in diagnosis.geometry:
+        cells = (f"{row.cosine:.4f}", f"{row.size:.3g}", f"{row.parallel:.3f}")
+        layers.setdefault(row.layer, {})[row.sublayer] = cells
+    for layer, found in layers.items():
+        table.add_row(str(layer), *(cell for sublayer in sublayers for cell in found.get(sublayer, ("", "", ""))))
     return [table]
 
 

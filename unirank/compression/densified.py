@@ -18,8 +18,10 @@ from unirank.disk.files import check_output, staged_directory, write_json
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.models.companions import write_companions
+from unirank.models.configurations import text_part
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, weight_product
+from unirank.models.low_rank_experts import LowRankExperts
 from unirank.models.quantizing import floats_of, quantized_linears
 from unirank.models.shards import save_model
 from unirank.models.wrappers import refuse_foreign, unwrapped
@@ -50,8 +52,15 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: Pr
     model = unwrapped(model)
     refuse_foreign(model, done="densified", paged=pages is not None)
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    if not low_rank:
+    stacked = {name: module for name, module in model.named_modules() if isinstance(module, LowRankExperts)}
+    if not low_rank and not stacked:
         raise InputError("The model has no low-rank layers, so there is nothing to densify.")
+    for name, experts in stacked.items():
+        if experts.added_bias:
+            raise InputError(
+                f"{type(model).__name__} has no place for the biases of the experts at {name}, which the scheme or "
+                "preset added; compress with a scheme that adds none, such as whiten."
+            )
     biased = {name for name, module in low_rank.items() if module.output_bias is not None}
     config, skeleton = _skeleton(model, biased)
     for name, linear in quantized_linears(model).items():
@@ -60,7 +69,10 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: Pr
         model.set_submodule(name, floats_of(linear, model.dtype, conv=conv))
     for position, (name, module) in enumerate(low_rank.items(), start=1):
         model.set_submodule(name, _dense(name, module, isinstance(skeleton.get_submodule(name), Conv1D), pages))
-        told(progress)("densify", position, len(low_rank))
+        told(progress)("densify", position, len(low_rank) + len(stacked))
+    for position, (name, experts) in enumerate(stacked.items(), start=len(low_rank) + 1):
+        model.set_submodule(name, _dense_experts(name, experts, pages))
+        told(progress)("densify", position, len(low_rank) + len(stacked))
     for name, expected in skeleton.named_modules():
         linear = model.get_submodule(name)
         if isinstance(expected, nn.Linear) and expected.bias is not None and linear.bias is None:
@@ -69,9 +81,10 @@ def densify(model: PreTrainedModel, *, pages: Paging | None = None, progress: Pr
             device = "cpu" if weight.is_meta else weight.device
             linear.bias = nn.Parameter(torch.zeros(expected.out_features, dtype=weight.dtype, device=device))
     model.config = config
-    for module in model.modules():
-        if isinstance(getattr(module, "config", None), PretrainedConfig):
-            setattr(module, "config", config.get_text_config() if module is not model else config)  # noqa: B010
+    configs = {name: getattr(module, "config", None) for name, module in skeleton.named_modules()}
+    for name, module in model.named_modules():
+        if isinstance(configs.get(name), PretrainedConfig):  # each part its own: a vision tower, a decoder
+            setattr(module, "config", configs[name])  # noqa: B010
     join_again(model)
     return model
 
@@ -113,6 +126,25 @@ def _dense(name: str, module: LowRankLinear, conv: bool, pages: Paging | None) -
     return linear.train(module.training)
 
 
+def _dense_experts(path: str, experts: LowRankExperts, pages: Paging | None) -> nn.Module:
+    stacks = {}
+    for name in experts.stacks:
+        factors = experts.factors(name)
+        if factors is None:
+            stacks[name] = getattr(experts, name)
+        elif pages is None or not factors.right.is_meta:
+            stacks[name] = nn.Parameter(experts.dense_stack(name))
+        else:
+
+            def read(leaf: str, name: str = name, pages: Paging = pages) -> torch.Tensor:
+                return pages.tensor(f"{path}.{name}_factors.{leaf}")
+
+            shape = experts.dense_shape(name)
+            stacks[name] = nn.Parameter(torch.empty(shape, dtype=factors.right.dtype, device="meta"))
+            pages.put(f"{path}.{name}", lambda name=name, read=read: experts.dense_stack(name, read))
+    return experts.dense_module(stacks)
+
+
 def _product(stored: Sequence[torch.Tensor], conv: bool) -> torch.Tensor:
     left, right, *place = stored
     weight = weight_product(left.to(_WORK), right.to(_WORK), place[0] if place else None).to(left.dtype)
@@ -123,12 +155,12 @@ def _skeleton(model: PreTrainedModel, biased: set[str]) -> tuple[PretrainedConfi
     """The original class, empty, with a configuration that has a place for the biases of the linears `biased`."""
     plain = copy.deepcopy(model.config)
     plain.__dict__.pop("quantization_config", None)
-    switches = [key for key, value in plain.to_dict().items() if key.endswith("bias") and value is False]
+    switches = [key for key, value in text_part(plain).to_dict().items() if key.endswith("bias") and value is False]
     for count in range(len(switches) + 1):
         for chosen in itertools.combinations(switches, count):
             config = copy.deepcopy(plain)
             for key in chosen:
-                setattr(config, key, True)
+                setattr(text_part(config), key, True)
             with torch.device("meta"):
                 skeleton = type(model)(config)
             if all(getattr(skeleton.get_submodule(name), "bias", None) is not None for name in biased):

@@ -17,6 +17,7 @@ from unirank.models.low_rank import LowRankLinear
 from unirank.models.pivoting import one_thread
 from unirank.models.quantizer import UniRankConfig
 from unirank.models.quantizing import quantized_of, refuse_quantized, require_torchao
+from unirank.models.targets import refuse_expert_targets
 from unirank.models.wrappers import refuse_foreign
 from unirank.progress import Progress
 from unirank.types import DENSE, Form
@@ -82,6 +83,7 @@ def quantize(
         raise InputError("A model that was opened with stream=True cannot be quantised; open it without.")
     refuse_foreign(model, done="quantised")
     refuse_quantized(model, "quantised again")
+    refuse_expert_targets(model, compressed.plan.ranks, "Quantisation")
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not low_rank:
         raise InputError("The model has no low-rank layers; quantise a dense model with torchao itself.")

@@ -41,6 +41,7 @@ def refine(
 
     Raises like `truncate`; NonFiniteError when a fit is NaN or infinity, with the name of the linear.
     """
+    loaded.require_no_experts("The second pass")
     check_plan(loaded, store, plan)
     before = count_parameters(loaded.model)
     gradients = store.gradients if settings.metric else None

@@ -13,12 +13,13 @@ from unirank.compression.quantize_report import QuantizeReport
 from unirank.compression.truncation import TruncateReport
 from unirank.errors import InputError
 from unirank.models.folder import ADAPTER, CONFIG, adapter_message
-from unirank.models.low_rank import count_parameters, count_target, make_low_rank
+from unirank.models.low_rank import count_parameters
 from unirank.models.places import places_of
 from unirank.models.quantizer import METHOD, UniRankConfig
 from unirank.models.quantizing import put_empty
 from unirank.models.sources import read_config, skeleton_of
 from unirank.models.structure import find_linears
+from unirank.models.targets import count_of_target, make_all_low_rank
 from unirank.rank_plan import RankPlan
 from unirank.types import DENSE, Rank
 
@@ -50,12 +51,11 @@ def read_resaved(
     _, linears = find_linears(model)
     before = count_parameters(model)
     named.rename(places_of(model, named.names))
-    for name, rank in named.ranks.items():
-        make_low_rank(model, name, rank, add_bias=name in named.biased, form=named.form)
+    make_all_low_rank(model, named.ranks, biased=named.biased, form=named.form)
     ranks: dict[str, Rank] = {spec.name: named.ranks.get(spec.name, DENSE) for spec in linears}
     used = sum(spec.rank_cost(ranks[spec.name], named.form) for spec in linears)
     total = sum(spec.params for spec in linears)
-    if used != sum(count_target(model.get_submodule(name)) for name in ranks) or not named.ranks.keys() <= ranks.keys():
+    if used != sum(count_of_target(model, name) for name in ranks) or not named.ranks.keys() <= ranks.keys():
         raise InputError(
             f"The ranks in {path / CONFIG} are none of unirank's: one costs more than the dense matrix, or is "
             "of a linear outside the decoder layers."

@@ -13,6 +13,7 @@ from torch import nn
 from unirank import looks
 from unirank.analysis.redraw import check_model
 from unirank.analysis.store import AnalysisStore
+from unirank.compression.expert_truncation import put_experts
 from unirank.disk.strictjson import Damaged, entry
 from unirank.display import shows_progress, told
 from unirank.errors import InputError, NonFiniteError, UnirankError
@@ -20,16 +21,16 @@ from unirank.models.file_names import keep_apart
 from unirank.models.low_rank import (
     align_weights,
     count_parameters,
-    count_target,
     lost_output,
     make_low_rank,
     stored_tensors,
 )
 from unirank.models.quantizer import UniRankConfig
 from unirank.models.structure import weight_of
+from unirank.models.targets import count_of_target, has_added_bias
 from unirank.progress import Progress
 from unirank.rank_plan import RankPlan
-from unirank.types import DENSE, Form, LinearSpec, LoadedModel
+from unirank.types import DENSE, ExpertSpec, Form, LinearSpec, LoadedModel
 
 _MOST = 2**63  # parameters that a record can count
 
@@ -104,12 +105,17 @@ def truncate(loaded: LoadedModel, store: AnalysisStore, plan: RankPlan, *, progr
     done = 0
     for layer, specs in itertools.groupby(loaded.linears, key=lambda spec: spec.layer):
         with loaded.resident(layer):
+            stacked: dict[str, list[ExpertSpec]] = {}
             for spec in specs:
                 rank = plan.ranks[spec.name]
-                if rank != DENSE:
+                if isinstance(spec, ExpertSpec):
+                    stacked.setdefault(spec.module, []).append(spec)
+                elif rank != DENSE:
                     put_factors(loaded, store, spec, int(rank), plan.form)
                 done += 1
                 told(progress)("truncate", done, len(loaded.linears))
+            for members in stacked.values():
+                put_experts(loaded, store, members, plan)
     return settle(loaded, plan, model_before)
 
 
@@ -179,11 +185,11 @@ def settle(loaded: LoadedModel, plan: RankPlan, model_before: int) -> TruncateRe
     model = loaded.model
     align_weights(model)
     low_rank: Mapping[str, int] = {name: int(rank) for name, rank in plan.ranks.items() if rank != DENSE}
-    biased = [name for name in low_rank if model.get_submodule(name).added_bias]
+    biased = [name for name in low_rank if has_added_bias(model, name)]
     if low_rank:
         keep_apart(model)
         model.config.quantization_config = UniRankConfig(ranks=low_rank, biased=biased, form=plan.form)
-    targets_after = sum(count_target(model.get_submodule(spec.name)) for spec in loaded.linears)
+    targets_after = sum(count_of_target(model, spec.name) for spec in loaded.linears)
     if targets_after != plan.used:
         raise UnirankError(f"The modules hold {targets_after} target parameters, the plan says {plan.used}.")
     return TruncateReport(

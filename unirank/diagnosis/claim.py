@@ -22,7 +22,7 @@ from unirank.diagnosis.spectra import SECOND_MOMENT, Geometry, Group, stream_spe
 from unirank.display import shows_progress, told
 from unirank.errors import InputError, NonFiniteError
 from unirank.progress import Progress
-from unirank.types import SUBLAYERS, LinearSpec, LoadedModel, Sublayer, effective_rank
+from unirank.types import BLOCK, LinearSpec, LoadedModel, Sublayer, effective_rank
 
 _WINDOWS = 8
 GROUPS: dict[Group, str] = {
@@ -186,7 +186,7 @@ def diagnose(
     token_windows, no_windows = (None, _NO_MODEL) if loaded is None else _windows(store, loaded, text)
 
     cosines: dict[tuple[int, Sublayer], float] = {
-        (i, s): stat[s].mean for i, stat in enumerate(store.cosines()) for s in SUBLAYERS
+        (i, key): stat.mean for i, stats in enumerate(store.cosines()) for key, stat in stats.items() if key != BLOCK
     }
     table = _Readings(cosines, permutations, seed)
     energies = store.energies()
@@ -293,7 +293,7 @@ class _Readings:
 
     def _add_by_sublayer(self, group: Group, name: str, points: Sequence[Point], *, of_k: bool = False) -> None:
         self._add(group, f"{name}, all", points, of_k=of_k)
-        for sublayer in SUBLAYERS:
+        for sublayer in dict.fromkeys(sublayer for _, sublayer in self._cosines):
             members = [point for point in points if point.sublayer == sublayer]
             self._add(group, f"{name}, {sublayer}", members, of_k=of_k)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,10 @@ from typing import Any
 from unirank.diagnosis.claim import GROUPS, Diagnosis, Point, Reading
 from unirank.disk.files import check_output, staged_directory, write_atomically, write_json
 from unirank.errors import InputError
-from unirank.types import SUBLAYERS
 
 RESULTS = "diagnose.json"
 _COLUMNS = 3
-_MARKERS = {"attention": "o", "mlp": "^"}
+_MARKERS = "o^sDvP*X"  # of the sublayers, in the order in which they come
 
 
 def require_matplotlib() -> None:
@@ -70,9 +70,11 @@ def _figure(title: str, readings: list[Reading]) -> Any:
     spread = all(point.cosine < 1 for reading in readings for point in reading.points)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     panels = list(grid.flat)
+    present = dict.fromkeys(point.sublayer for reading in readings for point in reading.points)
+    markers = dict(zip(present, itertools.cycle(_MARKERS)))
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axes, reading in zip(panels, readings, strict=False):
-        for sublayer in SUBLAYERS:
+        for sublayer, marker in markers.items():
             members = [point for point in reading.points if point.sublayer == sublayer]
             axes.scatter(
                 [1 - point.cosine if spread else point.cosine for point in members],
@@ -80,7 +82,7 @@ def _figure(title: str, readings: list[Reading]) -> Any:
                 c=[point.layer for point in members],
                 norm=layers,
                 cmap="viridis",
-                marker=_MARKERS[sublayer],
+                marker=marker,
                 s=34,
                 edgecolors="black",
                 linewidths=0.4,
@@ -107,11 +109,9 @@ def _figure(title: str, readings: list[Reading]) -> Any:
         elif index % columns == 0:
             axes.set_ylabel("effective rank")
     figure.supxlabel("1 - cosine (higher cosine to the right)" if spread else "cosine", fontsize=10)
-    present = {point.sublayer for reading in readings for point in reading.points}
     handles = [
-        Line2D([], [], marker=_MARKERS[s], color="white", markerfacecolor="grey", markeredgecolor="black", label=s)
-        for s in SUBLAYERS
-        if s in present
+        Line2D([], [], marker=marker, color="white", markerfacecolor="grey", markeredgecolor="black", label=sublayer)
+        for sublayer, marker in markers.items()
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
     figure.colorbar(ScalarMappable(layers, "viridis"), ax=grid, label="layer", aspect=40, pad=0.01)

@@ -15,9 +15,9 @@ from unirank.errors import NonFiniteError
 from unirank.layerwise.recording import record
 from unirank.layerwise.statistics import SublayerStreams
 from unirank.layerwise.trace import traced_layer
-from unirank.models.structure import weight_of
+from unirank.models.targets import target_weight
 from unirank.progress import OnProgress
-from unirank.types import SUBLAYERS, LoadedModel, Sublayer
+from unirank.types import LoadedModel, Sublayer
 
 Group = Literal["weights", "scheme", "outputs", "stream"]
 SECOND_MOMENT = "second moment"
@@ -47,7 +47,7 @@ def weight_energies(loaded: LoadedModel, progress: OnProgress) -> dict[str, torc
         specs = [spec for spec in loaded.linears if spec.layer == layer]
         grams = []
         for spec in specs:
-            weight = weight_of(loaded.model.get_submodule(spec.name)).to(WORK_DTYPE)
+            weight = target_weight(loaded.model, spec).to(WORK_DTYPE)
             grams.append(weight @ weight.T if spec.m <= spec.n else weight.T @ weight)
         solved = eigh_descending(grams)
         energies |= {spec.name: values.cpu() for spec, (values, _) in zip(specs, solved, strict=True)}
@@ -122,13 +122,13 @@ def stream_spectra(
         layer, streams.probe = traced_layer(loaded, index, recording, streams.probe)
         caught = SublayerStreams(layer)
         width, device = streams.probe.shape[-1], streams.probe.device
-        running: dict[Sublayer, _Sublayer] = {sublayer: _Sublayer(width, device) for sublayer in SUBLAYERS}
+        running: dict[Sublayer, _Sublayer] = {key: _Sublayer(width, device) for key in layer.trace.spans}
         with caught.hooked():
             for position, hidden in enumerate(streams.batches):
                 output = recording.calls[position][index].run(layer.module, hidden)
                 pairs = caught.pairs(hidden, output)
-                for sublayer in SUBLAYERS:
-                    running[sublayer].add(*(stream.reshape(-1, width) for stream in pairs[sublayer]))
+                for sublayer, state in running.items():
+                    state.add(*(stream.reshape(-1, width) for stream in pairs[sublayer]))
                 streams.batches[position] = output
         yield index, {sublayer: state.finish(index, sublayer) for sublayer, state in running.items()}
         progress("spectra of the streams", index + 1, loaded.layer_count)

@@ -39,6 +39,7 @@ from unirank.layerwise.lending import lent
 from unirank.layerwise.recording import layers_of
 from unirank.models.loading import describe, load
 from unirank.models.low_rank import align_weights, count_target
+from unirank.models.targets import refuse_expert_targets
 from unirank.progress import OnProgress, Progress, expect
 from unirank.provenance import device_name, versions
 from unirank.types import LoadedModel
@@ -102,6 +103,7 @@ def heal(
     work = Path(work)
     if isinstance(compressed, str | Path):
         compressed = open_compressed(compressed, device=device, trust_remote_code=trust_remote_code)
+    refuse_expert_targets(compressed.model, compressed.plan.ranks, "Healing")
     adapted(compressed.model)  # refuses a model that is not compressed
     dense = _dense(compressed, against, trust_remote_code)
     own = dataclasses.replace(

@@ -111,7 +111,8 @@ def run(
     )
     # If there are several GPUs, the Trainer would split every batch over all of them; the model is on one.
     setattr(arguments, "_n_gpu", min(arguments.n_gpu, 1))  # noqa: B010 - no public name sets it
-    cached = model.config.use_cache  # the Trainer switches it off, and the model would be saved that way
+    # The Trainer switches it off, and the model would be saved that way. With towers, only the text's part has it.
+    cached = getattr(model.config, "use_cache", None)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -131,7 +132,10 @@ def run(
         _newest(folder, loop.steps)  # deletes the checkpoint that was cut off
         raise
     finally:
-        model.config.use_cache = cached
+        if cached is not None:
+            model.config.use_cache = cached
+        elif "use_cache" in vars(model.config):
+            del model.config.use_cache
     # With bf16, accelerate puts its autocast around the model's forward; what follows is measured without.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     progress(stage, loop.steps, loop.steps)  # also when it ended early

@@ -36,6 +36,7 @@ from unirank.finetuning.settings import Finetune
 from unirank.finetuning.work import check_work, claim
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import align_weights, count_target
+from unirank.models.targets import refuse_expert_targets
 from unirank.models.wrappers import require_in_memory, unwrapped
 from unirank.progress import Progress, expect
 from unirank.provenance import device_name, versions
@@ -114,6 +115,7 @@ def finetune(
     if isinstance(compressed, str | Path):
         compressed = open_compressed(compressed, device=device, trust_remote_code=trust_remote_code)
     model = compressed.model
+    refuse_expert_targets(model, compressed.plan.ranks, "Fine-tuning")
     dense = [name for name, rank in compressed.plan.ranks.items() if rank == DENSE] if settings.adapt_dense else []
     names = adapted(model, dense=dense)
     corpus = read_corpus(data, compressed.tokenizer, split=split)

@@ -104,7 +104,7 @@ class Recording:
     """What the recording pass saw: `calls[batch][layer]`, the probe's calls, and the streams that enter layer 0."""
 
     calls: list[list[LayerCall]]
-    tail: tuple[None, ...] | None  # what follows the hidden states in a layer's tuple; None: they are returned bare
+    tail: tuple[Any, ...] | None  # what follows the hidden states in a layer's tuple; None: they are returned bare
     probe_calls: list[LayerCall]
     start: Streams
 
@@ -141,8 +141,9 @@ def record(
     device = loaded.device
     calls: list[list[LayerCall]] = []
     start = Streams([], torch.empty(0), folder, host)
-    tails: list[tuple[None, ...] | None] = []  # one, once it is known
-    weights = {spec.name: loaded.model.get_submodule(spec.name).weight for spec in loaded.linears}
+    tails: list[tuple[Any, ...] | None] = []  # one, once it is known
+    handed_on: list[torch.Tensor] = []  # what it has that the layer itself made
+    weights = {spec.name: spec.stored_in(loaded.model) for spec in loaded.linears}
     versions = {name: _version(weight) for name, weight in weights.items()}
     disorder = f"{model} does not call every layer of {loaded.layers} once, in order, for a batch of tokens."
 
@@ -154,11 +155,18 @@ def record(
                 if len(calls[-1]) != _index:
                     raise InputError(disorder)
                 place = f"{loaded.layers}.{_index} of {model}"
+                taken = list(_tensors((args, kwargs)))
+                if any(tensor is one for tensor in taken for one in handed_on):
+                    raise InputError(
+                        f"{place} takes more from the layer before it than hidden states; unirank runs layers by "
+                        "themselves."
+                    )
                 call, hidden = _split(args, kwargs, place)
                 if not tails:
                     with loaded.resident(_index), foreign(f"{place} cannot be run"):
                         output = _original(*args, **kwargs)
                     tails.append(_tail(output, hidden, place))
+                    handed_on.extend(one for one in _tensors(tails) if not any(one is known for known in taken))
                 if _index == 0:
                     if not hidden.isfinite().all():
                         raise NonFiniteError("The embeddings give NaN or infinity on the calibration text.")
@@ -179,7 +187,7 @@ def record(
             if len(calls[-1]) != len(layers):
                 raise InputError(disorder)
             entered = start.batches[-1] if start.batches else start.probe
-            if len(entered) != len(ids):
+            if len(ids) not in _window_sizes(entered):
                 raise InputError(
                     f"{model} must hand its layers hidden states [windows, tokens, D], got {_kind(entered)}."
                 )
@@ -189,6 +197,14 @@ def record(
                 f"{model} changes {name}.weight when it runs; unirank needs weights that stay as they are."
             )
     return Recording(calls[1:], tails[0], calls[0], start)
+
+
+def _window_sizes(hidden: torch.Tensor) -> tuple[int, ...]:
+    """Where the number of windows may stand: first, or second where a layer carries several streams at once.
+
+    Gemma 3n has them in front, `[4, B, T, D]`, DeepSeek V4 behind, `[B, T, 4, D]`.
+    """
+    return tuple(hidden.shape[: hidden.dim() - 2])
 
 
 def _version(weight: Any) -> int:
@@ -234,20 +250,29 @@ def shadowed(layer: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any], place: str) -> tuple[LayerCall, torch.Tensor]:
     rest = dict(kwargs)
     hidden = args[0] if args else rest.pop("hidden_states", None)
-    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or not hidden.is_floating_point():
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() not in (3, 4) or not hidden.is_floating_point():
         raise InputError(f"{place} must take hidden states [windows, tokens, D] first, got {_kind(hidden)}.")
     return LayerCall(args[1:], rest, None if args else "hidden_states"), hidden
 
 
-def _tail(output: Any, hidden: torch.Tensor, place: str) -> tuple[None, ...] | None:
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def _tail(output: Any, hidden: torch.Tensor, place: str) -> tuple[Any, ...] | None:
     """What follows the hidden states in a layer's output; None where they are the output."""
     values = output if type(output) in (tuple, list) else [output]
     if not values or not isinstance(values[0], torch.Tensor) or values[0].shape != hidden.shape:
         raise InputError(f"{place} must return hidden states {list(hidden.shape)}, got {_kind(output)}.")
     if values is not output:
         return None
-    # Other values (attention weights, a cache) belong to the layer's own run; who reads them cannot be served.
-    return () if any(value is not None for value in values[1:]) else (None,) * (len(values) - 1)
+    # Other values (attention weights, a state) belong to this one run. They stand where the model expects them, and no
+    # layer may get them.
+    return tuple(values[1:])
 
 
 def _kind(value: Any) -> str:

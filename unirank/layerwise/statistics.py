@@ -20,9 +20,11 @@ from unirank import ops
 from unirank.distributed import sum_in_order
 from unirank.errors import NonFiniteError
 from unirank.layerwise.clipping import clipped
+from unirank.layerwise.expert_moments import ROOM, ExpertMoments, parts_of
+from unirank.layerwise.listed_moments import ListedMoments
 from unirank.layerwise.recording import Recording, Streams
-from unirank.layerwise.trace import TracedLayer, traced_layer
-from unirank.types import CosineStat, LayerStats, LoadedModel, Moment
+from unirank.layerwise.trace import Place, TracedLayer, traced_layer
+from unirank.types import BLOCK, CosineStat, ExpertSpec, LayerStats, ListedSpec, LoadedModel, Moment
 
 
 @torch.no_grad()
@@ -47,22 +49,71 @@ def calibrate_layer(
         NonFiniteError: an input, an output or a statistic is NaN or infinity; names the linear or the layer.
         InputError: the layer's structure is not understood (see `trace_layer`).
     """
-    layer, streams.probe = traced_layer(loaded, index, recording, streams.probe)
+    options: dict[str, Any] = {"moments": moments, "mean_abs": mean_abs, "clip": clip}
+    (stats,) = calibrate_parts(loaded, index, recording, streams, room=None, **options)
+    return stats
+
+
+@torch.no_grad()
+def calibrate_parts(
+    loaded: LoadedModel,
+    index: int,
+    recording: Recording,
+    streams: Streams,
+    *,
+    moments: bool = True,
+    mean_abs: bool = False,
+    clip: float = 0.0,
+    room: int | None = ROOM,
+) -> Iterator[LayerStats]:
+    """`calibrate_layer` in parts: where the moments of the layer's experts take more than `room` bytes, some at a time.
+
+    Each part but the first runs the layer over all batches once more. `input_of` of a part names what it has moments
+    of. Without experts there is one part. `streams` has moved on when the last part is there.
+    """
+    layer, probe = traced_layer(loaded, index, recording, streams.probe)
     grams = _Grams(layer, enabled=moments, mean_abs=mean_abs, clip=clip)
     cosines = _Cosines(layer, device=streams.probe.device)
-    with grams.hooked(), cosines.hooked():
-        for position, hidden in enumerate(streams.entering()):
-            output = recording.calls[position][index].run(layer.module, hidden)
-            cosines.add(hidden, output)
-            streams.put(position, output)
-    return LayerStats(index, grams.finish(), layer.trace.input_of, cosines.finish())
+    stacked = [spec for spec in layer.specs if isinstance(spec, ExpertSpec)]
+    listed = ListedMoments(layer.module, layer.prefix, layer.specs, enabled=moments, mean_abs=mean_abs, clip=clip)
+    experts = ExpertMoments(layer.module, layer.prefix, stacked, mean_abs=mean_abs, clip=clip)
+    groups = parts_of(stacked, room) if moments and stacked else [stacked]
+    found, inputs, shown, shares = {}, {}, {}, {}
+    for number, group in enumerate(groups):
+        first, last = number == 0, number == len(groups) - 1
+        with ExitStack() as stack:
+            stack.enter_context(experts.hooked(group if moments else ()))
+            if first:
+                stack.enter_context(grams.hooked())
+                stack.enter_context(listed.hooked())
+                stack.enter_context(cosines.hooked())
+            for position, hidden in enumerate(streams.entering()):
+                output = recording.calls[position][index].run(layer.module, hidden)
+                if first:
+                    cosines.add(hidden, output)
+                if last:
+                    streams.put(position, output)
+        input_of = {spec.name: spec.name for spec in group}
+        if first:
+            found, shown, shares = grams.finish(), cosines.finish(), experts.shares() | listed.shares()
+            found |= listed.finish()
+            readers = layer.trace.input_of
+            inputs = {spec.module: found[readers[spec.module]] for spec in stacked} if moments else {}
+            input_of |= {name: owner for name, owner in readers.items() if name not in inputs}
+        if last:
+            streams.probe = probe
+        if moments:
+            found |= experts.finish(group, inputs)
+        yield LayerStats(index, found, input_of, shown, shares)
+        found = {}
 
 
 class _Grams:
     """One running Gram matrix per distinct input of the layer's linears."""
 
     def __init__(self, layer: TracedLayer, *, enabled: bool, mean_abs: bool, clip: float) -> None:
-        self._owners = sorted(set(layer.trace.input_of.values())) if enabled else []
+        own = {spec.name for spec in layer.specs if isinstance(spec, ListedSpec)}
+        self._owners = sorted(set(layer.trace.input_of.values()) - own) if enabled else []
         self._modules = {name: layer.module.get_submodule(layer.path_of(name)) for name in self._owners}
         self._clip = clip
         self._gram: dict[str, torch.Tensor] = {}
@@ -107,46 +158,52 @@ class SublayerStreams:
     """The streams that enter and leave each sublayer and the whole block, caught while the layer runs."""
 
     def __init__(self, layer: TracedLayer) -> None:
-        self._layer, self._trace = layer.module, layer.trace
-        self._seen: dict[str, torch.Tensor] = {}
+        self._layer, self._spans = layer.module, layer.trace.spans
+        self._seen: dict[Place, torch.Tensor] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        trace = self._trace
+        places = {place for span in self._spans.values() for place in (span.start, span.end, span.branch) if place}
         with ExitStack() as stack:
-            if trace.middle is not None:
-                module = self._layer.get_submodule(trace.middle)
-                stack.callback(module.register_forward_pre_hook(self._catch_input("middle")).remove)
-            else:
-                for key, name in trace.last_linear.items():
-                    module = self._layer.get_submodule(name)
-                    stack.callback(module.register_forward_hook(self._catch_output(key)).remove)
+            for place in places:
+                module = self._layer.get_submodule(place.module)
+                if place.side == "input":
+                    stack.callback(module.register_forward_pre_hook(self._catch_input(place)).remove)
+                else:
+                    stack.callback(module.register_forward_hook(self._catch_output(place)).remove)
             yield
 
-    def _catch_input(self, key: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _catch_input(self, place: Place) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._seen[key] = args[0]
+            self._keep(place, args[0])
 
         return hook
 
-    def _catch_output(self, key: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def _catch_output(self, place: Place) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._seen[key] = output
+            self._keep(place, output[0] if isinstance(output, tuple | list) else output)
 
         return hook
+
+    def _keep(self, place: Place, tensor: torch.Tensor) -> None:
+        self._seen[place] = tensor.clone() if place.overwritten else tensor
 
     def pairs(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The streams in and out by key, after the block ran from `x` to `y`, all `[B, T, D]`.
 
-        They are in the model's dtype, but for the sublayers of parallel blocks: at least float32.
+        They are in the model's dtype, but for sublayers in parallel: at least float32.
         """
-        pairs = {"block": (x, y)}
-        if self._trace.middle is not None:
-            middle = self._seen.pop("middle")
-            return pairs | {"attention": (x, middle), "mlp": (middle, y)}
-        # Parallel sublayers both start from x. The model never makes these sums, so its dtype must not round them.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return pairs | {key: (x, x + self._seen.pop(key).view_as(x)) for key in self._trace.last_linear}
+        found = {BLOCK: (x, y)}
+        for key, span in self._spans.items():
+            start = x if span.start is None else self._seen[span.start]
+            if span.branch is None:
+                found[key] = (start, y if span.end is None else self._seen[span.end])
+                continue
+            # The model never makes these sums, so its dtype must not round them.
+            start = start.to(torch.promote_types(start.dtype, torch.float32))
+            found[key] = (start, start + self._seen[span.branch].view_as(start))
+        self._seen.clear()
+        return found
 
 
 class _Cosines:
@@ -154,7 +211,7 @@ class _Cosines:
 
     def __init__(self, layer: TracedLayer, device: torch.device) -> None:
         self._prefix, self._streams = layer.prefix, SublayerStreams(layer)
-        self._state = {key: torch.zeros(3, dtype=torch.float64, device=device) for key in ("attention", "mlp", "block")}
+        self._state = {key: torch.zeros(3, dtype=torch.float64, device=device) for key in (*layer.trace.spans, BLOCK)}
         self.hooked = self._streams.hooked
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:

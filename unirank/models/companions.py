@@ -7,13 +7,14 @@ the model later does not depend on the directory. Never weights or pickles, and 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from unirank.errors import InputError, first_line
 from unirank.models.sources import Source
@@ -89,6 +90,26 @@ def companions_in_memory(model: Any, tokenizer: PreTrainedTokenizerBase) -> Comp
     if not (folder / "config.json").is_file() or folder == Path("."):
         return None
     return replace(read_companions(folder, tokenizer), origin=str(folder))
+
+
+def tokenizer_of(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer that a processor holds. Raises InputError where it holds none."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"The processor {type(processor).__name__} holds no tokenizer; give one as tokenizer=.")
+    return tokenizer
+
+
+def companions_of_processor(
+    processor: ProcessorMixin, tokenizer: PreTrainedTokenizerBase, beside: Companions | None
+) -> Companions:
+    """What `processor` saves, before the companions `beside` the model."""
+    with tempfile.TemporaryDirectory(prefix="unirank-") as scratch:
+        processor.save_pretrained(scratch)
+        own = read_companions(Path(scratch), tokenizer)
+    if beside is None:
+        return own
+    return replace(beside, files={**beside.files, **own.files}, tokenizer={**beside.tokenizer, **own.tokenizer})
 
 
 def write_companions(companions: Companions | None, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.low_rank_experts import LowRankExperts
 from unirank.models.quantized import QuantizedLinear
 
 _Tensors = Mapping[str, torch.Tensor]
@@ -110,6 +111,6 @@ def _touches_low_rank(model: nn.Module, converter: Any) -> bool:
     return any(
         back.rename_source_key(f"{path}.{name}")[1] is not None
         for path, module in model.named_modules()
-        if isinstance(module, LowRankLinear | QuantizedLinear)
+        if isinstance(module, LowRankLinear | LowRankExperts | QuantizedLinear)
         for name in module.state_dict()
     )

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Mapping
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line, is_out_of_memory
-from unirank.models.companions import companions_in_memory, companions_of
+from unirank.models.companions import companions_in_memory, companions_of, companions_of_processor, tokenizer_of
+from unirank.models.configurations import auto_class, text_part
 from unirank.models.embeddings import embedding_rows
+from unirank.models.experts import experts_in
 from unirank.models.folder import RESAVE
+from unirank.models.irregular import irregular_linears
 from unirank.models.low_rank import LowRankLinear
+from unirank.models.low_rank_experts import LowRankExperts
 from unirank.models.quantizer import METHOD
 from unirank.models.sources import Source, find_source, skeleton_of
 from unirank.models.streamed import Pages, page_map, take_pages
 from unirank.models.structure import find_linears, refuse_experts
-from unirank.models.wrappers import check_linear, refuse_additions, refuse_foreign, shortened, unwrapped
+from unirank.models.wrappers import check_target, refuse_additions, refuse_foreign, shortened, unwrapped
 from unirank.types import LoadedModel, Paging
 
 
@@ -81,19 +87,9 @@ def load_paged(
     return model, source.tokenizer, pages
 
 
-def _text_part(config: Any) -> Any:
-    """The configuration of the text decoder; the whole one where it does not tell of one, which is refused later."""
-    try:
-        return config.get_text_config()
-    except (ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        return config
-
-
 def _method(config: Any) -> str | None:
     """How the weights of a checkpoint were quantized, by its configuration; None where they were not."""
-    found = getattr(config, "quantization_config", None) or getattr(_text_part(config), "quantization_config", None)
+    found = getattr(config, "quantization_config", None) or getattr(text_part(config), "quantization_config", None)
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
@@ -112,7 +108,7 @@ def _refuse_converted(config: Any, source: str) -> None:
 def _read(source: Source, **options: Any) -> PreTrainedModel:
     try:
         # Safetensors only: other weight files are pickles.
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        read: Any = auto_class(source.config).from_pretrained(
             source.path,
             config=source.config,
             dtype=source.dtype,
@@ -155,14 +151,23 @@ def _read(source: Source, **options: Any) -> PreTrainedModel:
 def _read_paged(source: Source) -> tuple[PreTrainedModel, Pages]:
     skeleton = skeleton_of(source.name, source.config, bool(source.common["trust_remote_code"]))
     layers, _ = find_linears(skeleton)
+    options: dict[str, Any] = {"device_map": page_map(skeleton, layers, source.device)}
+    converted = None
+    if any(True for _ in experts_in(skeleton)):
+        # Files often have a matrix for each expert, and the model a stack of all, which has to be on the disk then.
+        converted = options["offload_folder"] = tempfile.mkdtemp(prefix="unirank-")
     logger = getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(ERROR)  # it warns of what is meant here: parameters on the disk
     try:
-        model = _read(source, device_map=page_map(skeleton, layers, source.device))
+        model = _read(source, **options)
+    except BaseException:
+        if converted is not None:
+            shutil.rmtree(converted, ignore_errors=True)
+        raise
     finally:
         logger.setLevel(level)
-    return model, take_pages(model, layers, source.device)
+    return model, take_pages(model, layers, source.device, converted)
 
 
 def _check_width(model: PreTrainedModel) -> None:
@@ -182,7 +187,7 @@ def _check_width(model: PreTrainedModel) -> None:
 
 def describe(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     source: str = "",
     pages: Paging | None = None,
@@ -191,9 +196,18 @@ def describe(
 
     What torch.compile, DataParallel or DistributedDataParallel wraps is taken out. What cannot be taken out is refused:
     adapters that are not merged, weights that are sharded or offloaded. Raises like `load`.
+
+    Args:
+        tokenizer: or the processor of a model with towers, which holds one; it then goes into the checkpoint too.
     """
+    processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer_of(tokenizer)
     loaded = _describe(unwrapped(model), tokenizer, source, pages)
-    return dataclasses.replace(loaded, companions=companions_in_memory(loaded.model, tokenizer))
+    beside = companions_in_memory(loaded.model, tokenizer)
+    if processor is not None:
+        beside = companions_of_processor(processor, tokenizer, beside)
+    return dataclasses.replace(loaded, companions=beside)
 
 
 def _describe(
@@ -207,7 +221,7 @@ def _describe(
     """As `describe`; `stored` is the dtype in the checkpoint, where another one was asked for."""
     model.eval()
     refuse_experts(model, model.config)
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, LowRankLinear | LowRankExperts) for module in model.modules()):
         raise InputError(f"The model {source} is compressed already; compress the dense model it came from.")
     _refuse_converted(model.config, source)
     refuse_foreign(model, paged=pages is not None)
@@ -217,8 +231,10 @@ def _describe(
         )
     _check_width(model)
     layers, linears = find_linears(model)
+    if idle := irregular_linears(model, layers, linears):
+        layers, linears = find_linears(model, idle=idle)
     for spec in linears:
-        check_linear(spec.name, model.get_submodule(spec.name))
+        check_target(model, spec)
     embedding_rows(model)  # which tokens have one is asked of the texts: a tokenizer may have more than occur
     loaded = LoadedModel(model, tokenizer, layers, linears, source or str(model.config.name_or_path), pages)
     for name, tensor in loaded.state():

@@ -38,8 +38,19 @@ def _is_there(model: nn.Module, name: str) -> bool:
     try:
         model.get_submodule(name)
     except AttributeError:
-        return False
+        return _is_expert(model, name)
     return True
+
+
+def _is_expert(model: nn.Module, name: str) -> bool:
+    """Whether it is the name of an expert's matrix: of a parameter that stacks them, and a number."""
+    path, _, number = name.rpartition(".")
+    module, _, parameter = path.rpartition(".")
+    try:
+        holder = model.get_submodule(module)
+    except AttributeError:
+        return False
+    return number.isdecimal() and parameter in holder._parameters | holder._buffers
 
 
 def _related(one: Sequence[str], other: Sequence[str]) -> bool:

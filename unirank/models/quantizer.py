@@ -111,14 +111,13 @@ class UniRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         # Here and not above: this module is imported while transformers itself is being imported (see `registration`).
-        from unirank.models.low_rank import make_low_rank
         from unirank.models.places import places_of
+        from unirank.models.targets import make_all_low_rank
 
         _refuse_tensor_parallel(model)
         config: Any = self.quantization_config
         config.rename(places_of(model, config.names))  # the model may be another class than the one that was saved
-        for name, rank in config.ranks.items():
-            make_low_rank(model, name, rank, add_bias=name in config.biased, form=config.form)
+        make_all_low_rank(model, config.ranks, biased=config.biased, form=config.form)
         if config.bits is not None:
             from unirank.models.quantizing import put_empty, require_torchao
 
@@ -127,9 +126,11 @@ class UniRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         from unirank.models.low_rank import align_weights, check_guards
+        from unirank.models.low_rank_experts import check_expert_guards
 
         _refuse_tensor_parallel(model)  # releases before 5.20 say so only here
         check_guards(model)
+        check_expert_guards(model)
         align_weights(model)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:

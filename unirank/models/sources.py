@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from unirank.errors import InputError, first_line, is_out_of_memory
 from unirank.models import embedded
+from unirank.models.configurations import auto_class, text_part
 from unirank.models.folder import adapter_message, check_folder
 from unirank.models.structure import refuse_experts, stated_experts
 from unirank.provenance import default_device
@@ -93,16 +93,21 @@ def read_config(name: str, path: str, common: Mapping[str, Any]) -> Any:
         if is_out_of_memory(error):
             raise
         raise InputError(f"The config.json of {name!r} is damaged: {first_line(error)}.") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-            kind = config.model_type or type(config).__name__
-            raise InputError(
-                f"{name!r} is of type {kind}, of which transformers has no causal language model "
-                "(AutoModelForCausalLM), and that is what unirank compresses; where it holds a text decoder, save that "
-                "by itself, and give it."
-            )
-        if not common["trust_remote_code"]:
-            raise InputError(_untrusted(name))
+    opens = auto_class(config)
+    kind = config.model_type or type(config).__name__
+    if opens is None:
+        raise InputError(
+            f"{name!r} is of type {kind}, of which transformers has no causal language model (AutoModelForCausalLM, or "
+            "AutoModelForImageTextToText with towers beside it), and that is what unirank compresses; where it holds a "
+            "text decoder, save that by itself, and give it."
+        )
+    if type(config) not in opens._model_mapping and not common["trust_remote_code"]:
+        raise InputError(_untrusted(name))
+    if opens is not AutoModelForCausalLM and (config.is_encoder_decoder or text_part(config).is_encoder_decoder):
+        raise InputError(
+            f"{name!r} is of type {kind}, which writes text by an encoder and a decoder; unirank compresses decoders "
+            "that read the text themselves."
+        )
     return config
 
 
@@ -144,7 +149,7 @@ def skeleton_of(name: str, config: Any, trust_remote_code: bool) -> PreTrainedMo
     """The model of a configuration, without memory for its weights."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config makes transformers, or a checkpoint's own code, do
         if is_out_of_memory(error):
             raise

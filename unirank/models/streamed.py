@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,15 +22,22 @@ class Pages:
     A tensor is read when it is asked for, and forgotten by this object at once.
     """
 
-    def __init__(self, layers: str, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self, layers: str, weights: Mapping[str, torch.Tensor], device: torch.device, folder: str | None = None
+    ) -> None:
+        """`folder` is a temporary one of some of the weights, which is deleted with this object."""
         self._layers, self._weights, self._device = layers, weights, device
+        if folder is not None:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._makers: dict[str, Callable[[], torch.Tensor]] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, in memory of its own on the model's device."""
-        if name in self._makers:
-            return self._makers[name]()
-        return self._weights[name].to(self._device, copy=True)
+        return self.reader(name)()
+
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        """What reads `tensor(name)` as it is now, whatever is put there later."""
+        return self._makers.get(name) or (lambda: self._weights[name].to(self._device, copy=True))
 
     def put(self, name: str, make: Callable[[], torch.Tensor]) -> None:
         """From now on `tensor(name)` is what `make()` gives."""
@@ -96,8 +105,11 @@ def page_map(model: nn.Module, layers: str, device: torch.device) -> dict[str, s
     return places
 
 
-def take_pages(model: PreTrainedModel, layers: str, device: torch.device) -> Pages:
-    """The pages of a model that `from_pretrained` left on the disk by a `page_map`; it is then free of hooks."""
+def take_pages(model: PreTrainedModel, layers: str, device: torch.device, folder: str | None = None) -> Pages:
+    """The pages of a model that `from_pretrained` left on the disk by a `page_map`; it is then free of hooks.
+
+    `folder` is where some of them are, if it is a temporary one.
+    """
     weights: Any = None
     for module in model.get_submodule(layers).modules():
         hook = getattr(module, "_hf_hook", None)
@@ -107,4 +119,4 @@ def take_pages(model: PreTrainedModel, layers: str, device: torch.device) -> Pag
     remove_hook_from_module(model, recurse=True)
     if hasattr(model, "hf_device_map"):
         delattr(model, "hf_device_map")
-    return Pages(layers, weights, device)
+    return Pages(layers, weights, device, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +12,26 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
-from unirank.types import SUBLAYERS, LinearSpec
+from unirank.models.decoder import lists_of_decoder
+from unirank.models.experts import count_of, experts_in, is_experts, specs_of
+from unirank.types import BLOCK, SUBLAYERS, ExpertSpec, LinearSpec, ListedSpec, Sublayer
 
 # Config keys by which transformers' mixture-of-experts models give their number of experts.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
+def find_linears(model: nn.Module, *, idle: Collection[str] = ()) -> tuple[str, tuple[LinearSpec, ...]]:
     """Path of the decoder's layer list, and every linear inside its layers, by structure.
 
-    The layers are the outermost ModuleList with the most linear weights. Inside a layer, the linears fall into two
-    groups by the child module that holds them (linears that hang on the layer itself form a group of their own, as
-    in OPT); the first group is the attention sublayer, the second the MLP. Calibration checks that they run in that
-    order.
+    The layers are the outermost ModuleList of the text decoder with the most linear weights. Inside a layer, the
+    linears fall into groups by the child module that holds them (linears that hang on the layer itself form a group of
+    their own, as in OPT), which are its sublayers: how they stand to each other and to the residual stream is read from
+    a run (see `layerwise.trace`). Of two, the first is called "attention" and the second "mlp"; any other, and one with
+    weights of another kind (a convolution, state-space parameters), by its module's name. What is no linear stays
+    whole, and so do the linears in `idle`.
 
-    Raises InputError when there is no such list, when a layer has other than two groups, when it holds experts or
-    other weights that no linear map owns, or when layers share a weight.
+    Raises InputError when there is no such list, when a layer has no linears or holds experts, or when layers share a
+    weight.
     """
     found = _layer_list(model)
     if found is None:
@@ -38,10 +42,11 @@ def find_linears(model: nn.Module) -> tuple[str, tuple[LinearSpec, ...]]:
     layers_path, layers = found
     specs: list[LinearSpec] = []
     for index, layer in enumerate(layers):
-        specs.extend(_linears_of_layer(f"{layers_path}.{index}", index, layer))
-    first: dict[int, str] = {}
+        specs.extend(_linears_of_layer(f"{layers_path}.{index}", index, layer, idle))
+    first: dict[tuple[int, int | None], str] = {}
     for spec in specs:
-        other = first.setdefault(id(model.get_submodule(spec.name).weight), spec.name)
+        expert = spec.expert if isinstance(spec, ExpertSpec) else None
+        other = first.setdefault((id(spec.stored_in(model)), expert), spec.name)
         if other != spec.name:
             raise InputError(f"{other} and {spec.name} are one weight; unirank compresses layers that share none.")
     return layers_path, tuple(specs)
@@ -66,43 +71,63 @@ def require_plain(model: nn.Module, done: str) -> None:
 
 def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     best: tuple[int, str, nn.ModuleList] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not (best and path.startswith(best[1] + ".")):
+    for path, module in lists_of_decoder(model):
+        if not (best and path.startswith(best[1] + ".")):
             size = sum(linear.weight.numel() for _, linear in _linears_in(module))
             if size and (best is None or size > best[0]):
                 best = (size, path, module)
     return None if best is None else best[1:]
 
 
-def _linears_of_layer(path: str, index: int, layer: nn.Module) -> Iterator[LinearSpec]:
-    for name, parameter in _other_weights(layer):
-        if parameter.dim() > 2:
-            where = f"{path}.{name}"
-            if _says_experts(name):
-                raise InputError(
-                    f"Mixture-of-experts models are not supported: {where} stacks {parameter.shape[0]} experts."
-                )
-            raise InputError(
-                f"{where} is a weight {list(parameter.shape)} that belongs to no linear map; unirank compresses "
-                "layers whose matrices are those of nn.Linear or Conv1D."
-            )
-    for name in _lists_of_networks(layer):
-        start = "Mixture-of-experts models are not supported: " if _says_experts(name) else ""
+def _linears_of_layer(path: str, index: int, layer: nn.Module, idle: Collection[str]) -> Iterator[LinearSpec]:
+    for name, parameter in _unknown_experts(layer):
         raise InputError(
-            f"{start}{path}.{name} is a list of sub-networks, of which it is not known which tokens pass through it."
+            f"{path}.{name} stacks experts, {list(parameter.shape)}, and their module is not one of transformers' "
+            "common interface, so it is not known which tokens pass through which."
         )
+    lists = list(_lists_of_networks(layer))  # the outer ones come first
     groups: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, linear in _linears_in(layer):
-        groups.setdefault(name.split(".")[0] if "." in name else "", []).append((name, linear))
+    for name, holder in _holders_in(layer):
+        if f"{path}.{name}" in idle:
+            continue
+        groups.setdefault(name.split(".")[0] if "." in name else "", []).append((name, holder))
+    if not groups:
+        raise InputError(f"{path} holds no linear maps, so there is nothing in it to compress.")
+    names = _names(layer, list(groups))
+    for group, members in groups.items():
+        sublayer = names[group]
+        for name, holder in members:
+            if is_experts(holder):
+                yield from specs_of(f"{path}.{name}", index, sublayer, name, holder)
+            else:
+                m, n = weight_of(holder).shape
+                own = (f"{path}.{name}", index, sublayer, name, m, n)
+                networks = next((networks for networks in lists if name.startswith(f"{networks}.")), None)
+                if networks is None:
+                    yield LinearSpec(*own)
+                else:
+                    member = int(name.removeprefix(f"{networks}.").partition(".")[0])
+                    yield ListedSpec(*own, f"{path}.{networks}", member)
+
+
+def _names(layer: nn.Module, groups: Sequence[str]) -> dict[str, Sublayer]:
+    """What people call the sublayers that these child modules of a layer are; "" is the layer itself."""
+    own = {group: f"{group}_" if group == BLOCK else group or "rest" for group in groups}
     if len(groups) != len(SUBLAYERS):
-        found = ", ".join(repr(group or "the layer itself") for group in groups) or "none"
-        raise InputError(
-            f"{path} must hold its linears in two groups, attention and MLP; found {len(groups)}: {found}."
-        )
-    for sublayer, members in zip(SUBLAYERS, groups.values(), strict=True):
-        for name, linear in members:
-            m, n = weight_of(linear).shape
-            yield LinearSpec(f"{path}.{name}", index, sublayer, name, m, n)
+        return own
+    attention = next((group for group in groups if "attention" in group or "attn" in group), None)
+    plain = [g for g in groups if g in ("", attention) or not holds_other_weights(layer.get_submodule(g))]
+    if attention is None and len(plain) == len(groups):
+        attention = plain[0]
+    return own | {group: SUBLAYERS[0 if group == attention else 1] for group in plain}
+
+
+def holds_other_weights(module: nn.Module) -> bool:
+    """Whether it holds a convolution, or a matrix that belongs to no linear map and to no experts."""
+    if any(isinstance(child, _ConvNd) for child in module.modules()):
+        return True
+    known = tuple(f"{path}.".lstrip(".") for path, _ in experts_in(module))
+    return any(not name.startswith(known) for name, _ in _other_weights(module))
 
 
 def _other_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -115,6 +140,34 @@ def _other_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             for name, parameter in child.named_parameters(prefix=path, recurse=False):
                 if sum(size > 1 for size in parameter.shape) > 1:
                     yield name, parameter
+
+
+def _holders_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with matrices to compress: linears but for routers, and stacked experts."""
+    routers = {id(router) for router in _routers_in(module)}
+    for name, child in module.named_modules():
+        if is_experts(child) or (isinstance(child, nn.Linear | Conv1D) and id(child) not in routers):
+            yield name, child
+
+
+def _routers_in(module: nn.Module) -> Iterator[nn.Module]:
+    """Linears beside experts, stacked or listed, with an output for each: they decide who works, and stay whole."""
+    counts = [(path, count_of(experts)) for path, experts in experts_in(module)]
+    counts += [(path, len(list(module.get_submodule(path).children()))) for path in _lists_of_networks(module)]
+    for path, count in counts:
+        parent = path.rpartition(".")[0]
+        for name, linear in _linears_in(module.get_submodule(parent)):
+            inside = f"{parent}.{name}".lstrip(".").startswith(f"{path}.")
+            if not inside and weight_of(linear).shape[0] == count > 1:
+                yield linear
+
+
+def _unknown_experts(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Stacks in a module that calls itself one of experts, and is none that is understood."""
+    known = tuple(f"{path}." for path, _ in experts_in(module))
+    for name, parameter in _other_weights(module):
+        if parameter.dim() > 2 and _says_experts(name) and not name.startswith(known):
+            yield name, parameter
 
 
 def _lists_of_networks(module: nn.Module) -> Iterator[str]:
@@ -142,7 +195,7 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
 
 
 def refuse_experts(model: nn.Module, config: PretrainedConfig) -> None:
-    """Raise InputError where `config` states several experts and the decoder layers of `model` hold them.
+    """Raise InputError where `config` states several experts and the layers of `model` hold them in an unknown way.
 
     A configuration may state experts that no layer has: Doge without `is_moe`, the first layers of DeepSeek.
     """
@@ -150,10 +203,20 @@ def refuse_experts(model: nn.Module, config: PretrainedConfig) -> None:
     if stated is None:
         return
     found = _layer_list(model)
-    for layer in [model] if found is None else found[1]:
-        if any(True for _ in _other_weights(layer)) or any(True for _ in _lists_of_networks(layer)):
+    layers = [model] if found is None else list(found[1])
+    understood = any(True for layer in layers for _ in (*experts_in(layer), *_lists_of_networks(layer)))
+    for layer in layers:
+        known = tuple(f"{path}." for path, _ in experts_in(layer))
+        others = [
+            name
+            for name, parameter in _other_weights(layer)
+            # Beside experts that are understood, a matrix is a router's, or a state-space parameter.
+            if not name.startswith(known) and not (understood and parameter.dim() == 2 and not _says_experts(name))
+        ]
+        if others:
             raise InputError(
-                f"Mixture-of-experts models are not supported: {stated}; unirank compresses dense decoders."
+                f"This mixture of experts is not supported: {stated}, and {others[0]} in its layers is not held as in "
+                "transformers' common interface for experts."
             )
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
 from unirank.models.structure import require_plain
+from unirank.types import ExpertSpec, LinearSpec
 
 # The child by which a wrapper holds what it wraps, and who wraps so. Its name would stand in every name of a weight.
 _WRAPPERS = {
@@ -166,7 +167,19 @@ def check_linear(name: str, linear: nn.Module) -> None:
             f"{name} is a {type(linear).__name__} that also holds {', '.join(own)}; unirank compresses linears of a "
             "weight and a bias, so merge or remove what was added to it first."
         )
-    dtype = linear.weight.dtype
+    weight: Any = linear.weight
+    _check_dtype(name, weight.dtype)
+
+
+def check_target(model: nn.Module, spec: LinearSpec) -> None:
+    """Raise InputError where a linear is none that `check_linear` passes, or a weight no float of 16 bits up."""
+    if isinstance(spec, ExpertSpec):
+        _check_dtype(spec.name, spec.stored_in(model).dtype)
+    else:
+        check_linear(spec.name, model.get_submodule(spec.name))
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in _DTYPES:
         legal = ", ".join(str(legal).removeprefix("torch.") for legal in _DTYPES)
         raise InputError(

@@ -11,7 +11,7 @@ from unirank.planning.allocator import allocator as allocator_of
 from unirank.planning.allocator.base import Request, Workbench, check_floor, options_of
 from unirank.planning.score import ScoreSettings
 from unirank.rank_plan import RankPlan, budget_of, canonical, check_form
-from unirank.types import Form, LinearSpec, Rank
+from unirank.types import Form, LinearSpec, Rank, refuse_experts_for
 
 
 def plan_ranks(
@@ -141,6 +141,8 @@ def check_request(
     check_form(form)
     rule = allocator_of(allocator)
     chosen = options_of(rule, options or {})
+    if rule.measures:
+        refuse_experts_for(f"The allocator {allocator}", linears)
     if rule.check is not None:
         rule.check(linears, chosen)
     budget = budget_of(remove, sum(spec.params for spec in linears))

@@ -81,6 +81,7 @@ def score(
     cosines: Sequence[Mapping[str, CosineStat]],
     settings: ScoreSettings | None = None,
     form: Form = "factors",
+    shares: Mapping[str, float] | None = None,
 ) -> Components:
     """Score every component.
 
@@ -90,6 +91,7 @@ def score(
         cosines: per layer, statistics by "attention", "mlp", "block".
         settings: None is UniRank.
         form: in which low-rank matrices are stored; it matters to scores per parameter.
+        shares: of the router's weight, by the matrices of experts; their importance is their sublayer's times that.
 
     Raises:
         NonFiniteError: an energy or a cosine is NaN or infinity; names the linear.
@@ -99,6 +101,8 @@ def score(
     for spec in linears:
         key = spec.sublayer if settings.importance == "sublayer" else "block"
         weight = 1.0 if settings.importance == "none" else importance_of(cosines[spec.layer][key], settings)
+        if settings.importance != "none" and shares and spec.name in shares:
+            weight *= shares[spec.name]
         value = weight * _local(energies[spec.name], settings.local)
         if settings.per_parameter:
             value = value / marginal_cost(spec, form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from unirank.report.gather import Linear, ReportData
-from unirank.types import SUBLAYERS
+from unirank.types import BLOCK
 
 Curve = list[tuple[float, float]]
 SHOWN = 6  # more curves than these cannot be told apart
@@ -29,18 +29,25 @@ def kept_by_layer(data: ReportData) -> dict[str, Curve]:
 
 def importance_by_layer(data: ReportData) -> dict[str, Curve]:
     """`1 - cosine` of each sublayer by layer."""
-    return {key: [(float(i), 1 - cosines[key]) for i, cosines in enumerate(data.cosines)] for key in SUBLAYERS}
+    return {
+        key: [(float(i), 1 - cosines[key]) for i, cosines in enumerate(data.cosines) if key in cosines]
+        for key in _sublayers(data)
+    }
 
 
 def cosine_points(data: ReportData) -> dict[str, list[tuple[int, float, float]]]:
     """Layer, cosine, and the effective rank of the sublayer's last linear, by sublayer."""
     points: dict[str, list[tuple[int, float, float]]] = {}
-    for sublayer in SUBLAYERS:
+    for sublayer in _sublayers(data):
         for layer, cosines in enumerate(data.cosines):
             members = [x for x in data.linears if x.layer == layer and x.sublayer == sublayer]
             if members and members[-1].effective_rank is not None:
                 points.setdefault(sublayer, []).append((layer, cosines[sublayer], members[-1].effective_rank))
     return points
+
+
+def _sublayers(data: ReportData) -> list[str]:
+    return list(dict.fromkeys(key for cosines in data.cosines for key in cosines if key != BLOCK))
 
 
 def perplexity_curves(data: ReportData) -> dict[str, tuple[dict[str, Curve], int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,7 @@ def _lines(
 def _cosines(data: ReportData) -> Any:
     """Cosine against effective rank (UniRank's Figure 3)."""
     figure, axes = _figure()
-    for sublayer, points in curves.cosine_points(data).items():
-        marker = "o" if sublayer == "attention" else "^"
+    for marker, (sublayer, points) in zip(itertools.cycle("o^sDvP*X"), curves.cosine_points(data).items()):
         axes.scatter([1 - point[1] for point in points], [point[2] for point in points], label=sublayer, marker=marker)
     axes.set_xscale("log")
     axes.invert_xaxis()

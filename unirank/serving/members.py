@@ -8,7 +8,7 @@ any rank, form or none, become one product down and one up for each member.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,3 +158,13 @@ def layout(members: Sequence[Member]) -> Layout:
         above += each.up.shape[0]
         gathers.append(made if each.place is None else torch.cat((own, made))[each.place.cpu()])
     return Layout(inner, torch.cat(gathers))
+
+
+def refuse_experts(names: Iterable[str]) -> None:
+    """Raise InputError where a target is a matrix of a stack of experts, whose names end in a number."""
+    expert = next((name for name in names if name.rpartition(".")[2].isdecimal()), None)
+    if expert is not None:
+        raise InputError(
+            f"vLLM cannot serve low-rank experts, and this checkpoint has them ({expert}); make a dense checkpoint of "
+            "it: unirank densify."
+        )

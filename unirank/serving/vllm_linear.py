@@ -32,7 +32,7 @@ from unirank.errors import InputError
 from unirank.models.bits import unpack
 from unirank.models.matrices import Matrix, meant, stacked
 from unirank.models.quantizer import METHOD, UniRankConfig
-from unirank.serving.members import Member, Share, layout, member
+from unirank.serving.members import Member, Share, layout, member, refuse_experts
 
 # The tensors of one linear in a checkpoint. A bias that the dense linear lacks has a name of its own here, for vLLM
 # drops a `bias` that its layer does not have.
@@ -75,7 +75,9 @@ class VllmConfig(QuantizationConfig):
         """Raises InputError where the configuration is another method's or not legal."""
         if config.get("quant_method") != METHOD:
             raise InputError(f"The checkpoint's quant_method is {config.get('quant_method')!r}, not {METHOD!r}.")
-        return cls(UniRankConfig(**{key: value for key, value in config.items() if key != "quant_method"}))
+        read = UniRankConfig(**{key: value for key, value in config.items() if key != "quant_method"})
+        refuse_experts(read.names)
+        return cls(read)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Note of which model the checkpoint is."""

@@ -12,7 +12,8 @@ from unirank.compression.quantization import groups_of
 from unirank.models.bits import Bits, layout, scale_dtype, stored_shape
 from unirank.models.low_rank import count_parameters
 from unirank.models.structure import weight_of
-from unirank.types import DENSE, Form, LinearSpec, LoadedModel, Rank
+from unirank.models.targets import has_bias
+from unirank.types import DENSE, ExpertSpec, Form, LinearSpec, LoadedModel, Rank
 
 _GUARD = 8  # bytes of the guard that a low-rank or quantised linear has in the place of a weight
 _PLACE = 4  # bytes of a row's place in the pivoted form
@@ -46,14 +47,14 @@ class Sizes:
     def of(cls, loaded: LoadedModel) -> Sizes:
         """Counted from a dense model, also a streamed one."""
         model: Any = loaded.model
-        weights = {id(model.get_submodule(spec.name).weight) for spec in loaded.linears}
+        weights = {id(spec.stored_in(model)) for spec in loaded.linears}
         state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
         others = [tensor for key, tensor in state.items() if key not in weights]
         floats = [tensor for tensor in others if tensor.is_floating_point()]
         head = model.get_output_embeddings()
         return cls(
             linears=loaded.linears,
-            biased=frozenset(s.name for s in loaded.linears if model.get_submodule(s.name).bias is not None),
+            biased=frozenset(spec.name for spec in loaded.linears if has_bias(model, spec)),
             parameters=count_parameters(model),
             rest=sum(tensor.numel() for tensor in floats),
             rest_bytes=sum(tensor.nbytes for tensor in others if not tensor.is_floating_point()),
@@ -70,7 +71,12 @@ class Sizes:
         """Parameters of biases that low-rank linears have and the dense ones have not."""
         if not adds_bias:
             return 0
-        return sum(s.m for s in self.linears if ranks[s.name] != DENSE and s.name not in self.biased)
+        low = [spec for spec in self.linears if ranks[spec.name] != DENSE and spec.name not in self.biased]
+        stacks = {(spec.module, spec.parameter) for spec in low if isinstance(spec, ExpertSpec)}
+        experts = (spec for spec in self.linears if isinstance(spec, ExpertSpec))
+        count = sum(spec.m for spec in low if not isinstance(spec, ExpertSpec))
+        # A stack of which one matrix gets a bias has one for each.
+        return count + sum(spec.m for spec in experts if (spec.module, spec.parameter) in stacks)
 
     def parameters_at(self, ranks: Mapping[str, Rank], form: Form, *, adds_bias: bool = False) -> int:
         """Parameters of the whole model at these ranks, as `EvalReport.parameters` counts them.
@@ -102,6 +108,7 @@ class Sizes:
             width = getattr(torch, kind).itemsize
             cost = _Floats(width)
         size = self.rest_bytes + width * (self.rest + self.added(ranks, adds_bias))
+        stacks: set[tuple[str, str]] = set()
         for spec in self.linears:
             rank = ranks[spec.name]
             if rank == DENSE:
@@ -109,8 +116,12 @@ class Sizes:
                 continue
             r = int(rank)
             pivoted = form == "pivoted"
-            size += _GUARD + cost(r, spec.n) + cost(spec.m - r if pivoted else spec.m, r) + _PLACE * spec.m * pivoted
-        return size
+            if isinstance(spec, ExpertSpec):
+                stacks.add((spec.module, spec.parameter))
+            else:
+                size += _GUARD
+            size += cost(r, spec.n) + cost(spec.m - r if pivoted else spec.m, r) + _PLACE * spec.m * pivoted
+        return size + _GUARD * len(stacks)
 
     def table(self, ranks: Mapping[str, Rank], form: Form, *, adds_bias: bool = False) -> dict[str, int]:
         """`weight_bytes` by kind."""

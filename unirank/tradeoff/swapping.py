@@ -10,13 +10,16 @@ from typing import Any
 from torch import nn
 
 from unirank.analysis.store import AnalysisStore
+from unirank.compression.expert_truncation import put_experts
 from unirank.compression.truncation import TruncateReport, put_factors, settle
 from unirank.layerwise.lending import lent
+from unirank.models.experts import is_experts, stacks_of
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, count_parameters
+from unirank.models.targets import has_added_bias
 from unirank.progress import OnProgress, silent
 from unirank.rank_plan import RankPlan
-from unirank.types import DENSE, Form, LinearSpec, LoadedModel
+from unirank.types import DENSE, ExpertSpec, Form, LinearSpec, LoadedModel
 
 
 @contextmanager
@@ -28,7 +31,8 @@ def on_loan(loaded: LoadedModel) -> Iterator[None]:
     at another alignment, and a dense model that was measured twice would not give the same last bit.
     """
     model: Any = loaded.model
-    linears = {spec.name: model.get_submodule(spec.name) for spec in loaded.linears}
+    holders = {spec.module if isinstance(spec, ExpertSpec) else spec.name for spec in loaded.linears}
+    linears = {name: model.get_submodule(name) for name in holders}
     places = [(parameter, parameter.data) for parameter in model.parameters()]
     with lent(model):
         try:
@@ -46,7 +50,9 @@ def on_loan(loaded: LoadedModel) -> Iterator[None]:
 
 
 def _with_own_bias(linear: nn.Module) -> nn.Module:
-    """A copy of a linear that shares its weight."""
+    """A copy of a linear that shares its weight, or of stacked experts that shares theirs."""
+    if is_experts(linear):
+        return copy.deepcopy(linear, {id(stack): stack for stack in map(linear.get_parameter, stacks_of(linear))})
     return copy.deepcopy(linear, {id(linear.weight): linear.weight})
 
 
@@ -70,13 +76,18 @@ class Swapping:
         """
         model, self.rebuilt = self._loaded.model, 0
         before = count_parameters(model)
+        stacked: dict[str, list[ExpertSpec]] = {}
         for done, spec in enumerate(self._loaded.linears, start=1):
             rank = plan.ranks[spec.name]
-            if rank == DENSE:
+            if isinstance(spec, ExpertSpec):
+                stacked.setdefault(spec.module, []).append(spec)
+            elif rank == DENSE:
                 self._made.pop(spec.name, None)
             else:
                 self._put_one(store, spec, int(rank), plan.form)
             progress("truncate", done, len(self._loaded.linears))
+        for members in stacked.values():  # made again for every plan: their matrices share tensors
+            self.rebuilt += put_experts(self._loaded, store, members, plan)
         return settle(self._loaded, plan, before)
 
     def _put_one(self, store: AnalysisStore, spec: LinearSpec, rank: int, form: Form) -> None:
@@ -95,5 +106,4 @@ class Swapping:
 
 def added_biases(model: nn.Module, names: Mapping[str, Any]) -> bool:
     """Whether a linear in `names` has a bias that the dense model has not."""
-    modules: list[Any] = [model.get_submodule(name) for name in names]
-    return any(isinstance(module, LowRankLinear) and module.added_bias for module in modules)
+    return any(has_added_bias(model, name) for name in names)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Name -> file.
 _REGISTRY = {
     "unirank": "unirank",
+    "tied": "tied",
     "curvature": "curvature",
     "zs-svd": "zs_svd",
     "uniform": "uniform",

@@ -14,7 +14,7 @@ from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError
 from unirank.planning.score import Components, ScoreSettings, marginal_cost
 from unirank.progress import OnProgress, silent
-from unirank.types import CosineStat, Form, LinearSpec, LoadedModel
+from unirank.types import CosineStat, ExpertSpec, Form, LinearSpec, ListedSpec, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Request:
     options: Mapping[str, float]
     workbench: Workbench | None = None
     form: Form = "factors"
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """`AnalysisStore.shares`; empty without experts."""
+        return self.store.shares() if any(isinstance(spec, ExpertSpec | ListedSpec) for spec in self.linears) else {}
 
     def check_floor(self) -> None:
         """Raise InputError when `min_rank` alone exceeds the budget."""

@@ -8,7 +8,8 @@ from unirank.planning.score import score
 
 def allocate(request: Request) -> tuple[list[int], float | None]:
     """Score, sort all components of all layers at once, keep the longest prefix within the budget (method 2)."""
-    components = score(request.linears, request.energies, request.cosines, request.settings, request.form)
+    asked = request.settings, request.form, request.shares
+    components = score(request.linears, request.energies, request.cosines, *asked)
     return take_best(components, request)
 
 
