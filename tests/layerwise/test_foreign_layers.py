@@ -241,7 +241,7 @@ class Layer(nn.Module):
 
 
 def spans_of(how: Callable[[Any, torch.Tensor], torch.Tensor], inner: int = 4, first: int | None = None):
-    """What the trace says of a layer whose first linear gives `inner` (or `first`) and whose second one reads `inner`."""
+    """The trace of a layer whose first linear gives `inner` (or `first`) and whose second one reads `inner`."""
     layer, x = Layer(how, inner), torch.randn(1, 3, 4)
     if first is not None:
         layer.first = nn.Linear(4, first)

@@ -132,7 +132,8 @@ class Finishing:
         entering: Streams | None,
         decompose: Callable[[], dict[str, Factors]],
     ) -> None:
-        """The next layer: its cosines, the shares of its experts, what enters the one after it where that is kept, and how its factors are made.
+        """The next layer: its cosines, the shares of its experts, what enters the one after it where that is kept,
+        and how its factors are made.
 
         Raises what making and writing this layer and earlier ones raises.
         """

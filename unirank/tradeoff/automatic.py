@@ -247,7 +247,7 @@ class _Search:
         return Tried(name, point, search.increase, len(search.tried), seconds)
 
     def _time_for_another(self, chosen: Preset) -> bool:
-        """Whether one more point fits, and then the compression: what was expected at first may have been too little."""
+        """Whether one more point and then the compression fit: what was expected at first may have been too little."""
         another, kept = self.prices.point(chosen), self.prices.making(chosen)
         return self.prices.seconds(another + kept) <= self.clock.left
 
