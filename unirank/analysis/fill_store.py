@@ -190,7 +190,7 @@ def _fill(
         )
         for layer in range(first if resumed else 0, count):
             moments = layer >= first and (chosen.needs_moment or backward > 0)
-            with loaded.resident(layer):
+            with loaded.resident(layer, then=layer + 1):
                 stats = calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
                 if layer >= first:
                     entering = streams.settled() if hidden.keep and size() == 1 else None
