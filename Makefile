@@ -120,14 +120,14 @@ lock: $(RELEASE)/.tools
 
 # One wheel for every Python, in dist/, with torch's libraries left to torch.
 REPAIR = $(RELEASE)/bin/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' \
-	--exclude 'libnvJitLink*' -w dist
+	--exclude 'libnvJitLink*'
 wheel: $(VENV)/.torch $(RELEASE)/.tools
 	rm -rf build/wheel
 	PATH="$(BIN):$$PATH" $(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
-	PATH="$(RELEASE)/bin:$$PATH" $(REPAIR) build/wheel/*.whl
+	PATH="$(RELEASE)/bin:$$PATH" $(REPAIR) -w dist build/wheel/*.whl
 
 # The same with the CUDA kernels, of what git has under HEAD. Its version ends in +cuXYZ, after the CUDA of CUDA_TORCH:
-# no file has the name of another, pip prefers it to the plain one, and PyPI does not take it.
+# no file has the name of another, pip prefers it to the plain one, and PyPI does not take it. In dist/cuda/.
 wheel-cuda: $(CUDA_VENV)/.torch $(RELEASE)/.tools
 	rm -rf build/wheel-cuda
 	mkdir -p build/wheel-cuda
@@ -135,7 +135,7 @@ wheel-cuda: $(CUDA_VENV)/.torch $(RELEASE)/.tools
 	$(CUDA_VENV)/bin/python tools/local_version.py build/wheel-cuda/source/pyproject.toml
 	UNIRANK_CUDA=ON PATH="$(abspath $(CUDA_VENV))/bin:$$PATH" $(CUDA_VENV)/bin/python -m pip wheel --quiet \
 		--no-build-isolation --no-deps -w build/wheel-cuda build/wheel-cuda/source
-	PATH="$(RELEASE)/bin:$$PATH" $(REPAIR) build/wheel-cuda/*.whl
+	PATH="$(RELEASE)/bin:$$PATH" $(REPAIR) -w dist/cuda build/wheel-cuda/*.whl
 
 # What `pip install --no-binary unirank unirank` builds from, in dist/.
 sdist: $(VENV)/.torch

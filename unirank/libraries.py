@@ -64,9 +64,11 @@ def load_cuda_library() -> CudaLibrary:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
+        # torch's own message names the file alone; the loader's, behind it, what is wrong with it.
+        reason = first_line(error.__cause__ or error)
         problem = (
             f"{_CUDA} does not load into torch {torch.__version__} with CUDA {torch.version.cuda} "
-            f"({first_line(error)}); build it again with {_BUILD}"
+            f"({reason}); build it again with {_BUILD}"
         )
         warn(f"CUDA tensors are served by torch compositions, which are slower: {problem}.")
         return CudaLibrary(problem)

@@ -174,8 +174,8 @@ class Paging(Protocol):
         """Changes when `tensor(name)` does; None where nothing tells."""
         ...
 
-    def resident(self, model: nn.Module, index: int) -> AbstractContextManager[None]:
-        """Layer `index` of `model` is in memory inside."""
+    def resident(self, model: nn.Module, index: int, then: int | None = None) -> AbstractContextManager[None]:
+        """Layer `index` of `model` is in memory inside, and layer `then` is read meanwhile."""
         ...
 
 
@@ -224,9 +224,15 @@ class LoadedModel:
         """Where tokens go: the device of the parameters in memory (in CpmAnt, layers that are not come first)."""
         return next(parameter.device for parameter in self.model.parameters() if not parameter.is_meta)
 
-    def resident(self, index: int) -> AbstractContextManager[None]:
-        """The weights of layer `index` are in memory inside; those of a model loaded as a whole always are."""
-        return nullcontext() if self.pages is None else self.pages.resident(self.model, index)
+    def resident(self, index: int, then: int | None = None) -> AbstractContextManager[None]:
+        """The weights of layer `index` are in memory inside; those of a model loaded as a whole always are.
+
+        Where they are not, those of layer `then`, the next one, are read meanwhile; None, or a number that no layer
+        has, for none.
+        """
+        if self.pages is None:
+            return nullcontext()
+        return self.pages.resident(self.model, index, then if then in range(self.layer_count) else None)
 
     def state(self, *, by_name: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of the model in its order, or by name; one at a time in memory where it is streamed."""

@@ -34,8 +34,8 @@ DEVICES = {
     "B200": Device("NVIDIA B200", 7.7e12, 2250e12, 75e12, 37e12, 900e9, 64e9, 180e9),
 }
 
-# Shares of the peaks that real work gets. (choice: what large products and plain passes are known to reach; the review
-# of the CUDA code counted with the same)
+# Shares of the peaks that real work gets. (choice: plausible for large products and plain passes, and set so that the
+# counts of the review of the CUDA code come out; that they do is no evidence for either)
 MEMORY_SHARE = 0.8
 PRODUCT_SHARE = {"bf16": 0.6, "fp32": 0.7, "fp64": 0.55}
 HOST_SHARE = 0.8  # of PCIe, from and to page-locked memory

@@ -117,7 +117,7 @@ def total(found: Sequence[Stage], *, beside: bool = False) -> Range:
 
 
 def _whole(found: Sequence[Stage], which: int, beside: bool) -> float:
-    lanes = dict.fromkeys(("first", "calibrates", "decomposes", "disk"), 0.0)
+    lanes: dict[str, float] = dict.fromkeys(("first", "calibrates", "decomposes", "disk"), 0.0)
     for stage in found:
         lanes[stage.lane] += stage.seconds[which]
     work = (lanes["calibrates"], lanes["decomposes"])

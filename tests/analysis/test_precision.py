@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import unirank
+from tests.support.command_line import Run
 from tests.support.tiny import build
 from unirank.analysis.calibration import texts_of, windows_of
 from unirank.analysis.deficient import deficient
@@ -54,6 +55,18 @@ def test_gradients_are_the_same_in_both(make_model, calibration, single, tmp_pat
     assert all(curvature.dtype == torch.float64 for curvature in taken.curvatures().values())
 
 
+def test_the_command_asks_for_it_and_what_is_missing_is_asked_for_in_it(
+    run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked = ["--calib", text_file, "--windows", 4, "--window", 24, "--precision", "float32", "--no-keep-hidden"]
+    code, printed, _ = run_unirank("analyze", model_dir, "-o", tmp_path / "s", *asked, "--device", "cpu", "--json")
+    assert code == 0
+    assert json.loads(printed)["identity"]["calibration"]["precision"] == "float32"
+    code, _, told = run_unirank("plan", tmp_path / "s", "-r", "0.2", "--preset", "best")
+    assert code == 3
+    assert "--precision float32" in told
+
+
 def test_another_precision_is_refused() -> None:
     with pytest.raises(unirank.InputError, match=r"Calibration\.precision = 'float16' .* float64 or float32"):
         unirank.Calibration(precision="float16")
@@ -78,11 +91,11 @@ def test_on_real_weights_it_costs_what_the_page_says(smollm2: str) -> None:
     recording = record(loaded, windows_of(loaded, texts_of(loaded, calibration), calibration), batch=4)
     stats = calibrate_layer(loaded, 0, recording, recording.start, clip=2.0)
     spec = next(spec for spec in loaded.linears if spec.kind == "self_attn.o_proj")
-    weight, moment = weight_of(loaded.model.get_submodule(spec.name)), stats.moments[stats.input_of[spec.name]]
+    weight, moment = weight_of(loaded.model.get_submodule(spec.name)).detach(), stats.moments[stats.input_of[spec.name]]
     rounded = Moment(moment.c.float(), moment.mean.float(), moment.tokens)
     (double,) = scheme("whiten").decompose([Problem("o", weight, moment, spec.k)])
     (single,) = scheme("whiten").decompose([Problem("o", weight, rounded, spec.k, work=torch.float32)])
-    weight, lost = weight.detach().double(), []
+    weight, lost = weight.double(), []
     for factors in (double, single):
         rank = int(0.8 * spec.max_rank)
         rest = weight - factors.left[:, :rank].double() @ factors.right[:rank].double()

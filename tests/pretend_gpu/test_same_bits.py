@@ -64,9 +64,10 @@ SHORT = {"healed": unirank.Heal(passes=1, batch=4), "distilled": unirank.Heal(pa
 
 @pytest.mark.parametrize("preset", unirank.presets())
 def test_a_preset_gives_the_model_of_the_cpu(preset: str, twice, monkeypatch: pytest.MonkeyPatch) -> None:
-    if preset in SHORT:
-        brief = replace(unirank.recipe(preset), heal=SHORT[preset])
-        monkeypatch.setitem(recipes._PRESETS, preset, lambda: brief)
+    whole = unirank.recipe(preset)
+    options = OPTIONS["lems"] if whole.allocator == "lems" else whole.options
+    brief = replace(whole, options=options, heal=SHORT.get(preset))
+    monkeypatch.setitem(recipes._PRESETS, preset, lambda: brief)
 
     def job(device: str, folder: Path) -> tuple[dict[str, torch.Tensor], float, bytes, float]:
         made = unirank.compress(twice.dense, 0.4, preset=preset, calibration=twice.calibration, device=device)

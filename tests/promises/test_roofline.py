@@ -1,4 +1,4 @@
-"""The model of a job on GPUs: sums, monotony, the figures of the review that it must reproduce, and the page."""
+"""The model of a job on GPUs: sums, monotony, the page, and the review's figures, to which its shares were set."""
 
 from __future__ import annotations
 

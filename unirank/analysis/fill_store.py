@@ -192,7 +192,7 @@ def _fill(
         )
         for layer in range(first if resumed else 0, count):
             moments = layer >= first and (chosen.needs_moment or backward > 0)
-            with loaded.resident(layer):
+            with loaded.resident(layer, then=layer + 1):
                 if layer < first:
                     calibrate_layer(loaded, layer, recording, streams, moments=moments, **collected)
                     continue

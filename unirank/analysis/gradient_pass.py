@@ -64,7 +64,7 @@ def gradient_pass(
         writer = _Writer(store, stack.enter_context(Beside(loaded.device)) if gpu else None)
         for layer in reversed(range(begin)):
             inputs, outputs = between.read("forward", layer), between.read("backward", layer + 1)
-            with loaded.resident(layer):
+            with loaded.resident(layer, then=layer - 1):
                 found, arriving = backward_layer(loaded, layer, recording, inputs, outputs, sums=layer < remaining)
             if layer:
                 between.write("backward", layer, arriving)
@@ -140,7 +140,7 @@ def _forward(
     progress(_STAGE, first, 2 * count)
     layers = layers_of(loaded)
     for index in range(first, count):
-        with torch.no_grad(), loaded.resident(index):
+        with torch.no_grad(), loaded.resident(index, then=index + 1):
             batches = [calls[index].run(layers[index], x) for calls, x in zip(recording.calls, batches, strict=True)]
         if not all(bool(x.isfinite().all()) for x in batches):
             raise NonFiniteError(f"The output of {loaded.layers}.{index} is NaN or infinity on the calibration text.")

@@ -233,15 +233,15 @@ class _Run:
 
     def _pass(self, index: int, groups: dict[str, Group]) -> None:
         """Only run a layer that is healed."""
-        with self._dense.resident(index):
+        with self._dense.resident(index, then=index + 1):
             for group in groups.values():
                 group.aims(layers_of(self._dense)[index], index, 1.0)
-        with self._own.resident(index):
+        with self._own.resident(index, then=index + 1):
             for group in groups.values():
                 group.advance(layers_of(self._own)[index], index)
 
     def _layer(self, index: int, groups: dict[str, Group]) -> Healed:
-        with self._dense.resident(index):
+        with self._dense.resident(index, then=index + 1):
             layer = layers_of(self._dense)[index]
             metric = None
             if self._metric is not None:
@@ -249,7 +249,7 @@ class _Run:
                 metric = self._metric.of(layer, index, train.calls[0][index], train.dense.at(0))
             aims = {name: group.aims(layer, index, self._settings.mix, metric) for name, group in groups.items()}
         looks = [Look(group, aims[name]) for name, group in groups.items() if name != _TRAIN]
-        with self._own.resident(index):
+        with self._own.resident(index, then=index + 1):
             layer = layers_of(self._own)[index]
             block = Block(layer, index, self._trained[index], bf16=self._bf16)
             healed = block.train(

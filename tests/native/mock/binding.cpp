@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <exception>
 #include <optional>
 #include <thread>
 #include <vector>
@@ -98,13 +99,22 @@ void reset() {
   s = std::move(fresh);
 }
 
-// Runs a callable on a thread of its own and waits: the thread's handles must go with it.
+// Runs a callable on a thread of its own and waits: the thread's handles must go with it. What it raises is raised
+// here.
 void on_a_thread(const py::function& body) {
-  py::gil_scoped_release release;
-  std::thread([&] {
-    py::gil_scoped_acquire acquire;
-    body();
-  }).join();
+  std::exception_ptr raised;
+  {
+    py::gil_scoped_release release;
+    std::thread([&] {
+      py::gil_scoped_acquire acquire;
+      try {
+        body();
+      } catch (...) {
+        raised = std::current_exception();
+      }
+    }).join();
+  }
+  if (raised) std::rethrow_exception(raised);
 }
 
 }  // namespace
