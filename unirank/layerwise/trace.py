@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from unirank.errors import InputError
+from unirank.experts import as_modules
 from unirank.layerwise.dataflow import Flow, is_stream
 from unirank.layerwise.recording import Recording, layers_of
-from unirank.models.experts import as_modules
 from unirank.types import LinearSpec, ListedSpec, LoadedModel, Sublayer
 
 
