@@ -27,7 +27,7 @@ from unirank.rank_plan import described_ranks
 from unirank.serving.members import refuse_experts
 from unirank.tradeoff.sizes import Sizes
 from unirank.tradeoff.swapping import Swapping, on_loan
-from unirank.types import FORMS, ExpertSpec, Form, LoadedModel
+from unirank.types import DENSE, FORMS, ExpertSpec, Form, LoadedModel, Rank
 
 IDS = torch.arange(2, 18)[None]
 pytestmark = pytest.mark.filterwarnings("ignore::unirank.UnirankWarning")  # of few tokens
@@ -237,11 +237,11 @@ def test_a_stack_is_one_column_of_what_people_see(
     plan = unirank.plan(store, 0.3)
     table = plan_table(plan)
     assert [str(column.header) for column in table.columns][-2:] == ["gate_up_proj", "down_proj"]
-    ranks = [plan.ranks[f"model.layers.0.mlp.experts.down_proj.{expert}"] for expert in range(4)]
+    ranks: list[Rank] = [plan.ranks[f"model.layers.0.mlp.experts.down_proj.{expert}"] for expert in range(4)]
     assert next(iter(table.columns[-1].cells)) == described_ranks(ranks)
-    assert described_ranks([5, "dense", 3]) == "3-5, 1 dense"
+    assert described_ranks([5, DENSE, 3]) == "3-5, 1 dense"
     assert described_ranks([4, 4]) == "4"
-    assert described_ranks(["dense"]) == "dense"
+    assert described_ranks([DENSE]) == "dense"
     assert plan.heat_map().count("model.layers.0.mlp.experts.down_proj") == 1
     unirank.apply(loaded, store, plan).save(tmp_path / "out")
     assert "report" in after_looking(str(tmp_path / "out"), "dense", 1.1).plain
