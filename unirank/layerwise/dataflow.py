@@ -1,4 +1,4 @@
-"""What is made of what while a layer runs: the chain of states of its residual stream, with no names (method 12).
+"""What is made of what while a layer runs: the chain of states of its residual stream, with no names (method 11).
 
 Every torch function that is called is watched, its tensors told apart by identity. A state of the stream is a tensor of
 the stream's size through which everything passes that leads from the layer's input to its output: behind an addition
