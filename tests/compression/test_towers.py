@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig
 
 import unirank
+from bench.quality import bench_towers
 from tests.support import towers
 from tests.support.command_line import Run
 from tests.support.every_decoder import tiny_config
@@ -255,3 +256,10 @@ def test_layers_that_only_run_with_images_are_refused(calibration: unirank.Calib
     loaded: LoadedModel = unirank.describe(model, towers.make_tokenizer())
     with pytest.raises(unirank.InputError, match=r"does not call every layer of model\.language_model\.layers once"):
         unirank.compress(loaded, 0.3, calibration=calibration)
+
+
+def test_the_bench_of_pictures_runs(tmp_path: Path) -> None:
+    """It also compares the towers of what it makes with the dense ones."""
+    assert bench_towers.main(["--quick", "--presets", "unirank", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["removed"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
