@@ -105,10 +105,10 @@ def trace_layer(
 
     Method 11: the stream has a state wherever everything passes that leads from the layer's input to its output. A
     sublayer goes from the state in which the one before it ended to the first state behind its own linears; norms
-    before it belong to it, and what follows the last one too. Where two stand between the same two states, they are parallel
-    (GPT-NeoX, Falcon, Cohere) if neither reads what the other makes, and each starts from the first state alone;
-    else they share the step, and its cosine. They share it too where no module reads or gives the state between them
-    (Gemma 3n, whose layers carry four streams at once).
+    before it belong to it, and what follows the last one too. Where two stand between the same two states, they are
+    parallel (GPT-NeoX, Falcon, Cohere) if neither reads what the other makes, and each starts from the first state
+    alone; else they share the step, and its cosine. They share it too where no module reads or gives the state between
+    them (Gemma 3n, whose layers carry four streams at once).
 
     Raises InputError when a target does not run exactly once, when what leaves the layer cannot be followed back to
     what enters it, or when a module gets what has to be watched by keyword.
