@@ -11,14 +11,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import unirank
 from tests.support.command_line import command_line as command_line
 from tests.support.quantised import quantised_checkpoints as quantised_checkpoints
-from tests.support.tiny import WORDS, build
+from tests.support.tiny import build, word_tokenizer, write_words
 from unirank.analysis.store import AnalysisStore
 from unirank.models import embedded
 from unirank.planning.allocator.base import Workbench
@@ -43,19 +41,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word tokenizer of 96 words, without BOS."""
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4000 random words."""
-    order = torch.randint(2, len(WORDS), (4000,), generator=torch.Generator().manual_seed(1))
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(WORDS[i] for i in order.tolist()))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from statistics import median
@@ -14,7 +14,7 @@ from typing import Any
 from unirank import looks
 from unirank.disk.strictjson import Damaged, entry, parse_object
 from unirank.errors import InputError
-from unirank.types import DENSE, FORMS, Form, LinearSpec, Rank, rank_cost
+from unirank.types import DENSE, FORMS, Form, LinearSpec, Rank, rank_cost, stack_of
 
 _PLACE = re.compile(r"^(?P<layers>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 
@@ -82,14 +82,22 @@ class RankPlan:
         return looks.text(repr(self)) + self.heat_map()
 
     def heat_map(self) -> str:
-        """The kept fraction of every linear's parameters, layer by projection, as an HTML table."""
+        """The kept fraction of every linear's parameters, layer by projection, as an HTML table.
+
+        The experts of a stack share a cell, with their mean.
+        """
         cells = []
-        for name, rank in self.ranks.items():
-            m, n = self.shapes[name]
+        stacks: dict[str, list[str]] = {}
+        for name in self.ranks:
+            stacks.setdefault(stack_of(name) or name, []).append(name)
+        for name, members in stacks.items():
+            m, n = self.shapes[members[0]]
             place = _PLACE.match(name)
             layer, kind = (int(place["layer"]), place["kind"]) if place else (0, name)
-            said = rank if rank == DENSE else f"rank {rank}"
-            cells.append((layer, kind, self.rank_cost(name) / (m * n), f"{name}: {said} of {min(m, n)}"))
+            kept = sum(map(self.rank_cost, members)) / (m * n * len(members))
+            said = described_ranks([self.ranks[member] for member in members])
+            said = said if said == DENSE else f"rank {said}"
+            cells.append((layer, kind, kept, f"{name}: {said} of {min(m, n)}"))
         return looks.heat(cells)
 
     def renamed(self, places: Mapping[str, str]) -> RankPlan:
@@ -151,6 +159,16 @@ class RankPlan:
             most = min(record["shapes"][name]) - (record.get("form") == "pivoted")  # there, K is dense
             if rank != DENSE and not (type(rank) is int and 1 <= rank <= most):
                 raise Damaged(f"rank of {name} is {str(rank)[:80]!r}, legal is 1 to {most} or {DENSE!r}")
+
+
+def described_ranks(ranks: Sequence[Rank]) -> str:
+    """The rank of one matrix, or from which to which those of several go, and how many of these are dense."""
+    numbers = sorted(int(rank) for rank in ranks if rank != DENSE)
+    if not numbers:
+        return DENSE
+    spread = str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
+    dense = len(ranks) - len(numbers)
+    return f"{spread}, {dense} {DENSE}" if dense else spread
 
 
 def canonical(spec: LinearSpec, rank: Rank, form: Form = "factors") -> Rank:

@@ -42,6 +42,12 @@ def rank_cost(m: int, n: int, rank: Rank, form: Form = "factors") -> int:
     return min(r * (m + n) - (r * r if form == "pivoted" else 0), m * n)
 
 
+def stack_of(name: str) -> str | None:
+    """The stack of which the target `name` is one expert's matrix, without the number; None of any other target."""
+    stack, _, number = name.rpartition(".")
+    return stack if number.isdecimal() else None
+
+
 @dataclass(frozen=True)
 class LinearSpec:
     """One target: a linear map `y = W x + b` inside a decoder layer, with `W [M, N]`."""

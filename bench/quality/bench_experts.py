@@ -25,7 +25,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 
 import unirank
 from bench.support.record import write_result
-from unirank.models.experts import count_of, expert_weight, experts_in, stacks_of
+from unirank.experts import count_of, expert_weight, experts_in, stacks_of
 from unirank.models.low_rank_experts import make_low_rank_experts
 from unirank.text.windows import BUILTIN, BUILTIN_HELD_OUT, read_text
 

@@ -14,6 +14,8 @@ import unirank
 from tests.support.stores import contents
 from tests.support.tiny import build
 from unirank.analysis.needs import dry_run
+from unirank.cli.endings import after_looking
+from unirank.cli.views import plan_table
 from unirank.compression.densified import densify, save_dense
 from unirank.compression.truncation import truncate
 from unirank.layerwise import expert_moments
@@ -21,10 +23,11 @@ from unirank.models.low_rank import count_parameters
 from unirank.models.low_rank_experts import LowRankExperts
 from unirank.planning.imported_ranks import import_plan
 from unirank.planning.score import score
+from unirank.rank_plan import described_ranks
 from unirank.serving.members import refuse_experts
 from unirank.tradeoff.sizes import Sizes
 from unirank.tradeoff.swapping import Swapping, on_loan
-from unirank.types import FORMS, ExpertSpec, Form, LoadedModel
+from unirank.types import DENSE, FORMS, ExpertSpec, Form, LoadedModel, Rank
 
 IDS = torch.arange(2, 18)[None]
 pytestmark = pytest.mark.filterwarnings("ignore::unirank.UnirankWarning")  # of few tokens
@@ -225,3 +228,20 @@ def test_vllm_is_told_that_it_cannot_serve_low_rank_experts() -> None:
     refuse_experts(["model.layers.0.mlp.down_proj"])
     with pytest.raises(unirank.InputError, match=r"vLLM cannot serve low-rank experts.*experts\.down_proj\.3\)"):
         refuse_experts(["model.layers.0.mlp.experts.down_proj.3"])
+
+
+def test_a_stack_is_one_column_of_what_people_see(
+    loaded: LoadedModel, calibration: unirank.Calibration, tmp_path: Path
+) -> None:
+    store = unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
+    plan = unirank.plan(store, 0.3)
+    table = plan_table(plan)
+    assert [str(column.header) for column in table.columns][-2:] == ["gate_up_proj", "down_proj"]
+    ranks: list[Rank] = [plan.ranks[f"model.layers.0.mlp.experts.down_proj.{expert}"] for expert in range(4)]
+    assert next(iter(table.columns[-1].cells)) == described_ranks(ranks)
+    assert described_ranks([5, DENSE, 3]) == "3-5, 1 dense"
+    assert described_ranks([4, 4]) == "4"
+    assert described_ranks([DENSE]) == "dense"
+    assert plan.heat_map().count("model.layers.0.mlp.experts.down_proj") == 1
+    unirank.apply(loaded, store, plan).save(tmp_path / "out")
+    assert "report" in after_looking(str(tmp_path / "out"), "dense", 1.1).plain

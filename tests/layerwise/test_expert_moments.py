@@ -9,10 +9,10 @@ import torch
 
 import unirank
 from unirank.analysis.calibration import texts_of, windows_of
+from unirank.experts import called_with, second_input
 from unirank.layerwise.expert_moments import PRIOR, parts_of
 from unirank.layerwise.recording import record
 from unirank.layerwise.statistics import calibrate_layer, calibrate_parts
-from unirank.models.experts import called_with, second_input
 from unirank.types import ExpertSpec, LoadedModel
 
 

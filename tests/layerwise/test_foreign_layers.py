@@ -207,6 +207,24 @@ def test_errors_of_a_models_own_code_are_one_sentence(where: str, error: Excepti
     assert caught.value.__cause__ is error
 
 
+def test_an_op_that_fails_while_it_is_watched_is_the_models(make_model, calibration, tmp_path) -> None:
+    loaded = make_model()
+    last = layers_of(loaded)[2]
+    last.forward = lambda hidden, *_, **__: hidden + hidden[..., :7]
+    with pytest.raises(unirank.InputError, match="LlamaDecoderLayer cannot be run by itself: RuntimeError: The size"):
+        unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
+
+
+@pytest.mark.parametrize("error", [TypeError("a slip"), RuntimeError("of ours")])
+def test_a_slip_of_ours_in_watching_is_not_called_the_models(error, make_model, calibration, tmp_path, monkeypatch):
+    def slip(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("unirank.layerwise.dataflow.Flow._made", slip)
+    with pytest.raises(type(error), match=str(error)):
+        unirank.analyze(make_model(), tmp_path / "store", calibration=calibration)
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import unirank
 from tests.support.every_decoder import build
 from tests.support.tiny import build as plain
+from unirank.models.low_rank import LowRankLinear
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,13 @@ def test_model_that_cannot_run_is_left_to_the_calibration(
     calibration = unirank.Calibration(text=str(text_file), windows=2, window=8)
     with pytest.raises(unirank.InputError, match="KeyError: 'scan'"), torch.no_grad():
         unirank.analyze(loaded, tmp_path / "store", calibration=calibration)
+
+
+def test_the_bias_of_a_low_rank_linear_is_where_a_models_own_code_looks_for_it() -> None:
+    """RecurrentGemma's does, when a checkpoint is read."""
+    for form in ("factors", "pivoted"):
+        linear = LowRankLinear(6, 4, 2, bias=True, form=form)
+        assert linear.bias is linear.output_bias
+        assert LowRankLinear(6, 4, 2, form=form).bias is None
+        with pytest.raises(AttributeError, match="no attribute 'bios'"):
+            _ = linear.bios

@@ -10,7 +10,7 @@ import torch
 
 import unirank
 from tests.support.every_decoder import build
-from unirank.models.experts import count_of, expert_weight, experts_in, routed, stacks_of
+from unirank.experts import count_of, expert_weight, experts_in, routed, stacks_of
 from unirank.models.low_rank_experts import LowRankExperts, RaggedFactors, make_low_rank_experts
 from unirank.types import Form
 

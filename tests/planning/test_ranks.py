@@ -266,8 +266,9 @@ def test_every_rule_plans_on_a_store_with_gradients(form: Form, name: str, store
 
 
 def test_rules_differ(store: AnalysisStore) -> None:
-    plans = {tuple(unirank.plan(store, 0.3, allocator=name).ranks.values()) for name in RULES}
-    assert len(plans) == len(RULES)
+    rules = [name for name in RULES if name != "tied"]  # which differs from `unirank` by experts alone
+    plans = {tuple(unirank.plan(store, 0.3, allocator=name).ranks.values()) for name in rules}
+    assert len(plans) == len(rules)
 
 
 def test_without_gradients_a_rule_that_needs_them_says_so(make_model, calibration, tmp_path: Path) -> None:

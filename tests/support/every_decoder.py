@@ -82,7 +82,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"n_mamba_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+}
+
+
+# What transformers itself cannot build from a configuration of the type; the third needs a package that tests lack.
+NOT_TINY = {
+    "musicgen": "its class wants the configuration of its decoder, and the type has that of the whole",
+    "musicgen_melody": "its class wants the configuration of its decoder, and the type has that of the whole",
+    "gemma3n": "its vision tower needs the package timm",
 }
 
 

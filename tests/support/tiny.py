@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -14,6 +16,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from unirank.analysis.identity import Identity
@@ -83,6 +86,21 @@ def made_up_identity(scheme: str = "svd", **calibration: Any) -> Identity:
             "scheme": scheme,
         }
     )
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A word tokenizer of 96 words, without BOS."""
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+def write_words(path: Path) -> Path:
+    """4000 random words."""
+    order = torch.randint(2, len(WORDS), (4000,), generator=torch.Generator().manual_seed(1))
+    path.write_text(" ".join(WORDS[i] for i in order.tolist()))
+    return path
 
 
 def build(name: str, **changes: object) -> PreTrainedModel:

@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 
 from unirank.errors import InputError
+from unirank.types import stack_of
 
 if TYPE_CHECKING:
     from unirank.compression.checkpoint import CompressedModel, Record
@@ -146,7 +147,7 @@ def after_looking(model: str, against: str | None, ratio: float | None) -> Text:
     beside = [] if dense is None else ["--against", dense]
     if ratio is None and not record.evaluations and dense is not None:
         return next_line("eval", model, *beside)
-    if record.quantized is None:
+    if record.quantized is None and not any(map(stack_of, record.plan.ranks)):  # neither is for experts
         if ratio is not None and ratio > _WORTH_TRAINING and record.training is None and dense is not None:
             known = None if record.identity is None else record.identity.calibration.text
             text = ["--calib", known] if known and known != "builtin" else []  # of a file only its name is known

@@ -13,7 +13,8 @@ from rich.text import Text
 from unirank.analysis.shown import cosine_rows
 from unirank.cli.terminal import in_flags
 from unirank.progress import gib
-from unirank.types import DENSE
+from unirank.rank_plan import described_ranks
+from unirank.types import DENSE, Rank, stack_of
 
 if TYPE_CHECKING:
     from unirank.analysis.needs import Needs
@@ -57,15 +58,16 @@ def damping_summary(store: AnalysisStore) -> list[str]:
 
 
 def plan_table(plan: RankPlan) -> Table:
-    """Rank of every linear, one row a layer; the kinds of projection are the columns."""
-    rows: dict[str, dict[str, str]] = {}
+    """Rank of every linear, one row a layer; the kinds of projection are the columns, a stack of experts is one."""
+    rows: dict[str, dict[str, list[Rank]]] = {}
     for name, rank in plan.ranks.items():
-        layer, kind = _split(name)
-        rows.setdefault(layer, {})[kind] = str(rank)
+        layer, kind = _split(stack_of(name) or name)
+        rows.setdefault(layer, {}).setdefault(kind, []).append(rank)
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
     table = _table("rank of every linear", "layer", *(kind.rpartition(".")[2] for kind in kinds))
     for layer, row in rows.items():
-        table.add_row(layer.rpartition(".")[2], *(row.get(kind, "") for kind in kinds))
+        shown = (described_ranks(row[kind]) if kind in row else "" for kind in kinds)
+        table.add_row(layer.rpartition(".")[2], *shown)
     return table
 
 
@@ -159,9 +161,12 @@ def _distilled(training: Mapping[str, Any]) -> list[str]:
 
 
 def load_hint(paths: Sequence[Path]) -> list[Any]:
-    """The lines that load a checkpoint."""
-    lines = ["", "Load it:", "  import unirank", "  from transformers import AutoModelForCausalLM"]
-    lines += [f'  model = AutoModelForCausalLM.from_pretrained("{path}")' for path in paths]
+    """The lines that load checkpoints of one class."""
+    from unirank.models.configurations import opened_by
+
+    auto = opened_by(paths[0])
+    lines = ["", "Load it:", "  import unirank", f"  from transformers import {auto}"]
+    lines += [f'  model = {auto}.from_pretrained("{path}")' for path in paths]
     return [Text("\n".join(lines))]
 
 

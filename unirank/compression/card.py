@@ -11,6 +11,7 @@ from unirank.analysis.identity import TREE, Identity
 from unirank.compression.quantize_report import QuantizeReport
 from unirank.compression.trainings import training_rows
 from unirank.compression.truncation import TruncateReport
+from unirank.models.configurations import auto_name
 from unirank.rank_plan import RankPlan
 
 # What lies beside the weights.
@@ -53,9 +54,14 @@ def render_card(
     if quantized is not None:
         rows["quantised"] = quantized.described()
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    auto = "AutoModelForCausalLM" if identity is None else auto_name(identity.model.class_name)
+    pipeline, reads = "text-generation", "tokenizer"
+    if auto != "AutoModelForCausalLM":  # with towers, which stay as they are
+        reads = "processor"
+        pipeline = "image-text-to-text" if auto == "AutoModelForImageTextToText" else "any-to-any"
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 {_TAGS}
 {_metadata(title, evaluations)}---
 
@@ -66,10 +72,10 @@ factors instead of {report.low_rank} of {report.low_rank + report.dense} linear 
 
 ```python
 import unirank  # teaches transformers the low-rank layers; without it, loading stops with a shape mismatch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, Auto{reads.capitalize()}
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = {auto}.from_pretrained("PATH")
+{reads} = Auto{reads.capitalize()}.from_pretrained("PATH")
 ```
 
 | | |

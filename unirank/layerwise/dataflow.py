@@ -1,4 +1,4 @@
-"""What is made of what while a layer runs: the chain of states of its residual stream, with no names (method 12).
+"""What is made of what while a layer runs: the chain of states of its residual stream, with no names (method 11).
 
 Every torch function that is called is watched, its tensors told apart by identity. A state of the stream is a tensor of
 the stream's size through which everything passes that leads from the layer's input to its output: behind an addition
@@ -41,7 +41,7 @@ class Flow(TorchFunctionMode):
         read = list(_tensors((args, kwargs or {})))
         sources = tuple(node for tensor in read if (node := self.node(tensor)) is not None)
         before = [_writes(tensor) for tensor in read]
-        result = func(*args, **(kwargs or {}))
+        result = called(func, args, kwargs or {})
         if sources:
             for tensor, writes in zip(read, before, strict=True):
                 if _writes(tensor) != writes:  # also where nothing is returned: an assignment to a part
@@ -94,6 +94,11 @@ class Flow(TorchFunctionMode):
             if node not in marks and found.intersection(self.sources[node]):
                 found.add(node)
         return found
+
+
+def called(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The watched function, by a frame that tells its errors from those of the watching (see `recording.foreign`)."""
+    return func(*args, **kwargs)
 
 
 def is_stream(tensor: torch.Tensor, stream: torch.Tensor) -> bool:

@@ -19,8 +19,8 @@ from torch import nn
 from unirank import ops
 from unirank.distributed import sum_in_order
 from unirank.errors import NonFiniteError
+from unirank.experts import called_with, count_of, routed, second_input, stacks_of
 from unirank.layerwise.clipping import clip_factors, clipped, scaled
-from unirank.models.experts import called_with, count_of, routed, second_input, stacks_of
 from unirank.types import ExpertSpec, Moment
 
 PRIOR = 1.0  # tokens of the common moment that count beside an expert's own, for each input (**choice**)

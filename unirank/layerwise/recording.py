@@ -15,6 +15,7 @@ from torch import nn
 
 from unirank.disk.files import mapped_copy
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line, is_out_of_memory
+from unirank.layerwise.dataflow import called
 from unirank.queues import PageLocked
 from unirank.types import LoadedModel
 
@@ -230,7 +231,11 @@ def foreign(what: str) -> Iterator[None]:
 
 def _is_of_a_hook(error: Exception) -> bool:
     """Whether the model had called back into unirank when it happened: then it is a slip of ours, and must be seen."""
-    ours = [frame.f_globals.get("__name__", "").startswith("unirank.") for frame, _ in walk_tb(error.__traceback__)]
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    ours = [frame.f_globals.get("__name__", "").startswith("unirank.") for frame in frames]
+    for place, frame in enumerate(frames):
+        if frame.f_code is called.__code__:  # torch's function, called by the model and only watched by us
+            ours[place - 1 : place + 1] = [False, False]
     return any(itertools.dropwhile(bool, ours))
 
 

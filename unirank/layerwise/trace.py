@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from unirank.errors import InputError
+from unirank.experts import as_modules
 from unirank.layerwise.dataflow import Flow, is_stream
 from unirank.layerwise.recording import Recording, layers_of
-from unirank.models.experts import as_modules
 from unirank.types import LinearSpec, ListedSpec, LoadedModel, Sublayer
 
 
@@ -103,7 +103,7 @@ def trace_layer(
 ) -> tuple[LayerTrace, torch.Tensor]:
     """Trace `run(layer, hidden)` and return the trace and the layer's output.
 
-    Method 12: the stream has a state wherever everything passes that leads from the layer's input to its output. A
+    Method 11: the stream has a state wherever everything passes that leads from the layer's input to its output. A
     sublayer goes from the state in which the one before it ended to the first state behind its own linears; norms
     before it belong to it, and what follows the last one too. Where two stand between the same two states, they are
     parallel (GPT-NeoX, Falcon, Cohere) if neither reads what the other makes, and each starts from the first state

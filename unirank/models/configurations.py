@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import modeling_auto
+
+from unirank.disk.strictjson import read_object
 
 # For models with towers; the second is of newer releases, and knows those for sound too.
 _WRAPPERS: tuple[Any, ...] = (
@@ -52,6 +55,12 @@ def auto_name(class_name: str) -> str:
         if any(class_name in _all(value) for value in values):
             return auto
     return "AutoModelForCausalLM"
+
+
+def opened_by(folder: Path) -> str:
+    """`auto_name` of the checkpoint in `folder`. Raises Damaged where its config.json is no JSON object."""
+    named = read_object(folder / "config.json").get("architectures") or ()
+    return next(map(auto_name, named), "AutoModelForCausalLM")
 
 
 def _all(found: Any) -> Sequence[Any]:

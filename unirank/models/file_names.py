@@ -79,9 +79,14 @@ def keep_apart(model: nn.Module) -> None:
     under the modules' names, which loading understands without more.
     """
     found = _conversions(model)
-    kept = [one for one in found if not (isinstance(one, WeightConverter) and _touches_low_rank(model, one))]
+    kept = kept_apart(model, found)
     if len(kept) < len(found):
         setattr(model, _ATTRIBUTE, kept)
+
+
+def kept_apart(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
+    """Those of `conversions` that join or turn no tensor of a module that is low-rank or quantised."""
+    return [one for one in conversions if not (isinstance(one, WeightConverter) and _touches_low_rank(model, one))]
 
 
 def join_again(model: nn.Module) -> None:

@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from unirank.errors import InputError, NonFiniteError, UnirankError, first_line, is_out_of_memory
+from unirank.experts import experts_in
 from unirank.models.companions import companions_in_memory, companions_of, companions_of_processor, tokenizer_of
 from unirank.models.configurations import auto_class, text_part
 from unirank.models.embeddings import embedding_rows
-from unirank.models.experts import experts_in
 from unirank.models.folder import RESAVE
 from unirank.models.irregular import irregular_linears
 from unirank.models.low_rank import LowRankLinear

@@ -67,6 +67,12 @@ class LowRankLinear(nn.Module):
                 return self._outputs(product)
         return self._outputs(self.right(x))
 
+    def __getattr__(self, name: str) -> Any:
+        # Code of a model's own may look at the bias of its linear, as RecurrentGemma's does when it is built.
+        if name == "bias" and self.form == "factors":
+            return self.left.bias
+        return super().__getattr__(name)
+
     def _outputs(self, inner: torch.Tensor) -> torch.Tensor:
         """`[..., R]` -> `[..., M]`."""
         if self.form == "factors":

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unirank.errors import InputError
-from unirank.models.experts import activated, expert_bias, is_experts, is_transposed, routed, stacks_of
+from unirank.experts import activated, expert_bias, is_experts, is_transposed, routed, stacks_of
 from unirank.models.low_rank import stored_tensors, weight_product
 from unirank.types import Form
 

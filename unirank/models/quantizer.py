@@ -108,6 +108,7 @@ class UniRankQuantizer(HfQuantizer):
     """Builds the low-rank skeleton before transformers loads the weights into it."""
 
     requires_calibration = True
+    _built: nn.Module | None = None  # the model, once its linears are low-rank
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         # Here and not above: this module is imported while transformers itself is being imported (see `registration`).
@@ -123,6 +124,14 @@ class UniRankQuantizer(HfQuantizer):
 
             require_torchao()  # before the weights are read
             put_empty(model, config.names, config.bits, config.group_size)
+        self._built = model
+
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """Leave out what would turn or join the tensors of low-rank modules: they were saved as they are."""
+        from unirank.models.file_names import kept_apart
+
+        updated = super().update_weight_conversions(weight_conversions, *model)
+        return updated if self._built is None else kept_apart(self._built, updated)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         from unirank.models.low_rank import align_weights, check_guards

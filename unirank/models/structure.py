@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
+from unirank.experts import count_of, experts_in, is_experts, specs_of
 from unirank.models.decoder import lists_of_decoder
-from unirank.models.experts import count_of, experts_in, is_experts, specs_of
 from unirank.types import BLOCK, SUBLAYERS, ExpertSpec, LinearSpec, ListedSpec, Sublayer
 
 # Config keys by which transformers' mixture-of-experts models give their number of experts.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unirank.errors import InputError
-from unirank.models.experts import expert_bias, expert_weight
+from unirank.experts import expert_bias, expert_weight
 from unirank.models.low_rank import count_target, make_low_rank
 from unirank.models.low_rank_experts import LowRankExperts, make_low_rank_experts
 from unirank.models.structure import weight_of

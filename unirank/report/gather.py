@@ -20,7 +20,7 @@ from unirank.errors import InputError
 from unirank.evaluation.measured_curve import Curve
 from unirank.models.folder import CONFIG
 from unirank.rank_plan import RankPlan
-from unirank.types import DENSE, effective_rank
+from unirank.types import DENSE, effective_rank, stack_of
 
 _LAYER = re.compile(r"^(?P<path>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 POINTS = 60  # a spectrum is drawn through so many of its components
@@ -107,7 +107,7 @@ def gather(
     sublayers = {spec.name: spec.sublayer for spec in store.linears} if store is not None else {}
     linears = []
     for name, rank in record.plan.ranks.items():
-        found = _LAYER.match(name)
+        found = _LAYER.match(stack_of(name) or name)
         if found is None:
             raise InputError(f"The plan names {name!r}, which is no linear of a decoder layer.")
         m, n = record.plan.shapes[name]

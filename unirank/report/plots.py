@@ -56,12 +56,15 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _ranks(data: ReportData) -> Any:
-    """Kept fraction of each matrix, layer by projection (UniRank's Figure 4)."""
+    """Kept fraction of each matrix, layer by projection (UniRank's Figure 4); of a stack of experts the mean."""
     kinds = list(dict.fromkeys(linear.kind for linear in data.linears))
     layers = max(linear.layer for linear in data.linears) + 1
     table = [[float("nan")] * len(kinds) for _ in range(layers)]
+    cells: dict[tuple[int, str], list[float]] = {}
     for linear in data.linears:
-        table[linear.layer][kinds.index(linear.kind)] = linear.kept
+        cells.setdefault((linear.layer, linear.kind), []).append(linear.kept)
+    for (layer, kind), kept in cells.items():
+        table[layer][kinds.index(kind)] = sum(kept) / len(kept)
     figure, axes = _figure()
     figure.set_size_inches(1.6 + 0.7 * len(kinds), 1.6 + 0.18 * max(layers, 8))
     image = axes.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

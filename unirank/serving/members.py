@@ -15,6 +15,7 @@ import torch
 
 from unirank.errors import InputError
 from unirank.models.matrices import Matrix, read_matrix
+from unirank.types import stack_of
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ def layout(members: Sequence[Member]) -> Layout:
 
 
 def refuse_experts(names: Iterable[str]) -> None:
-    """Raise InputError where a target is a matrix of a stack of experts, whose names end in a number."""
-    expert = next((name for name in names if name.rpartition(".")[2].isdecimal()), None)
+    """Raise InputError where a target is a matrix of a stack of experts."""
+    expert = next(filter(stack_of, names), None)
     if expert is not None:
         raise InputError(
             f"vLLM cannot serve low-rank experts, and this checkpoint has them ({expert}); make a dense checkpoint of "

@@ -12,8 +12,8 @@ from torch import nn
 from unirank.analysis.store import AnalysisStore
 from unirank.compression.expert_truncation import put_experts
 from unirank.compression.truncation import TruncateReport, put_factors, settle
+from unirank.experts import is_experts, stacks_of
 from unirank.layerwise.lending import lent
-from unirank.models.experts import is_experts, stacks_of
 from unirank.models.file_names import join_again
 from unirank.models.low_rank import LowRankLinear, count_parameters
 from unirank.models.targets import has_added_bias
