@@ -69,7 +69,7 @@ def outcome(load: Callable[[], LoadedModel], calibration: unirank.Calibration, p
 
 
 def _generates(model: PreTrainedModel) -> bool:
-    """Whether it makes three tokens; a tiny model of two layers may not, as where a cache wants a layer of attention."""
+    """Whether it makes three tokens; of two layers it may not, as where a cache wants one of attention."""
     ids = torch.arange(2, 18)[None]
     try:
         made = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
@@ -107,8 +107,8 @@ def page(outcomes: dict[str, tuple[str, str]], not_tiny: dict[str, str]) -> str:
         "its name: [how layers are read](architecture.md).",
         "",
         "*Works* means: calibrated and compressed at 30 %, saved, read again to the same bits, generates where the dense "
-        "model does, and is densified to rounding. The page is made by `python -m tools.decoders`, and `tests/promises/test_every_decoder.py` "
-        "holds every row.",
+        "model does, and is densified to rounding. The page is made by `python -m tools.decoders`, and "
+        "`tests/promises/test_every_decoder.py` holds every row.",
         "",
         "| reason | refused |",
         "|---|---|",
