@@ -15,6 +15,7 @@ from unirank.models import embedded
 from unirank.models.loading import load_pretrained
 from unirank.models.low_rank import make_low_rank
 from unirank.models.structure import find_linears, weight_of
+from unirank.types import sublayers_of
 
 LLAMA = [
     ("attention", "self_attn.q_proj", 32, 32),

@@ -95,6 +95,9 @@ def test_the_page_has_every_type_and_most_work() -> None:
     assert set(known) >= set(BUILT)
     assert sum(what == WORKS for what, _ in known.values()) >= 0.9 * len(known)
     text = PAGE.read_text(encoding="utf-8")
+    works = sum(what == WORKS for what, _ in known.values())
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"{works} work and {len(known) - works} are refused" in readme
     assert text == page(known, NOT_TINY) or set(known) != set(BUILT)
 
 
