@@ -62,6 +62,18 @@ void drive_gram(Dtype dtype, i64 T, i64 N) {
   }
 }
 
+void drive_matrices(bool fp64, i64 B, i64 n) {
+  const auto a = elements(fp64 ? Dtype::Fp64 : Dtype::Fp32, B * n * n, 4);
+  std::vector<double> turned(static_cast<std::size_t>(n * n));
+  for (const Setting& setting : kSettings) {
+    for (const bool upper : {false, true}) {
+      require(scan(fp64, a.data(), B, n, n, upper, setting) == 0, "a finite matrix was called another");
+      ++runs;
+    }
+    if (B == 1) transpose(fp64, a.data(), n, turned.data(), setting), ++runs;
+  }
+}
+
 void drive_topk(i64 L, i64 K, bool fp64, bool pivoted) {
   std::mt19937 random(5);
   Ranking ranking{};
@@ -118,6 +130,9 @@ int main() {
     }
   }
   for (const bool fp64 : {false, true}) {
+    for (const i64 n : {1, 2, 31, 32, 33, 70}) {
+      for (const i64 B : {0, 1, 3}) drive_matrices(fp64, B, n);
+    }
     for (const bool pivoted : {false, true}) {
       drive_topk(0, 1, fp64, pivoted);
       drive_topk(1, 1, fp64, pivoted);
