@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 note(removed, allocator, unirank.apply(loaded, store, ranks, copy=True).model)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"analysis {seconds:.1f} s; peak of the process {peak / 2**20:,.0f} MiB")
-    meta = {"kind": arguments.kind, "parameters": size, "steps": steps, "loss": loss, "analysis_seconds": seconds, "peak_bytes": peak}
+    meta = {"kind": arguments.kind, "parameters": size, "steps": steps, "loss": loss}
+    meta |= {"analysis_seconds": seconds, "peak_bytes": peak}
     if arguments.json is not None:
         write_result(arguments.json, rows, **meta)
     return 0

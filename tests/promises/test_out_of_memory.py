@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MambaModel
 
 import unirank
 from unirank import distributed, ops
@@ -19,7 +20,9 @@ from unirank.cli.main import main
 from unirank.disk import files, tensorfile
 from unirank.errors import UnirankError, is_out_of_memory
 from unirank.layerwise.recording import foreign
-from unirank.models import loading, sources
+from unirank.models import configurations, loading, sources
+from unirank.models.irregular import irregular_linears
+from unirank.models.structure import find_linears
 
 # As they arrive: of torch's allocators, the CUDA runtime, its libraries, the native ops and the system.
 ERRORS = {
@@ -100,8 +103,14 @@ def _of_config(call: Callable[[Any], object]) -> Callable[..., None]:
     return place
 
 
+def _mamba() -> tuple[Any, str, Any]:
+    model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2))
+    return model, *find_linears(model)
+
+
 COMMON = {"revision": None, "trust_remote_code": False}
-SOURCE: Any = SimpleNamespace(path=".", config=None, dtype="auto", common={}, name="m", device=torch.device("cpu"))
+CONFIG = LlamaConfig(architectures=["LlamaForCausalLM"])
+SOURCE: Any = SimpleNamespace(path=".", config=CONFIG, dtype="auto", common={}, name="m", device=torch.device("cpu"))
 PLACES: dict[str, Callable[..., None]] = {
     "a model's own code": _within(lambda _: foreign("never said")),
     "writing a file": _within(lambda folder: files.explained(folder / "file")),
@@ -114,11 +123,16 @@ PLACES: dict[str, Callable[..., None]] = {
         sources, "AutoTokenizer.from_pretrained", lambda folder: sources._read_tokenizer("m", str(folder), COMMON)
     ),
     "a skeleton": _patched(
-        sources, "AutoModelForCausalLM.from_config", lambda _: sources.skeleton_of("m", None, trust_remote_code=False)
+        configurations,
+        "AutoModelForCausalLM.from_config",
+        lambda _: sources.skeleton_of("m", CONFIG, trust_remote_code=False),
     ),
     "a device": _patched(sources.torch, "empty", lambda _: sources._usable_device("cpu")),
-    "reading weights": _patched(loading, "AutoModelForCausalLM.from_pretrained", lambda _: loading._read(SOURCE)),
-    "the text decoder": _of_config(loading._text_part),
+    "reading weights": _patched(
+        configurations, "AutoModelForCausalLM.from_pretrained", lambda _: loading._read(SOURCE)
+    ),
+    "the text decoder": _of_config(configurations.text_part),
+    "what a layer calls": _patched(MambaModel, "forward", lambda _: irregular_linears(*_mamba())),
     "the width": _of_config(lambda config: loading._check_width(SimpleNamespace(config=config))),  # pyright: ignore
 }
 

@@ -106,8 +106,8 @@ def page(outcomes: dict[str, tuple[str, str]], not_tiny: dict[str, str]) -> str:
         f"{len(outcomes)} types, {works} work and {len(outcomes) - works} are refused by a sentence. None is known by "
         "its name: [how layers are read](architecture.md).",
         "",
-        "*Works* means: calibrated and compressed at 30 %, saved, read again to the same bits, generates where the dense "
-        "model does, and is densified to rounding. The page is made by `python -m tools.decoders`, and "
+        "*Works* means: calibrated and compressed at 30 %, saved, read again to the same bits, generates where the "
+        "dense model does, and is densified to rounding. The page is made by `python -m tools.decoders`, and "
         "`tests/promises/test_every_decoder.py` holds every row.",
         "",
         "| reason | refused |",

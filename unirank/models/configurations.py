@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Auto
 from transformers.models.auto import modeling_auto
 
 from unirank.disk.strictjson import read_object
+from unirank.errors import is_out_of_memory
 
 # For models with towers; the second is of newer releases, and knows those for sound too.
 _WRAPPERS: tuple[Any, ...] = (
@@ -23,7 +24,9 @@ def text_part(config: Any) -> Any:
     """The configuration of the text decoder; the whole one where it does not tell of one, which is refused later."""
     try:
         return config.get_text_config()
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return config
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from unirank.errors import is_out_of_memory
 from unirank.models.structure import holds_other_weights
 from unirank.types import SUBLAYERS, ExpertSpec, LinearSpec, ListedSpec, sublayers_of
 
@@ -49,8 +50,10 @@ def irregular_linears(model: PreTrainedModel, layers: str, linears: Sequence[Lin
             stack.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
         try:
             decoder(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device=device), use_cache=False)
-        except Exception:  # it is the model's own code, which may do anything; calibration runs it again and says what
-            return frozenset()
+        except Exception as error:  # it is the model's own code, which may do anything
+            if is_out_of_memory(error):
+                raise
+            return frozenset()  # calibration runs it again, and says what happened
     found: set[str] = set()
     for index, _ in _numbered(model, layers):
         members = {spec.name: called[spec.name] for spec in linears if spec.layer == index and spec.name in watched}
