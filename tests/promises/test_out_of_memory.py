@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MambaForCausalLM, MambaModel
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MambaModel
 
 import unirank
 from unirank import distributed, ops
