@@ -14,6 +14,7 @@ import torch
 
 import unirank
 from tests.support.stores import contents
+from tests.support.tiny import build
 from unirank import distributed
 from unirank.analysis.store import AnalysisStore, open_store
 
@@ -23,13 +24,15 @@ WORKER = """
 import os, signal, sys
 from importlib import import_module
 module = import_module("unirank.analysis.fill_store")
-plain = module.calibrate_layer
 victim, layer = int(os.environ["VICTIM"]), int(os.environ["AT"])
-def calibrate(loaded, index, *arguments, **options):
-    if int(os.environ["RANK"]) == victim and index == layer:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(loaded, index, *arguments, **options)
-module.calibrate_layer = calibrate
+def deadly(plain):
+    def calibrate(loaded, index, *arguments, **options):
+        if int(os.environ["RANK"]) == victim and index == layer:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(loaded, index, *arguments, **options)
+    return calibrate
+for name in ("calibrate_layer", "calibrate_parts"):
+    setattr(module, name, deadly(getattr(module, name)))
 from unirank.cli.main import main
 main()
 """
@@ -49,13 +52,23 @@ def torchrun(processes: int, *arguments: object, **environment: str) -> subproce
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_file: Path) -> Path:
     """A tiny checkpoint, and stores made from it by 1, 2 and 4 processes."""
-    from tests.support.tiny import build
-
     folder = tmp_path_factory.mktemp("distributed")
     build("llama").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for processes in (1, 2, 4):
         assert analyze(folder, processes, f"store-{processes}", text_file).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, tokenizer, text_file: Path) -> Path:
+    """A tiny mixture of experts, and stores made from it by 1 and 2 processes."""
+    folder = tmp_path_factory.mktemp("experts")
+    build("mixtral").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for processes in (1, 2):
+        done = analyze(folder, processes, f"store-{processes}", text_file)
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -70,6 +83,32 @@ def analyze(folder: Path, processes: int, out: str, text: Path, *more: str) -> s
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_plans_are_equal_and_numbers_differ_by_rounding(processes: int, place: Path) -> None:
+    equal_to_rounding(place, processes)
+
+
+def test_experts_are_shared_out_too(experts: Path, text_file: Path) -> None:
+    equal_to_rounding(experts, 2)
+    shares, others = (open_store(experts / f"store-{processes}").shares() for processes in (1, 2))
+    assert len(shares) == 3 * 4 * 2  # layers, experts, matrices
+    assert others == pytest.approx(shares)
+    done = analyze(experts, 2, "streamed", text_file, "--stream")
+    assert done.returncode == 0, done.stderr
+    assert contents(experts / "streamed") == contents(experts / "store-2")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_analysis_of_experts_resumes(processes: int, experts: Path, text_file: Path, tmp_path: Path) -> None:
+    worker, out = tmp_path / "worker.py", f"killed-{processes}"
+    worker.write_text(WORKER)
+    done = torchrun(processes, worker, *arguments(experts, out, text_file), VICTIM="0", AT="2")
+    assert done.returncode != 0
+    assert 1 <= open_store(experts / out).layers_done() < 3
+    assert analyze(experts, processes, out, text_file).returncode == 0
+    assert contents(experts / out) == contents(experts / f"store-{processes}")
+
+
+def equal_to_rounding(place: Path, processes: int) -> None:
+    """The store of several processes is that of one, to rounding."""
     one, many = open_store(place / "store-1"), open_store(place / f"store-{processes}")
     assert many.complete
     assert many.identity == dataclasses.replace(one.identity, processes=processes)
