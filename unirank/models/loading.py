@@ -150,6 +150,7 @@ def _read(source: Source, **options: Any) -> PreTrainedModel:
 
 def _read_paged(source: Source) -> tuple[PreTrainedModel, Pages]:
     skeleton = skeleton_of(source.name, source.config, bool(source.common["trust_remote_code"]))
+    _check_width(skeleton)  # before the layers are looked for, as of a model that is loaded as a whole
     layers, _ = find_linears(skeleton)
     options: dict[str, Any] = {"device_map": page_map(skeleton, layers, source.device)}
     converted = None
