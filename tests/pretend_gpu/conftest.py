@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import unirank
 from tests.support.pretend import Journal, pretend_gpu
-from tests.support.tiny import build
+from tests.support.tiny import save_dense
 
 T = TypeVar("T")
 
@@ -60,10 +60,7 @@ class Twice:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("pretend") / "dense"
-    build("llama", num_hidden_layers=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_dense(tmp_path_factory.mktemp("pretend") / "dense", tokenizer)
 
 
 @pytest.fixture

@@ -16,5 +16,7 @@ HERE = ("gemma3", "gpt-neox", "gpt2", "opt", "bfloat16", "float16", "saved and o
 
 @pytest.mark.parametrize("name", HERE)
 def test_a_check_of_the_gpu(name: str, tmp_path: Path, tokenizer, text_file: Path) -> None:
-    with pretend_gpu():
-        CHECKS[name](Bench(torch.device("cuda"), tmp_path, tokenizer, text_file))
+    with pretend_gpu() as journal:
+        CHECKS[name](Bench(torch.device("cuda"), tmp_path, tokenizer, text_file))  # raises where figures differ
+    assert journal.count("to device") > 0, "nothing went to the GPU"
+    assert journal.count("to host") > 0, "nothing came back from it"

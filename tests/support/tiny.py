@@ -112,3 +112,10 @@ def build(name: str, **changes: object) -> PreTrainedModel:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     return model.eval()
+
+
+def save_dense(path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Llama of two layers with its tokenizer, as a checkpoint at `path`."""
+    build("llama", num_hidden_layers=2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny import build
+from tests.support.tiny import save_dense
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("dense") / "llama"
-    build("llama", num_hidden_layers=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_dense(tmp_path_factory.mktemp("dense") / "tiny", tokenizer)

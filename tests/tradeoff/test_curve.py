@@ -14,7 +14,7 @@ import pytest
 import unirank
 from tests.support.command_line import Run
 from tests.support.measured import a_curve
-from tests.support.tiny import WORDS, build
+from tests.support.tiny import WORDS
 from unirank import Curve, InputError, StoreError
 from unirank.cli.how_far import curve_command, read_ladders
 from unirank.evaluation import perplexity
@@ -24,14 +24,6 @@ from unirank.tradeoff.picture import picture
 from unirank.tradeoff.showing import markdown
 
 CALIBRATION = ("--windows", "6", "--window", "24", "--batch", "2")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    path = tmp_path_factory.mktemp("dense") / "tiny"
-    build("llama", num_hidden_layers=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,26 +11,25 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from unirank.analysis import shown
+from unirank.analysis import layer_file, shown
 from unirank.analysis.identity import Identity
 from unirank.analysis.kept_numbers import kept_numbers
 from unirank.analysis.manifest import MANIFEST, Weights, identity_differences, read_manifest, write_manifest
 from unirank.disk.files import check_output, delete, delete_matching, leftover, link_or_copy, make_directory
 from unirank.disk.hashing import sha256_text
-from unirank.disk.strictjson import Damaged, entry, number
+from unirank.disk.strictjson import Damaged
 from unirank.disk.tensorfile import TensorFile, open_tensors, read_tensors, write_tensors
 from unirank.errors import StoreError
 from unirank.layerwise.recording import Streams
 from unirank.queues import PageLocked
-from unirank.types import BLOCK, CosineStat, ExpertSpec, Factors, Form, Gradient, LinearSpec, ListedSpec, sublayers_of
+from unirank.types import CosineStat, ExpertSpec, Factors, Form, Gradient, LinearSpec, ListedSpec
 
-_OPTIONAL = ("mean", "curvature", "slope")
 Scratch = Literal["forward", "backward"]
 _TENSORS = r"(layer|stream|forward|backward|gradient)-\d{4}\.safetensors"
 _MEASURED = r"measured-[a-z0-9-]+\.json"
@@ -119,21 +118,7 @@ class AnalysisStore:
         if streams is not None and layer + 1 < self.layer_count:
             tensors = {f"batch.{i:06d}": hidden for i, hidden in enumerate(streams.batches)}
             write_tensors(self._stream_file(layer + 1), tensors | {"probe": streams.probe}, {"layer": layer + 1})
-        tensors = {}
-        for name, factor in factors.items():
-            tensors |= {f"{name}.energy": factor.energy, f"{name}.left": factor.left, f"{name}.right": factor.right}
-            for key in _OPTIONAL:
-                if (tensor := getattr(factor, key)) is not None:
-                    # Linears that read one input share its mean, and safetensors refuses shared memory.
-                    tensors[f"{name}.{key}"] = tensor.clone()
-        header = {
-            "layer": layer,
-            "cosines": {key: asdict(stat) for key, stat in cosines.items()},
-            "damping": {name: factor.damping for name, factor in factors.items()},
-        }
-        if shares:
-            header["shares"] = dict(shares)
-        write_tensors(self.layer_file(layer), tensors, header)
+        write_tensors(self.layer_file(layer), *layer_file.contents(layer, factors, cosines, shares))
         self._stream_file(layer).unlink(missing_ok=True)
 
     def has_streams(self, layer: int) -> bool:
@@ -245,22 +230,15 @@ class AnalysisStore:
         found = []
         for layer in range(self.layer_count):
             with self._open(layer) as file:
-                stats = entry(file.header, "cosines", dict)
-                keys = (*sublayers_of(spec for spec in self.linears if spec.layer == layer), BLOCK)
-                found.append({key: CosineStat.from_dict(entry(stats, key, dict)) for key in keys})
+                found.append(layer_file.cosines_in(file.header, self._members(layer)))
         return found
 
     def shares(self) -> dict[str, float]:
-        """Of every matrix of a stacked expert the share of its router's weight, and of every linear of a listed one the
-        share of the tokens; other linears have none."""
+        """Of stacked experts' matrices the share of the router's weight, of listed ones' linears that of the tokens."""
         found = {}
-        routed = [spec for spec in self.linears if isinstance(spec, ExpertSpec | ListedSpec)]
-        for layer in sorted({spec.layer for spec in routed}):
+        for layer in sorted({spec.layer for spec in self.linears if isinstance(spec, ExpertSpec | ListedSpec)}):
             with self._open(layer) as file:
-                told = entry(file.header, "shares", dict) if "shares" in file.header else {}
-                for spec in routed:
-                    if spec.layer == layer and (spec.name in told or isinstance(spec, ExpertSpec)):
-                        found[spec.name] = number(told.get(spec.name), f"the share of {spec.name}")
+                found |= layer_file.shares_in(file.header, self._members(layer))
         return found
 
     def energies(self) -> dict[str, torch.Tensor]:
@@ -285,7 +263,7 @@ class AnalysisStore:
         found = {}
         for layer in range(self.layer_count):
             with self._open(layer) as file:
-                found |= {name: number(eps, name) for name, eps in entry(file.header, "damping", dict).items()}
+                found |= layer_file.damping_in(file.header)
         return found
 
     def gradients(self, layer: int, device: torch.device | str = "cpu") -> dict[str, Gradient]:
@@ -294,19 +272,17 @@ class AnalysisStore:
         file = self._file("gradient", layer)
         tensors = _load(file)
         found = {}
-        for spec in self.linears:
-            if spec.layer == layer:
-                names = [f"{spec.name}.{key}" for key in ("g", "rows", "weight")]
-                if missing := [name for name in names if name not in tensors]:
-                    raise _damaged(file, Damaged(f"it has no {missing[0]}"))
-                found[spec.name] = Gradient(*(tensors[name].to(device).double() for name in names))
+        for spec in self._members(layer):
+            names = [f"{spec.name}.{key}" for key in ("g", "rows", "weight")]
+            if missing := [name for name in names if name not in tensors]:
+                raise _damaged(file, Damaged(f"it has no {missing[0]}"))
+            found[spec.name] = Gradient(*(tensors[name].to(device).double() for name in names))
         return found
 
     def input_mean(self, spec: LinearSpec) -> torch.Tensor | None:
         """`Factors.mean` `[N]`, or None where the scheme gives no bias."""
-        key = f"{spec.name}.mean"
         with self._open(spec.layer) as file:
-            return file.get(key)
+            return file.get(f"{spec.name}.mean")
 
     def _vectors(self, key: str) -> dict[str, torch.Tensor]:
         if key in ("curvature", "slope"):
@@ -314,10 +290,12 @@ class AnalysisStore:
         vectors = {}
         for layer in range(self.layer_count):
             with self._open(layer) as file:
-                for spec in self.linears:
-                    if spec.layer == layer:
-                        vectors[spec.name] = file[f"{spec.name}.{key}"]
+                for spec in self._members(layer):
+                    vectors[spec.name] = file[f"{spec.name}.{key}"]
         return vectors
+
+    def _members(self, layer: int) -> list[LinearSpec]:
+        return [spec for spec in self.linears if spec.layer == layer]
 
     def require_gradients(self) -> None:
         """Raise StoreError unless a backward pass was part of the analysis."""

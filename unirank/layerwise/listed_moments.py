@@ -7,8 +7,8 @@ saw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from unirank.distributed import sum_in_order
 from unirank.errors import InputError
 from unirank.layerwise.clipping import clipped
 from unirank.layerwise.expert_moments import Sums, shrunk
+from unirank.layerwise.hooks import Hook, reading
 from unirank.types import LinearSpec, ListedSpec, Moment
 
 
@@ -46,14 +47,10 @@ class ListedMoments:
                 device = self._modules[spec.name].weight.device
                 self._sums[spec.name] = Sums.empty(spec.n, device, mean_abs=mean_abs)
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, module in self._modules.items():
-                stack.callback(module.register_forward_pre_hook(self._hook(name)).remove)
-            yield
+    def hooked(self) -> AbstractContextManager[None]:
+        return reading(self._modules, self._hook)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _hook(self, name: str) -> Hook:
         def accumulate(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
             self._tokens[name] += len(x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from unirank.distributed import sum_in_order
 from unirank.errors import NonFiniteError
 from unirank.layerwise.clipping import clipped
 from unirank.layerwise.expert_moments import ROOM, ExpertMoments, parts_of
+from unirank.layerwise.hooks import Hook, reading
 from unirank.layerwise.listed_moments import ListedMoments
 from unirank.layerwise.recording import Recording, Streams
 from unirank.layerwise.trace import Place, TracedLayer, traced_layer
@@ -121,14 +122,10 @@ class _Grams:
         self._abs: dict[str, torch.Tensor] | None = {} if mean_abs else None
         self._tokens: dict[str, int] = dict.fromkeys(self._owners, 0)
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, module in self._modules.items():
-                stack.callback(module.register_forward_pre_hook(self._hook(name)).remove)
-            yield
+    def hooked(self) -> AbstractContextManager[None]:
+        return reading(self._modules, self._hook)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _hook(self, name: str) -> Hook:
         def accumulate(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = clipped(args[0].reshape(-1, args[0].shape[-1]), self._clip)
             if name not in self._gram:

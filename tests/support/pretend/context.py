@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
@@ -81,6 +81,12 @@ def _in_this_thread() -> Iterator[None]:
         yield
 
 
+def _import_what_names_streams() -> None:
+    """Annotations in transformers need the class `torch.cuda.Stream` when generation is first imported."""
+    with suppress(ModuleNotFoundError):  # an older release has no such module
+        importlib.import_module("transformers.generation.continuous_batching.utils")
+
+
 @contextmanager
 def pretend_gpu(*, free: int = FREE, bf16: bool = True, compositions: bool = False) -> Iterator[Journal]:
     """There is one GPU, `cuda:0`, while this is open; what happens on it is in the journal.
@@ -94,6 +100,7 @@ def pretend_gpu(*, free: int = FREE, bf16: bool = True, compositions: bool = Fal
         torch.cuda.init()  # what stands for it below would leave it half done
     # Dynamo keeps tables of torch's functions, made when it is first imported: not with those that stand here.
     importlib.import_module("torch._dynamo")
+    _import_what_names_streams()
     journal = Journal()
     plain_run: Callable[[threading.Thread], None] = threading.Thread.run
 
