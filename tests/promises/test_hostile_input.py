@@ -316,7 +316,7 @@ SLIPS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "layer file's sums": ("unirank.disk.tensorfile._sum", lambda place: open_store(place / "STORE").energies()),
     "layer file's header": ("unirank.disk.tensorfile._dumped", lambda place: open_store(place / "STORE").energies()),
     "cosines": ("unirank.types.CosineStat.from_dict", lambda place: open_store(place / "STORE").cosines()),
-    "damping": ("unirank.analysis.store.number", lambda place: open_store(place / "STORE").damping()),
+    "damping": ("unirank.analysis.layer_file.number", lambda place: open_store(place / "STORE").damping()),
     "all tensors of a file": ("unirank.disk.tensorfile._sum", lambda place: open_store(place / "STORE").gradients(0)),
     "measured": ("unirank.analysis.kept_numbers.number", measured_of),
     "provenance": ("unirank.compression.truncation.TruncateReport.from_dict", lambda place: read_record(place / "OUT")),
