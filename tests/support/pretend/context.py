@@ -101,6 +101,9 @@ def pretend_gpu(*, free: int = FREE, bf16: bool = True, compositions: bool = Fal
     # Dynamo keeps tables of torch's functions, made when it is first imported: not with those that stand here.
     importlib.import_module("torch._dynamo")
     _import_what_names_streams()
+    # `torch.device(...)` as a context keeps a table of torch's makers of tensors, made at its first use: likewise.
+    with torch.device("meta"):
+        torch.empty(0)
     journal = Journal()
     plain_run: Callable[[threading.Thread], None] = threading.Thread.run
 
