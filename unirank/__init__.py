@@ -7,10 +7,15 @@ is removed.
 Names are imported when they are first used, so that `import unirank` itself loads neither torch nor transformers.
 """
 
+import os as _os
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 from unirank.models import registration as _registration
+
+# MKL, torch's matrix products on Intel CPUs, splits long sums by the number of threads, so bits would follow it. STRICT
+# has the same kernels without that split, as fast. MKL reads the name at its first product; what is set already stays.
+_os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
     from unirank import ops, reference
