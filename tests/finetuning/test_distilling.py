@@ -61,7 +61,42 @@ def test_distillation_trains_all_factors_towards_the_dense_model(dtype, pair, co
     kept = {path.name for path in (tmp_path / "work").iterdir()}
     assert kept == {"heal.json", "distilled.safetensors", *(f"layer-0000{i}.safetensors" for i in range(3))}
     card = after.save(tmp_path / "out") / "README.md"
-    assert "; then 12 steps of distillation, divergence on held-out windows " in card.read_text()
+    assert "; then 12 steps of distillation on 48 windows, divergence on held-out windows " in card.read_text()
+
+
+def test_every_step_has_windows_of_its_own_and_none_is_held_out(pair, words) -> None:
+    own, _ = pair()
+    drawn = draw(own, words, None, 0.1, 48)
+    assert drawn.whole is not None
+    assert len(drawn.whole) == len({tuple(window.tolist()) for window in drawn.whole}) == 48
+    assert drawn.as_dict()["whole_windows"] == 48
+    assert drawn.as_dict()["windows_sha256"] != draw(own, words, None, 0.1, 47).as_dict()["windows_sha256"]
+    runs = [
+        set(map(tuple, windows.unfold(1, 6, 1).flatten(0, 1).tolist())) for windows in (drawn.whole, drawn.looks[0])
+    ]
+    assert not runs[0] & runs[1]
+    assert draw(own, words, None, 0.1).whole is None
+
+
+def test_a_short_text_gives_what_it_has(pair, words, tmp_path: Path) -> None:
+    own, _ = pair()
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(Path(words.text).read_text().split()[:90]))
+    drawn = draw(own, dataclasses.replace(words, text=str(short), windows=3), None, 0.1, 1000)
+    assert drawn.whole is not None
+    assert len(drawn.whole) == 90 - 25 - 24  # places to begin before the held-out end
+
+
+def test_of_several_texts_each_gives_its_share(pair, words, tmp_path: Path) -> None:
+    own, _ = pair()
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(Path(words.text).read_text().split())))
+    both = dataclasses.replace(words, text=f"{words.text},{other}", shares=(3, 1))
+    drawn = draw(own, both, None, 0.1, 40)
+    assert drawn.whole is not None
+    alone = [draw(own, dataclasses.replace(words, text=str(text)), None, 0.1, 30).whole for text in (words.text, other)]
+    mine = [sum(any(torch.equal(window, one) for one in windows) for window in drawn.whole) for windows in alone]
+    assert mine == [30, 10]
 
 
 @pytest.mark.slow
@@ -92,7 +127,7 @@ def test_distillation_alone_goes_on_where_healing_ended(on_disk: Path, counting,
     assert alone.training is not None
     assert alone.training["layers"] == []
     card = (alone.save(tmp_path / "out") / "README.md").read_text()
-    assert "12 steps of distillation on 18 windows of 24 tokens of " in card
+    assert "12 steps of distillation on 48 windows of 24 tokens of " in card
     unirank.write_report(tmp_path / "out", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<h2>Healing</h2>") == 2
 

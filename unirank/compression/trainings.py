@@ -49,6 +49,8 @@ def _check_healing(training: Mapping[str, Any], data: Mapping[str, Any]) -> None
         raise Damaged(f"the kind of its training is {str(training['kind'])[:80]!r}")
     for key in ("window", "train_windows", "held_out_windows", "seed"):
         entry(data, key, int)
+    if "whole_windows" in data:  # records of earlier versions have none
+        entry(data, "whole_windows", int)
     entry(data, "shares", list, type(None))
     for key in ("split", "revision"):
         entry(data, key, str, type(None))
@@ -96,7 +98,8 @@ def _healing_line(training: Mapping[str, Any]) -> str:
     better = sum(layer["best"] > 0 for layer in layers)
     before, after = (sum(layer[key] for layer in layers) / max(1, len(layers)) for key in ("before", "after"))
     second = "" if data["second"] is None else f", stopped by `{data['second']['text']}` too"
-    windows = f"{data['train_windows']} windows of {data['window']} tokens of `{data['text']}`"
+    of = f" of {data['window']} tokens of `{data['text']}`"
+    windows = f"{data['train_windows']} windows{of}"
     felt = ", in the metric of the loss" if any(layer.get("metric") for layer in layers) else ""
     parts = []
     if layers:
@@ -107,9 +110,10 @@ def _healing_line(training: Mapping[str, Any]) -> str:
         )
     distilled = training.get("distilled")
     if distilled is not None:
+        seen = data.get("whole_windows") or data["train_windows"]  # until distillation had windows of its own
         parts.append(
             f"{'then ' if layers else ''}{settings.get('distill_steps')} steps of distillation"
-            f"{'' if layers else f' on {windows}'}, divergence on held-out windows "
+            f" on {seen} windows{'' if layers else of}, divergence on held-out windows "
             f"{distilled['held_out_before']:.4f} before, {distilled['held_out_after']:.4f} after"
         )
     return "; ".join(parts)

@@ -118,7 +118,8 @@ def heal(
         store.require_gradients()
         check_model(dense, store)
         metric = OutputMetric(store, dense.layers, settings.metric_damping)
-    drawn = draw(own, calibration, second_text, settings.held_out)
+    whole = max(settings.distill_steps * settings.batch, calibration.windows) if settings.distill_steps else 0
+    drawn = draw(own, calibration, second_text, settings.held_out, whole)
     recipe = _identity(own, dense, drawn, calibration, settings, store)
     check_work(work, _RECIPE)
     sizes, stages = Sizes.of(dense), []
@@ -133,10 +134,10 @@ def heal(
         if settings.passes:
             layers = _Run(dense, own, drawn, calibration, settings, work, metric, told(progress)).heal()
         distilled = None
-        if settings.distill_steps:
+        if drawn.whole is not None:
             held_out, seed, bf16 = torch.cat(drawn.looks), calibration.seed, _computes_in_bf16(settings, own.device)
             asked: dict[str, Any] = {"seed": seed, "bf16": bf16, "progress": told(progress)}
-            distilled = distill(own.model, dense.model, drawn.train, held_out, settings, work, **asked)
+            distilled = distill(own.model, dense.model, drawn.whole, held_out, settings, work, **asked)
     targets = sum(count_target(own.model.get_submodule(name)) for name in compressed.plan.ranks)
     if targets != compressed.plan.used:
         raise UnirankError(f"The modules hold {targets} target parameters, the plan says {compressed.plan.used}.")
