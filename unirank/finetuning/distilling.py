@@ -101,7 +101,7 @@ def _loop(settings: Heal, seed: int, bf16: bool) -> Loop:
 
 @contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """The model's parameters are float32 inside: steps of 2e-5 would be rounded away in bfloat16."""
+    """The model's parameters are float32 inside: steps of 1e-4 would be rounded away in bfloat16."""
     before = {parameter: parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     for parameter in before:
         parameter.data = parameter.data.float()

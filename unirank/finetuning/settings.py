@@ -120,7 +120,7 @@ class Heal:
     patience: int = 0
     precision: Precision = "auto"
     distill_steps: int = 0
-    distill_lr: float = 2e-5
+    distill_lr: float = 1e-4
 
     def __post_init__(self) -> None:
         for name, least in (("passes", 0), ("batch", 1), ("patience", 0), ("distill_steps", 0)):
