@@ -14,7 +14,7 @@ from tests.support.healing import DISTILL, Killed, weights
 from tests.support.stores import contents
 from unirank.compression.checkpoint import CompressedModel
 from unirank.errors import InputError
-from unirank.finetuning import loop
+from unirank.finetuning import distilling, loop
 from unirank.finetuning.healing_text import draw
 from unirank.types import LoadedModel
 
@@ -97,6 +97,35 @@ def test_of_several_texts_each_gives_its_share(pair, words, tmp_path: Path) -> N
     alone = [draw(own, dataclasses.replace(words, text=str(text)), None, 0.1, 30).whole for text in (words.text, other)]
     mine = [sum(any(torch.equal(window, one) for one in windows) for window in drawn.whole) for windows in alone]
     assert mine == [30, 10]
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "lr"),
+    [(0.9, None, 1e-4), (0.4, None, 1e-4), (0.1, None, 2.5e-5), (-1e-9, None, 0.0), (0.1, 3e-3, 3e-3)],
+)
+def test_what_is_near_the_dense_model_makes_small_steps(
+    before: float, asked: float | None, lr: float, pair, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, small = pair()
+    used = []
+    monkeypatch.setattr(distilling, "mean_divergence", lambda *_: before)
+    monkeypatch.setattr(
+        distilling, "run", lambda *asked, **_: used.append(asked[4].lr) or (tmp_path / "distill").mkdir()
+    )
+    windows = draw(dense, words, None, 0.1, 4).train
+    settings = unirank.Heal(distill_steps=1, distill_lr=asked)
+    record = distilling.distill(
+        small.model,
+        dense.model,
+        windows,
+        windows,
+        settings,
+        tmp_path,
+        seed=0,
+        bf16=False,
+        progress=lambda *_: None,
+    )
+    assert used == [record["lr"]] == [pytest.approx(lr)]
 
 
 @pytest.mark.slow

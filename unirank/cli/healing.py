@@ -75,7 +75,11 @@ def heal_command(
         ),
     ] = _D.distill_steps,
     distill_lr: Annotated[
-        float, options.option("Peak learning rate of these steps.", group=_DISTILLATION)
+        float | None,
+        options.option(
+            "Peak learning rate of these steps; by default by the distance from the dense model, at most 1e-4.",
+            group=_DISTILLATION,
+        ),
     ] = _D.distill_lr,
     precision: Annotated[
         str,

@@ -21,6 +21,7 @@ from unirank.models.low_rank import LowRankLinear
 from unirank.progress import OnProgress
 
 _FILE, _FOLDER = "distilled.safetensors", "distill"
+_LR, _FAR = 1e-4, 0.4  # peak learning rate, and from which divergence on it is that (**choice**, docs/experiments.md)
 
 
 def distill(
@@ -43,8 +44,8 @@ def distill(
     Args:
         train, held_out: windows, int64 `[W, T]`.
 
-    Returns `held_out_before` and `held_out_after` (the divergence, nats a token, of the model as it was and as it is)
-    and the `log` of the loop. Raises like `unirank.finetuning.loop.run` and `mean_divergence`.
+    Returns `lr` (the peak), `held_out_before` and `held_out_after` (the divergence, nats a token, of the model as it
+    was and as it is) and the `log` of the loop. Raises like `unirank.finetuning.loop.run` and `mean_divergence`.
     """
     factors = _factors(model)
     file = work / _FILE
@@ -58,14 +59,15 @@ def distill(
     before = mean_divergence(model, teacher, held_out)
     kept = {name: parameter.detach().clone() for name, parameter in factors.items()}
     with _in_float32(model), _trained(model, factors), _tied_weights_known(model):
-        loop = _loop(settings, seed, bf16)
+        lr = settings.distill_lr or _LR * min(1.0, max(0.0, before) / _FAR)  # rounding may leave 0 a little below it
+        loop = _loop(settings, lr, seed, bf16)
         log = run(model, train, held_out, work / _FOLDER, loop, teacher=teacher, stage="distill", progress=progress)
     after = mean_divergence(model, teacher, held_out)
     if not after < before:
         after = before
         for name, parameter in factors.items():
             parameter.data.copy_(kept[name])
-    record = {"held_out_before": before, "held_out_after": after, "log": log}
+    record = {"lr": loop.lr, "held_out_before": before, "held_out_after": after, "log": log}
     write_tensors(file, {name: parameter.detach() for name, parameter in factors.items()}, record)
     shutil.rmtree(work / _FOLDER)
     return record
@@ -80,12 +82,12 @@ def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _loop(settings: Heal, seed: int, bf16: bool) -> Loop:
+def _loop(settings: Heal, lr: float, seed: int, bf16: bool) -> Loop:
     return Loop(
         steps=settings.distill_steps,
         batch=settings.batch,
         micro_batch=settings.batch,
-        lr=settings.distill_lr,
+        lr=lr,
         warmup=settings.warmup,
         weight_decay=settings.weight_decay,
         evaluate_every=max(1, settings.distill_steps // 10),

@@ -106,7 +106,8 @@ class Heal:
         distill_steps: then so many steps of the whole model, all factors at once, on the divergence from the dense
             model (temperature 1). A tenth of them lies between two looks at its divergence on the held-out
             windows; after `patience` looks without improvement it ends. Needs both models in memory. 0 is none.
-        distill_lr: peak learning rate of these steps.
+        distill_lr: peak learning rate of these steps. None: 1e-4 where the divergence on the held-out windows is 0.4
+            nats a token or more, below that in proportion: what is near the dense model is thrown off by large steps.
     """
 
     mix: float = 0.5
@@ -120,7 +121,7 @@ class Heal:
     patience: int = 0
     precision: Precision = "auto"
     distill_steps: int = 0
-    distill_lr: float = 1e-4
+    distill_lr: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("passes", 0), ("batch", 1), ("patience", 0), ("distill_steps", 0)):
@@ -128,8 +129,9 @@ class Heal:
         if not self.passes and not self.distill_steps:
             raise InputError("passes and distill_steps are both 0: nothing would be trained.")
         _check("mix", self.mix, 0 <= self.mix <= 1, "at least 0 and at most 1")
-        for name in ("lr", "distill_lr", "metric_damping"):
+        for name in ("lr", "metric_damping"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        _check("distill_lr", self.distill_lr, self.distill_lr is None or self.distill_lr > 0, "above 0")
         _check("warmup", self.warmup, 0 <= self.warmup < 1, "at least 0 and less than 1")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         _check("held_out", self.held_out, 0 < self.held_out < 1, "above 0 and less than 1")
