@@ -12,9 +12,9 @@ from unirank.compression.quantize_report import QuantizeReport
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.models.bits import Bits, check_bits
+from unirank.models.factoring import one_thread
 from unirank.models.file_names import keep_apart
 from unirank.models.low_rank import LowRankLinear
-from unirank.models.pivoting import one_thread
 from unirank.models.quantizer import UniRankConfig
 from unirank.models.quantizing import quantized_of, refuse_quantized, require_torchao
 from unirank.models.targets import refuse_expert_targets

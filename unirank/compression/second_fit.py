@@ -13,6 +13,7 @@ from unirank.analysis.scheme.two_sided import damped, gram
 from unirank.errors import InputError, NonFiniteError
 from unirank.layerwise.clipping import clip_factors, scaled
 from unirank.layerwise.products import add_cross_moment_
+from unirank.models import factoring
 from unirank.models.low_rank import make_low_rank
 from unirank.models.structure import weight_of
 from unirank.types import DENSE, Form, LinearSpec, LoadedModel, Rank
@@ -106,7 +107,7 @@ class Pair:
             ):  # one and the same input in every token: the rest is rounding
                 own, cross = torch.zeros_like(own), torch.zeros_like(cross)
         moment = damped(own, settings.damping)
-        factor, failed = torch.linalg.cholesky_ex(moment)
+        factor, failed = factoring.cholesky_ex(moment)
         aim = moment + settings.mix * (cross - own)
         return Equations(
             aim, None if bool(failed) else factor, own_mean, settings.mix * dense_mean + (1 - settings.mix) * own_mean
@@ -166,9 +167,9 @@ def fit(
         raise NonFiniteError(f"The moment of the inputs of {spec.name} is not positive definite, so it has no fit.")
     wanted = weight @ equations.aim
     if rank == DENSE:
-        maps = (torch.cholesky_solve(wanted.T, factor).T,)
+        maps = (factoring.cholesky_solve(wanted.T, factor).T,)
     else:
-        metric = None if g is None else torch.linalg.cholesky(damped(g, settings.metric_damping), upper=True)
+        metric = None if g is None else factoring.cholesky(damped(g, settings.metric_damping), upper=True)
         maps = _of_rank(int(rank), wanted, factor, metric)
     lost = None
     if centred:
@@ -189,7 +190,7 @@ def _of_rank(
         factor: L.
         a: A, upper triangular `[M, M]`; None for the identity.
     """
-    z = torch.linalg.solve_triangular(factor, (wanted if a is None else a @ wanted).T, upper=False)
+    z = factoring.solve_triangular(factor, (wanted if a is None else a @ wanted).T, upper=False)
     tall = wanted.shape[0] > wanted.shape[1]
     ((_, vectors),) = eigh_descending([gram(z.T.contiguous() if tall else z)])
     vectors = vectors[:, :rank]
@@ -200,8 +201,8 @@ def _of_rank(
         left, inner = left / norms, vectors * norms
     else:
         left, inner = vectors, z @ vectors
-    right = torch.linalg.solve_triangular(factor.T, inner, upper=True).T
-    return left if a is None else torch.linalg.solve_triangular(a, left, upper=True), right
+    right = factoring.solve_triangular(factor.T, inner, upper=True).T
+    return left if a is None else factoring.solve_triangular(a, left, upper=True), right
 
 
 def _applied(maps: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from unirank.analysis.scheme.two_sided import damped
 from unirank.analysis.store import AnalysisStore
 from unirank.finetuning.block import in_float32
 from unirank.layerwise.recording import LayerCall
+from unirank.models import factoring
 from unirank.types import LinearSpec
 
 _NEAR = 1e-3  # of the change that is seen in float32
@@ -47,7 +48,7 @@ class OutputMetric:
         if found is None:
             return None
         moment = damped(self._store.gradients(index, hidden.device)[found].g, self._damping)
-        return torch.linalg.cholesky(moment / moment.diagonal().mean()).float()
+        return factoring.cholesky(moment / moment.diagonal().mean()).float()
 
 
 @torch.no_grad()

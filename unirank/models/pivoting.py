@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from unirank.models.factoring import one_thread
 
 # |A| is at most this: the pivot rows are swapped until no other row is larger in any of them. (choice: 1 is the least
 # that can be had; a little above it the swaps are few)
@@ -84,15 +84,3 @@ def _fitted(rows: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tenso
         return a
     fitted = torch.cholesky_solve(b @ rows.T, factor).T
     return fitted if bool(fitted.isfinite().all()) else a
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, one thread inside: MKL's LU splits sums by the number of threads, so that bits would depend on it."""
-    before = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -14,6 +14,7 @@ import torch
 
 from unirank import ops
 from unirank.analysis.scheme.base import eigh_descending
+from unirank.models import factoring
 from unirank.queues import has_queues
 from unirank.types import Factors
 
@@ -46,9 +47,9 @@ class _Square:
     def lift(self, u: torch.Tensor) -> torch.Tensor:
         """Eigenvectors `[K, R]` of the square problem, brought to `left [M, R]`."""
         if self.cheap:
-            return self.target.weight @ torch.linalg.solve_triangular(self.r, u, upper=True)
+            return self.target.weight @ factoring.solve_triangular(self.r, u, upper=True)
         u = u if self.q is None else self.q @ u
-        return u if self.a is None else torch.linalg.solve_triangular(self.a, u, upper=True)
+        return u if self.a is None else factoring.solve_triangular(self.a, u, upper=True)
 
 
 def solve(targets: Sequence[Target]) -> list[Factors]:
@@ -86,14 +87,14 @@ def _orthonormalized(square: _Square, *, checked: bool) -> _Square:
     `QᵀQ = SᵀS`, and then `Q S⁻¹` and `S R` take the places of Q and R.
     """
     target = square.target
-    basis = torch.linalg.solve_triangular(square.r, target.weight, upper=True, left=False)  # A⁻¹ Q
+    basis = factoring.solve_triangular(square.r, target.weight, upper=True, left=False)  # A⁻¹ Q
     inner = _inner(basis, target.g)
     # Eigenvectors turn the error, by which an entry can grow to the norm of all of them.
     if not checked and bool(_error(inner).norm() <= ORTHOGONALITY[inner.dtype]):
         return square
-    s, failed = torch.linalg.cholesky_ex(inner, upper=True)
+    s, failed = factoring.cholesky_ex(inner, upper=True)
     if not bool(failed):
-        basis = torch.linalg.solve_triangular(s, basis, upper=True, left=False)
+        basis = factoring.solve_triangular(s, basis, upper=True, left=False)
         if _orthonormal(basis, target.g):
             return _Square(target, s @ square.r, q=basis)
     return _householder(target)
@@ -115,15 +116,15 @@ def _output(square: _Square) -> torch.Tensor:
 def _square(target: Target) -> _Square:
     weight, g = target.weight, target.g
     if weight.shape[0] <= weight.shape[1]:
-        a = None if g is None else torch.linalg.cholesky(g, upper=True)
+        a = None if g is None else factoring.cholesky(g, upper=True)
         return _Square(target, weight if a is None else a @ weight, a)
-    r, failed = torch.linalg.cholesky_ex(_inner(weight, g), upper=True)
+    r, failed = factoring.cholesky_ex(_inner(weight, g), upper=True)
     return _householder(target) if bool(failed) else _Square(target, r, cheap=True)
 
 
 def _householder(target: Target) -> _Square:
-    a = None if target.g is None else torch.linalg.cholesky(target.g, upper=True)
-    q, r = torch.linalg.qr(target.weight if a is None else a @ target.weight)
+    a = None if target.g is None else factoring.cholesky(target.g, upper=True)
+    q, r = factoring.qr(target.weight if a is None else a @ target.weight)
     return _Square(target, r, a, q)
 
 
