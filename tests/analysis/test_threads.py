@@ -67,6 +67,7 @@ def test_a_factorization_has_the_same_bits(function: Callable[[torch.Tensor], to
 
 
 @on_intel
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Only 256 tokens calibrate")
 @pytest.mark.parametrize("scheme", ["afm", "kfac"])
 def test_a_store_and_a_second_pass_of_tall_linears_have_the_same_bytes(
