@@ -51,7 +51,7 @@ HEAL = {"passes": 1, "held_out": 0.3, "distill_steps": 1}
         ({}, ["load", "calibrate and decompose", "truncate"]),
         ({"preset": "fast"}, ["load", "calibrate and decompose", "measure each linear", "refine"]),
         ({"preset": "best"}, ["load", "gradients", "calibrate and decompose", "measure each linear", "refine"]),
-        ({"heal": HEAL}, ["load", "calibrate and decompose", "truncate", "heal", "distill"]),
+        ({"heal": HEAL}, ["load", "calibrate and decompose", "truncate", "heal", "sample", "distill"]),
         ({"allocator": "swift"}, ["load", "calibrate and decompose", "measure allocations", "truncate"]),
         ({"allocator": "ara", "options": {"steps": 1}}, ["load", "calibrate and decompose", "train ranks", "truncate"]),
         (

@@ -23,6 +23,7 @@ _SECOND_PASS = 4.5  # the same, `apply_seconds`
 _HEALING = 4.4  # for each pass; the same, `heal_seconds`
 _BEHIND, _HEAD = 1.03, 1.53  # of the layers behind a linear, and of the head with its divergence; 8 windows
 _DISTILLATION = 5.6  # the same, `distill_seconds`: 3 for the student, 1 for the dense model, AdamW, looks
+_SAMPLING = 4.6  # CPU seconds of 50 windows of 512 tokens, written a token at a time
 _TRAINING = 3.5  # counted, not measured: of adapters
 _EVALUATION = 1.1  # the loss is computed in float32
 # Times `M N min(M, N)` of every linear.
@@ -137,6 +138,10 @@ def healing(sizes: Sizes, tokens: int, passes: int) -> Stage:
 def distillation(sizes: Sizes, steps: int, tokens: int) -> Stage:
     """Args: `tokens` of a step."""
     return Stage("distill", _DISTILLATION * steps * sizes.forward(tokens))
+
+
+def sampling(sizes: Sizes, tokens: int) -> Stage:
+    return Stage("sample", _SAMPLING * sizes.forward(tokens))
 
 
 def training(sizes: Sizes, name: str, steps: int, tokens: int) -> Stage:

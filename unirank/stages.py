@@ -39,6 +39,8 @@ def stages_behind(sizes: Sizes, recipe: Preset, *, windows: int, window: int, ra
         if heal.passes:
             stages.append(costs.healing(sizes, tokens, heal.passes))
         if heal.distill_steps:
+            written = heal.sampled(heal.distill_steps * heal.batch)
+            stages += [costs.sampling(sizes, written * window)] * (written > 0)
             stages.append(costs.distillation(sizes, heal.distill_steps, heal.batch * window))
     return stages
 

@@ -81,6 +81,13 @@ def heal_command(
             group=_DISTILLATION,
         ),
     ] = _D.distill_lr,
+    distill_sampled: Annotated[
+        float,
+        options.option(
+            "Share of these steps' windows that the dense model writes itself; the text gives the others.",
+            group=_DISTILLATION,
+        ),
+    ] = _D.distill_sampled,
     precision: Annotated[
         str,
         options.option("Of the arithmetic: float32, bfloat16, or auto (bfloat16 on GPUs that have it).", group=_MODEL),
@@ -120,6 +127,7 @@ def heal_command(
             patience=patience,
             distill_steps=distill_steps,
             distill_lr=distill_lr,
+            distill_sampled=distill_sampled,
             **chosen,
         )
         given = {"text": calib, "windows": windows, "window": window, "seed": seed}

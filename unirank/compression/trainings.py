@@ -49,8 +49,9 @@ def _check_healing(training: Mapping[str, Any], data: Mapping[str, Any]) -> None
         raise Damaged(f"the kind of its training is {str(training['kind'])[:80]!r}")
     for key in ("window", "train_windows", "held_out_windows", "seed"):
         entry(data, key, int)
-    if "whole_windows" in data:  # records of earlier versions have none
-        entry(data, "whole_windows", int)
+    for key in ("whole_windows", "sampled_windows"):
+        if key in data:  # records of earlier versions have none
+            entry(data, key, int)
     entry(data, "shares", list, type(None))
     for key in ("split", "revision"):
         entry(data, key, str, type(None))
@@ -110,10 +111,13 @@ def _healing_line(training: Mapping[str, Any]) -> str:
         )
     distilled = training.get("distilled")
     if distilled is not None:
-        seen = data.get("whole_windows") or data["train_windows"]  # until distillation had windows of its own
+        read, written = data.get("whole_windows", 0), data.get("sampled_windows", 0)
+        read = read if read or written else data["train_windows"]  # until distillation had windows of its own
+        seen = [f"{read} windows{'' if layers else of}"] * (read > 0)
+        seen += [f"{written} {'' if read else 'windows '}that the dense model wrote"] * (written > 0)
         parts.append(
             f"{'then ' if layers else ''}{settings.get('distill_steps')} steps of distillation"
-            f" on {seen} windows{'' if layers else of}, divergence on held-out windows "
+            f" on {' and '.join(seen)}, divergence on held-out windows "
             f"{distilled['held_out_before']:.4f} before, {distilled['held_out_after']:.4f} after"
         )
     return "; ".join(parts)

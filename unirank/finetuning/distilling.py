@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from unirank.disk.hashing import sha256_tensors
 from unirank.disk.strictjson import Damaged
 from unirank.disk.tensorfile import open_tensors, write_tensors
 from unirank.finetuning.loop import Loop, run
@@ -27,7 +28,7 @@ _LR, _FAR = 1e-4, 0.4  # peak learning rate, and from which divergence on it is 
 def distill(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    train: torch.Tensor,
+    train: Callable[[Path], torch.Tensor],
     held_out: torch.Tensor,
     settings: Heal,
     work: Path,
@@ -42,10 +43,12 @@ def distill(
     than before, the model stays as it was.
 
     Args:
-        train, held_out: windows, int64 `[W, T]`.
+        train: gives windows, int64 `[W, T]`; may keep files in that folder until the steps are made.
+        held_out: windows, int64 `[W, T]`.
 
-    Returns `lr` (the peak), `held_out_before` and `held_out_after` (the divergence, nats a token, of the model as it
-    was and as it is) and the `log` of the loop. Raises like `unirank.finetuning.loop.run` and `mean_divergence`.
+    Returns `windows_sha256`, `lr` (the peak), `held_out_before` and `held_out_after` (the divergence, nats a token, of
+    the model as it was and as it is) and the `log` of the loop. Raises like `unirank.finetuning.loop.run` and
+    `mean_divergence`.
     """
     factors = _factors(model)
     file = work / _FILE
@@ -56,18 +59,25 @@ def distill(
             return whole.header
     except Damaged:
         pass  # not there yet
+    windows = train(work / _FOLDER)
     before = mean_divergence(model, teacher, held_out)
     kept = {name: parameter.detach().clone() for name, parameter in factors.items()}
     with _in_float32(model), _trained(model, factors), _tied_weights_known(model):
         lr = settings.distill_lr or _LR * min(1.0, max(0.0, before) / _FAR)  # rounding may leave 0 a little below it
         loop = _loop(settings, lr, seed, bf16)
-        log = run(model, train, held_out, work / _FOLDER, loop, teacher=teacher, stage="distill", progress=progress)
+        log = run(model, windows, held_out, work / _FOLDER, loop, teacher=teacher, stage="distill", progress=progress)
     after = mean_divergence(model, teacher, held_out)
     if not after < before:
         after = before
         for name, parameter in factors.items():
             parameter.data.copy_(kept[name])
-    record = {"lr": loop.lr, "held_out_before": before, "held_out_after": after, "log": log}
+    record = {
+        "windows_sha256": sha256_tensors([("windows", windows)]),
+        "lr": loop.lr,
+        "held_out_before": before,
+        "held_out_after": after,
+        "log": log,
+    }
     write_tensors(file, {name: parameter.detach() for name, parameter in factors.items()}, record)
     shutil.rmtree(work / _FOLDER)
     return record

@@ -21,7 +21,7 @@ from unirank.analysis.identity import weights_hash
 from unirank.analysis.redraw import check_model
 from unirank.analysis.store import AnalysisStore, open_store
 from unirank.compression.checkpoint import CompressedModel, open_compressed
-from unirank.costs import Sizes, distillation, healing
+from unirank.costs import Sizes, distillation, healing, sampling
 from unirank.disk.files import locked
 from unirank.disk.strictjson import Damaged
 from unirank.disk.tensorfile import open_tensors, write_tensors
@@ -33,6 +33,7 @@ from unirank.finetuning.distilling import distill
 from unirank.finetuning.healing_streams import Group, place_for, read_streams, start, write_streams
 from unirank.finetuning.healing_text import Drawn, draw
 from unirank.finetuning.output_metric import OutputMetric
+from unirank.finetuning.sampling import check_can_sample, sample
 from unirank.finetuning.settings import Heal
 from unirank.finetuning.work import check_work, claim
 from unirank.layerwise.lending import lent
@@ -119,13 +120,19 @@ def heal(
         check_model(dense, store)
         metric = OutputMetric(store, dense.layers, settings.metric_damping)
     whole = max(settings.distill_steps * settings.batch, calibration.windows) if settings.distill_steps else 0
-    drawn = draw(own, calibration, second_text, settings.held_out, whole)
-    recipe = _identity(own, dense, drawn, calibration, settings, store)
+    written = settings.sampled(whole)
+    if written:
+        check_can_sample(dense.model, dense.tokenizer)
+    drawn = draw(own, calibration, second_text, settings.held_out, whole - written)
+    if written and drawn.whole is not None:
+        written = whole - len(drawn.whole)  # more than asked for, where the text gives fewer
+    recipe = _identity(own, dense, drawn, written, calibration, settings, store)
     check_work(work, _RECIPE)
     sizes, stages = Sizes.of(dense), []
     if settings.passes:
         stages.append(healing(sizes, calibration.windows * calibration.window, settings.passes))
     if settings.distill_steps:
+        stages += [sampling(sizes, written * calibration.window)] * (written > 0)
         stages.append(distillation(sizes, settings.distill_steps, settings.batch * calibration.window))
     expect(told(progress), stages)
     with locked(work), lent(dense.model), lent(own.model):
@@ -134,10 +141,27 @@ def heal(
         if settings.passes:
             layers = _Run(dense, own, drawn, calibration, settings, work, metric, told(progress)).heal()
         distilled = None
-        if drawn.whole is not None:
+        if settings.distill_steps:
+
+            def windows(folder: Path) -> torch.Tensor:
+                parts = [] if drawn.whole is None else [drawn.whole]
+                if written:
+                    parts.append(
+                        sample(
+                            dense.model,
+                            dense.tokenizer,
+                            windows=written,
+                            window=calibration.window,
+                            seed=calibration.seed,
+                            folder=folder,
+                            progress=told(progress),
+                        )
+                    )
+                return torch.cat(parts)
+
             held_out, seed, bf16 = torch.cat(drawn.looks), calibration.seed, _computes_in_bf16(settings, own.device)
             asked: dict[str, Any] = {"seed": seed, "bf16": bf16, "progress": told(progress)}
-            distilled = distill(own.model, dense.model, drawn.whole, held_out, settings, work, **asked)
+            distilled = distill(own.model, dense.model, windows, held_out, settings, work, **asked)
     targets = sum(count_target(own.model.get_submodule(name)) for name in compressed.plan.ranks)
     if targets != compressed.plan.used:
         raise UnirankError(f"The modules hold {targets} target parameters, the plan says {compressed.plan.used}.")
@@ -345,6 +369,7 @@ def _identity(
     own: LoadedModel,
     dense: LoadedModel,
     drawn: Drawn,
+    written: int,
     calibration: Calibration,
     settings: Heal,
     store: AnalysisStore | None,
@@ -352,7 +377,7 @@ def _identity(
     """Everything that the result depends on."""
     return {
         "settings": asdict(settings),
-        "data": drawn.as_dict() | {"seed": calibration.seed} | _asked(calibration),
+        "data": drawn.as_dict() | {"sampled_windows": written, "seed": calibration.seed} | _asked(calibration),
         "model_sha256": weights_hash(own),
         "dense_sha256": weights_hash(dense),
         "gradients": None if store is None else store.digest,
