@@ -23,7 +23,7 @@ _SECOND_PASS = 4.5  # the same, `apply_seconds`
 _HEALING = 4.4  # for each pass; the same, `heal_seconds`
 _BEHIND, _HEAD = 1.03, 1.53  # of the layers behind a linear, and of the head with its divergence; 8 windows
 _DISTILLATION = 5.6  # the same, `distill_seconds`: 3 for the student, 1 for the dense model, AdamW, looks
-_SAMPLING = 4.6  # CPU seconds of 50 windows of 512 tokens, written a token at a time
+_SAMPLING = 5.4  # CPU seconds of 32 windows of 512 tokens, written a token at a time
 _TRAINING = 3.5  # counted, not measured: of adapters
 _EVALUATION = 1.1  # the loss is computed in float32
 # Times `M N min(M, N)` of every linear.

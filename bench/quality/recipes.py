@@ -46,6 +46,7 @@ PARTS = {
     "lems, pivoted + pass": _pivoted(refine=Refine()),
     "lems, pivoted + heal": _pivoted(heal=Heal()),
     "lems, pivoted + distil": _pivoted(heal=Heal(distill_steps=200)),
+    "distilled, text alone": _pivoted("kfac", refine=_METRIC, heal=Heal(distill_steps=200, distill_sampled=0.0)),
     "afm + lems, pivoted": _pivoted("afm"),
     "kfac + lems, pivoted": _pivoted("kfac"),
 }

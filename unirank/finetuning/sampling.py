@@ -21,7 +21,7 @@ from unirank.progress import OnProgress
 from unirank.text.windows import bos_of
 
 _TEMPERATURE = 0.9  # a little below what the model says, which in small models keeps texts readable (choice)
-_AT_ONCE = 32  # windows: more need more memory for their keys and values, and take less time (choice)
+_AT_ONCE = 16384  # tokens: more need more memory for their keys and values, and take less time (choice)
 _STAGE = "sample"
 
 
@@ -55,9 +55,9 @@ def sample(
     """
     bos, ordinary = bos_of(tokenizer), _ordinary(model, tokenizer)
     folder.mkdir(exist_ok=True)
-    parts = []
-    for number, start in enumerate(range(0, windows, _AT_ONCE)):
-        file, count = folder / f"sampled-{number:05d}.safetensors", min(_AT_ONCE, windows - start)
+    parts, most = [], max(1, _AT_ONCE // window)
+    for number, start in enumerate(range(0, windows, most)):
+        file, count = folder / f"sampled-{number:05d}.safetensors", min(most, windows - start)
         try:
             with open_tensors(file) as kept:
                 parts.append(kept["ids"])
