@@ -180,6 +180,10 @@ class Job:
             loaded.require_whole(capitalised(self.tokens_for))
         if self.recipe.afterwards:
             loaded.require_no_experts(capitalised(" and ".join(self.recipe.afterwards)))
+        if self.recipe.heal is not None and self.recipe.heal.samples:
+            from unirank.finetuning.sampling import check_can_sample
+
+            check_can_sample(loaded.model, loaded.tokenizer)
         if self.choose is not None:
             if self.choose.whole_model_for:
                 loaded.require_whole(capitalised(self.choose.whole_model_for))

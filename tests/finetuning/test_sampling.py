@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from unirank.types import LoadedModel
 def write(dense: LoadedModel, folder: Path, **asked: Any) -> torch.Tensor:
     options: dict[str, Any] = {"windows": 10, "window": 12, "seed": 0, "progress": lambda *_: None} | asked
     return sampling.sample(dense.model, dense.tokenizer, folder=folder, **options)
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise NotImplementedError("no cache")
 
 
 def test_windows_are_the_seeds(pair, tmp_path: Path) -> None:
@@ -146,10 +152,6 @@ def test_a_model_that_cannot_write_is_refused_first(
     pair, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, small = pair()
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise NotImplementedError("no cache")
-
     monkeypatch.setattr(type(dense.model), "generate", broken)
     with pytest.raises(
         InputError, match=r"^LlamaForCausalLM cannot generate text \(no cache\), .*; set distill_sampled to 0\.$"
@@ -162,6 +164,22 @@ def test_a_model_that_cannot_write_is_refused_first(
 
 def test_a_tokenizer_of_special_tokens_alone_is_refused(pair, tmp_path: Path) -> None:
     dense, _ = pair()
+    dense = dataclasses.replace(dense, tokenizer=copy.deepcopy(dense.tokenizer))
     dense.tokenizer.add_special_tokens({"additional_special_tokens": list(dense.tokenizer.get_vocab())})
     with pytest.raises(InputError, match=r"^All tokens of the tokenizer are special ones"):
         write(dense, tmp_path / "a")
+
+
+@pytest.mark.parametrize("preset", ["distilled", "healed"])
+def test_a_compression_is_refused_before_its_analysis(
+    preset: str, make_model, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_model("llama")
+    monkeypatch.setattr(type(dense.model), "generate", broken)
+    compress = partial(unirank.compress, dense, 0.4, preset=preset, calibration=words, store=tmp_path / "store")
+    if preset == "healed":  # nobody has to write
+        assert compress().training is not None
+        return
+    with pytest.raises(InputError, match=r"^LlamaForCausalLM cannot generate text \(no cache\)"):
+        compress()
+    assert not (tmp_path / "store").exists()

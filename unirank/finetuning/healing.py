@@ -121,7 +121,7 @@ def heal(
         metric = OutputMetric(store, dense.layers, settings.metric_damping)
     whole = max(settings.distill_steps * settings.batch, calibration.windows) if settings.distill_steps else 0
     written = settings.sampled(whole)
-    if written:
+    if settings.samples:
         check_can_sample(dense.model, dense.tokenizer)
     drawn = draw(own, calibration, second_text, settings.held_out, whole - written)
     if written and drawn.whole is not None:

@@ -142,6 +142,11 @@ class Heal:
         _check("distill_sampled", self.distill_sampled, 0 <= self.distill_sampled <= 1, "at least 0 and at most 1")
         _check("precision", self.precision, self.precision in _PRECISIONS, ", ".join(_PRECISIONS))
 
+    @property
+    def samples(self) -> bool:
+        """Whether the dense model has to write windows."""
+        return self.distill_steps > 0 and self.distill_sampled > 0
+
     def sampled(self, windows: int) -> int:
         """How many of the `windows` of distillation the dense model writes."""
         return round(self.distill_sampled * windows)
