@@ -64,7 +64,8 @@ def sample(
                 continue
         except Damaged:
             pass  # not there yet
-        generator = torch.Generator().manual_seed(seed + number)
+        own = ((seed << 20) + number) % 2**63  # no part of another seed has the same
+        generator = torch.Generator().manual_seed(own)
         first = ordinary[torch.randint(len(ordinary), (count, 1), generator=generator)]
         if bos is not None:
             first = torch.cat([first.new_full((count, 1), bos), first], dim=1)
@@ -72,7 +73,7 @@ def sample(
         def done(length: int, before: int = start * window, count: int = count) -> None:
             progress(_STAGE, before + count * length, windows * window)
 
-        ids = _written(model, first[:, :window], window, seed + number, done)
+        ids = _written(model, first[:, :window], window, own, done)
         write_tensors(file, {"ids": ids}, {})
         parts.append(ids)
     progress(_STAGE, windows * window, windows * window)
