@@ -15,10 +15,12 @@ import torch
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MambaModel
 
 import unirank
+from tests.support.tiny import word_tokenizer
 from unirank import distributed, ops
 from unirank.cli.main import main
 from unirank.disk import files, tensorfile
 from unirank.errors import UnirankError, is_out_of_memory
+from unirank.finetuning.sampling import check_can_sample
 from unirank.layerwise.recording import foreign
 from unirank.models import configurations, loading, sources
 from unirank.models.irregular import irregular_linears
@@ -133,6 +135,7 @@ PLACES: dict[str, Callable[..., None]] = {
     ),
     "the text decoder": _of_config(configurations.text_part),
     "what a layer calls": _patched(MambaModel, "forward", lambda _: irregular_linears(*_mamba())),
+    "a first text": _patched(MambaForCausalLM, "generate", lambda _: check_can_sample(_mamba()[0], word_tokenizer())),
     "the width": _of_config(lambda config: loading._check_width(SimpleNamespace(config=config))),  # pyright: ignore
 }
 

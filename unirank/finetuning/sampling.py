@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from unirank.disk.strictjson import Damaged
 from unirank.disk.tensorfile import open_tensors, write_tensors
-from unirank.errors import InputError
+from unirank.errors import InputError, first_line, is_out_of_memory
 from unirank.progress import OnProgress
 from unirank.text.windows import bos_of
 
@@ -32,9 +32,11 @@ def check_can_sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     except InputError:
         raise
     except Exception as error:  # it is the model's own code, which may do anything
+        if is_out_of_memory(error):
+            raise
         raise InputError(
-            f"{type(model).__name__} cannot generate text ({error}), so it cannot write windows for distillation; "
-            "set distill_sampled to 0."
+            f"{type(model).__name__} cannot generate text ({first_line(error)}), so it cannot write windows for "
+            "distillation; set distill_sampled to 0."
         ) from error
 
 

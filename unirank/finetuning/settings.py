@@ -109,8 +109,8 @@ class Heal:
         distill_lr: peak learning rate of these steps. None: 1e-4 where the divergence on the held-out windows is 0.4
             nats a token or more, below that in proportion: what is near the dense model is thrown off by large steps.
         distill_sampled: share of their windows that the dense model writes itself, by sampling; the calibration text
-            gives the others, and where it is too short for so many, the model writes more. 0 is the text alone, which
-            is a little better on texts like it, and worse on all others.
+            gives the others, and where it is too short for so many, the model writes more. 0 is the text alone: at
+            best a little better on texts like it, and worse on another (docs/experiments.md).
     """
 
     mix: float = 0.5
