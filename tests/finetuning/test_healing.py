@@ -106,6 +106,30 @@ def test_early_stop_keeps_the_layer_as_it_was_when_nothing_is_better(pair, words
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(healed).items())
 
 
+@pytest.mark.parametrize(
+    ("error", "asked", "lr"),
+    [(0.5, None, 1e-3), (0.25, None, 1e-3), (0.01, None, 2e-4), (0.0, None, 0.0), (0.01, 0.2, 0.2)],
+)
+def test_a_layer_that_is_nearly_right_makes_small_steps(
+    error: float, asked: float | None, lr: float, pair, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, small = pair()
+    used: set[float] = set()
+    plain = torch.optim.AdamW.step
+    monkeypatch.setattr(Block, "error", lambda *_: error)
+
+    def step(self: Any, *rest: Any, **more: Any) -> Any:
+        used.add(self.param_groups[0]["lr"])
+        return plain(self, *rest, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    settings = unirank.Heal(passes=1, lr=asked, warmup=0.0)
+    healed = unirank.heal(small, words, settings, against=dense, work=tmp_path)
+    assert [one["lr"] for one in layers(healed)] == [pytest.approx(lr)] * dense.layer_count
+    assert max(used) == pytest.approx(lr)
+    assert f"lr = {lr:.2g}," in (healed.save(tmp_path / "out") / "README.md").read_text()
+
+
 def test_the_best_pass_is_kept(pair, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, small = pair()
     errors = iter([0.5, 0.4, 0.6, 0.45] * dense.layer_count)
@@ -119,7 +143,7 @@ def test_the_best_pass_is_kept(pair, words, tmp_path: Path, monkeypatch: pytest.
     healed = unirank.heal(small, words, unirank.Heal(passes=3), against=dense, work=tmp_path)
     found = weights(healed)
     for index, one in enumerate(layers(healed)):
-        assert one == {"before": 0.5, "after": 0.4, "passes": 3, "best": 1, "metric": False}
+        assert one == {"before": 0.5, "after": 0.4, "passes": 3, "best": 1, "metric": False, "lr": 1e-3}
         for name, tensor in states[4 * index + 1].items():
             assert torch.equal(found[f"{dense.layers}.{index}.{name}"], tensor)
 

@@ -50,6 +50,7 @@ def test_card_and_report_show_all_trainings_in_their_order(pair, words, text_fil
         (lambda record: record.update(kind="magic"), "the kind of its training is 'magic'"),
         (lambda record: record["settings"].pop("mix"), "the settings of its training have no mix"),
         (lambda record: record["layers"][1].update(after="low"), "after is 'low'"),
+        (lambda record: record["layers"][1].update(lr="fast"), "lr is 'fast'"),
         (lambda record: record.update(distilled={}), "it has no held_out_before"),
         (lambda record: record["data"].pop("second"), "it has no second"),
         (lambda record: record.update(before_that={"settings": {}}), "it has no data"),

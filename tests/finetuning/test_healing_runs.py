@@ -97,7 +97,7 @@ def test_another_run_does_not_take_the_directory(pair, words, tmp_path: Path, ca
     dense, small = pair()
     unirank.heal(small, words, QUICK, against=dense, work=tmp_path / "work")
     fresh = unirank.compress(dense, 0.4, calibration=calibration, copy=True)
-    with pytest.raises(InputError, match=r"another healing; it differs in settings.lr \(there: 0.001, now: 0.1\)"):
+    with pytest.raises(InputError, match=r"another healing; it differs in settings.lr \(there: None, now: 0.1\)"):
         unirank.heal(fresh, words, dataclasses.replace(QUICK, lr=0.1), against=dense, work=tmp_path / "work")
 
 

@@ -54,7 +54,10 @@ def heal_command(
     metric_damping: Annotated[
         float, options.option("Of --store's metric: the share that every direction has.", group=_TRAINING)
     ] = _D.metric_damping,
-    lr: Annotated[float, options.option("Peak learning rate.", group=_TRAINING)] = _D.lr,
+    lr: Annotated[
+        float | None,
+        options.option("Peak learning rate; by default by a layer's error, at most 1e-3.", group=_TRAINING),
+    ] = _D.lr,
     warmup: Annotated[
         float, options.option("Fraction of a layer's steps in which the rate rises.", group=_TRAINING)
     ] = _D.warmup,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unirank.disk.strictjson import Damaged, entry, number
@@ -62,6 +62,8 @@ def _check_healing(training: Mapping[str, Any], data: Mapping[str, Any]) -> None
             number(entry(layer, key, float, int), f"{key} in the layers of its training")
         for key in ("passes", "best"):
             entry(layer, key, int)
+        if layer.get("lr") is not None:  # records of earlier versions have none
+            number(entry(layer, "lr", float, int), "lr in the layers of its training")
     if (distilled := training.get("distilled")) is not None:
         for key in ("held_out_before", "held_out_after"):
             number(entry(distilled, key, float, int), f"{key} in the distillation of its training")
@@ -94,6 +96,15 @@ def _tuning_line(training: Mapping[str, Any]) -> str:
     )
 
 
+def _rates(settings: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> str:
+    """The learning rate, or the range of what the layers' errors made it."""
+    if settings["lr"] is not None:
+        return str(settings["lr"])
+    rates = sorted(layer["lr"] for layer in layers if layer.get("lr") is not None)
+    ends = dict.fromkeys(f"{rate:.2g}" for rate in rates[:1] + rates[-1:])
+    return " to ".join(ends) or "by the layers' errors"
+
+
 def _healing_line(training: Mapping[str, Any]) -> str:
     settings, data, layers = training["settings"], training["data"], training["layers"]
     better = sum(layer["best"] > 0 for layer in layers)
@@ -106,8 +117,8 @@ def _healing_line(training: Mapping[str, Any]) -> str:
     if layers:
         parts.append(
             f"{better} of {len(layers)} layers, at most {settings['passes']} passes over {windows}{second}, "
-            f"mix = {settings['mix']}{felt}, lr = {settings['lr']}, seed {data['seed']}; mean held-out error of a "
-            f"layer {before:.4f} before, {after:.4f} after"
+            f"mix = {settings['mix']}{felt}, lr = {_rates(settings, layers)}, seed {data['seed']}; mean held-out "
+            f"error of a layer {before:.4f} before, {after:.4f} after"
         )
     distilled = training.get("distilled")
     if distilled is not None:

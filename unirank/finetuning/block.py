@@ -17,6 +17,7 @@ from unirank.finetuning.settings import Heal
 from unirank.layerwise.recording import LayerCall
 
 _CLIP = 1.0  # of the gradient's norm
+_LR, _FAR = 1e-3, 0.25  # peak learning rate, and from which error on it is that (**choice**, docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Healed:
         passes: that were made.
         best: after how many of them the layer was as it is now; 0 is the layer as it was.
         metric: whether errors counted by what the loss feels of them.
+        lr: peak learning rate; None in files of earlier versions, which did not say it.
     """
 
     before: float
@@ -43,6 +45,7 @@ class Healed:
     passes: int
     best: int
     metric: bool = False
+    lr: float | None = None
 
 
 class Block:
@@ -109,13 +112,14 @@ class Block:
             raise NonFiniteError(f"The output of layer {self._index} of the compressed model is NaN or infinity.")
         parameters = list(self._masters.values())
         steps = settings.passes * len(aims)
-        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        lr = peak_rate(before) if settings.lr is None else settings.lr
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=settings.weight_decay)
         generator = torch.Generator().manual_seed(seed)
         done = 0
         try:
             for passes in range(1, settings.passes + 1):
                 for position in torch.randperm(len(aims), generator=generator).tolist():
-                    optimizer.param_groups[0]["lr"] = settings.lr * _rate(done, steps, settings.warmup)
+                    optimizer.param_groups[0]["lr"] = lr * _rate(done, steps, settings.warmup)
                     call = group.own_calls[position][self._index]
                     self._step(call, group.own.at(position), aims[position], parameters, optimizer, done)
                     done += 1
@@ -128,7 +132,7 @@ class Block:
                     break
         finally:
             self.put(best_state)
-        return Healed(before, least, passes, best, aims[0].metric is not None)
+        return Healed(before, least, passes, best, aims[0].metric is not None, lr)
 
     def _step(
         self,
@@ -151,6 +155,14 @@ class Block:
         if not bool(torch.nn.utils.clip_grad_norm_(parameters, _CLIP).isfinite()):
             raise NonFiniteError(f"The gradient {where}")
         optimizer.step()
+
+
+def peak_rate(error: float) -> float:
+    """The peak learning rate for a layer of this squared relative error: in proportion to its root, at most 1e-3.
+
+    What AdamW's steps put into a layer grows with their square, and a layer that is nearly right has no room for it.
+    """
+    return _LR * math.sqrt(min(1.0, error / _FAR))
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
