@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import unirank
-from tests.support.cpu import on_intel
 from tests.support.stores import contents, passing
 from tests.support.tiny import WORDS, made_up_identity
 from unirank.analysis.gradient_pass import gradient_pass
@@ -106,7 +105,6 @@ def test_an_analysis_runs_the_first_windows_backward(make_model, calibration, tm
         assert all(bool(vector.isfinite().all()) for vector in vectors.values())
 
 
-@on_intel
 def test_number_of_threads_does_not_change_a_byte(make_model, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import unirank
-from tests.support.cpu import on_intel
 from tests.support.stores import contents, flip
 from tests.support.tiny import build, made_up_identity
 from unirank.analysis.store import MANIFEST, create_or_resume, open_store
@@ -83,7 +82,6 @@ def test_finished_store_holds_a_file_a_layer_and_nothing_else(undisturbed: Path)
     }
 
 
-@on_intel
 def test_number_of_threads_does_not_change_a_byte(
     loaded: LoadedModel, settings: unirank.Calibration, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import unirank
-from tests.support.cpu import on_intel
 from tests.support.threads import with_threads
 from tests.support.tiny import WORDS
 from unirank.layerwise.clipping import clip_factors, clipped, scaled
@@ -144,7 +143,6 @@ def test_cosines_and_streams_are_not_clipped(make_model) -> None:
     assert not torch.equal(next(iter(plain[0].moments.values())).c, next(iter(clip[0].moments.values())).c)
 
 
-@on_intel
 def test_the_bits_do_not_depend_on_the_number_of_threads(make_model) -> None:
     x = torch.randn(4097, 300, generator=torch.Generator().manual_seed(3))
     x[::50] *= 100

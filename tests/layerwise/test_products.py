@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to see every op
 
-from tests.support.cpu import INTEL
 from tests.support.pretend import pretend_gpu
 from unirank.layerwise.products import ROWS, add_cross_moment_, cross_moment
-
-# Of sums of ROWS products in float32. MKL adds them in blocks on Intel CPUs; on others one after the other, and 45 (the
-# root of ROWS) roundings of 2**-24 are 2.7e-6.
-ROUNDED = 1e-6 if INTEL else 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -26,7 +21,7 @@ def test_cross_moments_round_no_more_than_float32_and_do_not_overflow(dtype: tor
     found, expected = cross_moment(x, y), x.double().T @ y.double()
     assert found.dtype == torch.float64
     scale = x.double().norm(dim=0)[:, None] * y.double().norm(dim=0)
-    assert float(((found - expected) / scale).abs().max()) < (1e-14 if dtype == torch.float64 else ROUNDED)
+    assert float(((found - expected) / scale).abs().max()) < (1e-14 if dtype == torch.float64 else 1e-6)
 
 
 def test_no_tokens_give_zeros() -> None:
@@ -77,10 +72,10 @@ def test_on_a_gpu_half_precision_is_multiplied_as_it_is_and_comes_out_in_float32
         found = total.cpu(), squares.cpu()
     assert seen.count("aten::mm.dtype") == blocks
     assert seen.count("aten::mm") == 0
-    assert relative(found[0], x, y) < ROUNDED
+    assert relative(found[0], x, y) < 1e-6
     add_cross_moment_(sums[0], x, y, sums[1])
     for one, wanted in zip(found, sums, strict=True):
-        torch.testing.assert_close(one, wanted, rtol=ROUNDED, atol=0)
+        torch.testing.assert_close(one, wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -89,7 +84,7 @@ def test_on_a_gpu_full_precision_keeps_its_own(dtype: torch.dtype) -> None:
     with pretend_gpu(), Ops() as seen:
         found = cross_moment(x.to("cuda"), y.to("cuda")).cpu()
     assert seen.count("aten::mm.dtype") == 0
-    assert relative(found, x, y) < (1e-14 if dtype == torch.float64 else ROUNDED)
+    assert relative(found, x, y) < (1e-14 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

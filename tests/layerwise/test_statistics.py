@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import unirank
-from tests.support.cpu import on_intel
 from tests.support.threads import with_threads
 from tests.support.tiny import WORDS
 from unirank.layerwise.recording import Recording, layers_of, record
@@ -240,7 +239,6 @@ def test_non_finite_embedding_is_an_error(make_model) -> None:
         record(loaded, WINDOWS, batch=2)
 
 
-@on_intel
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_statistics_do_not_depend_on_the_number_of_threads(name: str, make_model) -> None:
     first, *others = with_threads(lambda: list(calibrate(make_model(name))))

@@ -14,7 +14,6 @@ import torch
 
 import unirank
 from tests.support.allocating import Found, request_of
-from tests.support.cpu import on_intel
 from tests.support.curves import curve_of
 from tests.support.tiny import build
 from unirank.analysis.store import AnalysisStore
@@ -104,7 +103,6 @@ def test_with_all_its_parts_it_keeps_the_budget_and_the_model(bench, name: str, 
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@on_intel
 def test_one_seed_gives_one_plan_for_any_number_of_threads(bench) -> None:
     plans, before = [], torch.get_num_threads()
     options = ALL_PARTS | {"windows": 1, "rounds": 1, "swaps": 10}
