@@ -130,6 +130,19 @@ inline void check_matrices(const char* op, const Tensor& a) {
         ": the smaller side of a matrix must be at most ", kMaxOrder, ", got ", shape(a));
 }
 
+// matmul_: out [B, M, N] contiguous, a [B, M, K], b [B, K, N], all of one full dtype.
+inline void check_matmul(const char* op, const Tensor& out, const Tensor& a, const Tensor& b) {
+  const ScalarType type = out.scalar_type();
+  check(is_full(type) && a.scalar_type() == type && b.scalar_type() == type, op,
+        ": out, a and b must all be float64 or all float32, got ", name(type), ", ", name(a.scalar_type()), " and ",
+        name(b.scalar_type()));
+  check(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(2) == b.size(1), op,
+        ": a and b must have shapes [B, M, K] and [B, K, N], got ", shape(a), " and ", shape(b));
+  check(out.dim() == 3 && out.size(0) == a.size(0) && out.size(1) == a.size(1) && out.size(2) == b.size(2) &&
+            out.is_contiguous(),
+        op, ": out must be contiguous of shape [", a.size(0), ", ", a.size(1), ", ", b.size(2), "], got ", shape(out));
+}
+
 // batched_eigh: a [B, N, N].
 inline void check_square_matrices(const char* op, const Tensor& a) {
   check_matrices(op, a);

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from unirank import reference
 from unirank.libraries import covers, load_cpu_library, load_cuda_library
+from unirank.matmul import keep_order
 
 load_cpu_library()
+keep_order()
 _cuda = load_cuda_library()
 _native = torch.ops.unirank
 

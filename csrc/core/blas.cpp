@@ -37,6 +37,7 @@ const Blas<float>& blas<float>() {
     Blas<float> b;
     find(b.syevd, "ssyevd_");
     find(b.gesdd, "sgesdd_");
+    find(b.gemm, "sgemm_");
     return b;
   }();
   return table;
@@ -48,12 +49,15 @@ const Blas<double>& blas<double>() {
     Blas<double> b;
     find(b.syevd, "dsyevd_");
     find(b.gesdd, "dgesdd_");
+    find(b.gemm, "dgemm_");
     return b;
   }();
   return table;
 }
 
 bool has_lapack() { return !std::getenv("UNIRANK_NO_LAPACK") && complete(blas<float>()) && complete(blas<double>()); }
+
+bool has_mkl_products() { return mkl_set_threads() && blas<float>().gemm && blas<double>().gemm; }
 
 OneBlasThread::OneBlasThread() {
   if (const SetThreads set = mkl_set_threads()) previous_ = set(1);

@@ -17,5 +17,6 @@ std::tuple<Tensor, Tensor, Tensor> batched_svd(Tensor a);
 std::tuple<Tensor, Tensor> global_topk(Tensor value, Tensor cost, Tensor dense_cost, Tensor offsets,
                                        std::int64_t budget, std::int64_t min_rank, std::int64_t multiple_of,
                                        bool pivoted);
+void matmul_(Tensor out, Tensor a, Tensor b, double alpha, double beta);
 
 }  // namespace unirank::cpu

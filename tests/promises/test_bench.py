@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 KEYS = {"op", "shape", "dtype", "baseline", "ratio", "seconds", "baseline_seconds", "gbs"}
 OPS = ("ops.bench_cosine", "ops.bench_gram", "ops.bench_eigh", "ops.bench_topk")
 PIPELINE = ("compress", "scaling", "inference", "large", "processes", "stages", "heal")
-NAMES = (*OPS, *(f"pipeline.bench_{name}" for name in PIPELINE), "support.roofline")
+NAMES = (*OPS, "ops.bench_matmul", *(f"pipeline.bench_{name}" for name in PIPELINE), "support.roofline")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ ROOT = Path(unirank.__file__).parent
 # it. `|` stands between rooms that never import each other.
 ORDER = (
     "errors, progress, estimate, display, provenance, looks",
-    "queues, disk, types, reference, distributed, libraries, ops, costs, experts",
+    "queues, disk, types, reference, distributed, libraries, matmul, ops, costs, experts",
     "models | layerwise | rank_plan",
     "text",
     "analysis | evaluation",

@@ -7,6 +7,10 @@ import torch
 # Rows whose products are summed in the dtype of the multiplication; as many as the chunks of `ops.gram_accumulate_`.
 ROWS = 2048
 
+# For few outputs a BLAS may add one product after the other, which rounds up to twenty times as much as its sums in
+# blocks do (2.7e-6 of 2048 bfloat16 products, measured on an AMD CPU). Below this many a CPU multiplies in float64.
+_NARROW = 16
+
 # Rows of a sum that are widened to float64 together: they stay in a core's cache from the product to the sum.
 _WIDENED = 128
 _WIDENED_ON_GPU = 1 << 25  # entries: 256 MiB, of which a GPU needs few (**choice**)
@@ -15,9 +19,9 @@ _WIDENED_ON_GPU = 1 << 25  # entries: 256 MiB, of which a GPU needs few (**choic
 def cross_moment(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`Σ_t x_t y_tᵀ`, float64 `[M, N]`, of `x [T, M]` and `y [T, N]`, floating, of one dtype.
 
-    Half precision is multiplied in float32 (float64 in float64), a block of rows at a time, so that neither an outlier
-    overflows nor a copy of all tokens is made; blocks are added in float64. A GPU's tensor cores take half precision as
-    it is and add in float32: a product of two 16-bit numbers is exact there.
+    Half precision is multiplied in float32 (float64, and on a CPU fewer than 16 channels, in float64), a block of rows
+    at a time, so that neither an outlier overflows nor a copy of all tokens is made; blocks are added in float64. A
+    GPU's tensor cores take half precision as it is and add in float32: a product of two 16-bit numbers is exact there.
     """
     total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
     add_cross_moment_(total, x, y)
@@ -43,9 +47,11 @@ def add_cross_moment_(
 
 
 def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`xᵀ y`, in float32, of float64 in float64."""
+    """`xᵀ y`, in float32; of float64, and on a CPU for few outputs, in float64."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         # Since torch 2.8, for CUDA and XPU, these two dtypes and float32 alone; a CPU has no such product.
         return torch.mm(x.T, y, out_dtype=torch.float32)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if not x.is_cuda and min(x.shape[1], y.shape[1]) < _NARROW:
+        dtype = torch.float64
     return x.to(dtype).T @ y.to(dtype)

@@ -1,6 +1,6 @@
 """torch's factorizations, on a CPU by one thread: MKL's split sums by the number of threads, and bits would follow it.
 
-Its products do not, once `MKL_CBWR` is set (`unirank/__init__.py`); that name does not reach LAPACK.
+Its products do not, by `MKL_CBWR` (`unirank/__init__.py`) or by `unirank.matmul`; neither reaches LAPACK.
 """
 
 from __future__ import annotations

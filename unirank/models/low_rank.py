@@ -11,10 +11,13 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from unirank.errors import InputError
+from unirank.matmul import keep_order
 from unirank.models.pivoting import pivot
 from unirank.models.quantized import QuantizedLinear
 from unirank.models.structure import weight_of
 from unirank.types import Form
+
+keep_order()
 
 
 class LowRankLinear(nn.Module):

@@ -170,8 +170,9 @@ def _wide(func: Any) -> bool:
 
 
 def _product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """As tensor cores do it: products of 16-bit numbers are exact in float32, and so are the sums but for rounding."""
-    return left.to(out_dtype) @ right.to(out_dtype)
+    """Products of 16-bit numbers are exact in float32, as on tensor cores; in which order a device adds them is its own
+    affair, and a CPU's BLAS has another for another size, so the sum is rounded once."""
+    return (left.double() @ right.double()).to(out_dtype)
 
 
 def _note(kind: str, detail: str = "") -> None:
