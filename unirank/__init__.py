@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from unirank.models import registration as _registration
 
 # MKL, torch's matrix products on x86, splits long sums by the number of threads, so bits would follow it. On Intel CPUs
-# STRICT has the same kernels without that split, as fast; on others see `unirank.matmul`. MKL reads the name at its first
-# product; what is set already stays.
+# STRICT has the same kernels without that split, as fast; on others see `unirank.matmul`. MKL reads the name at its
+# first product; what is set already stays.
 _os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:

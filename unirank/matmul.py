@@ -107,8 +107,8 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: floa
 def _ours(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `matmul` takes them; what it does not take goes to torch, with its own words for what is wrong.
 
-    One row or one column goes there too: of 7028 such products none depended on the number of threads (docs/numerics.md),
-    and MKL has kernels for them that are twice as fast.
+    One row or one column goes there too: of 7028 such products none depended on the number of threads, and MKL has
+    kernels for them that are twice as fast (docs/numerics.md).
     """
     fits = a.dim() == b.dim() and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
     fits = fits and a.shape[-2] > 1 and b.shape[-1] > 1
