@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from torch import Tensor
 
 import unirank
 from tests.ops.cases import FULL
+from tests.support.processes import run_python
 from tests.support.threads import with_threads
 from unirank import matmul
 from unirank.matmul import keep_order, possible
@@ -99,29 +97,24 @@ def test_a_wish_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         keep_order()
 
 
-def run_python(source: str, products: str) -> str:
-    path = os.pathsep.join(p for p in sys.path if p)
-    asked = {**os.environ, "PYTHONPATH": path, "UNIRANK_PRODUCTS": products}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", source], env=asked, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "verriding" not in done.stderr  # torch warns of it, once a process
-    return done.stdout.strip()
-
-
 REPLACED = "import torch, unirank.ops, unirank.matmul as m; print(m.replaced())"
 
 
 @with_mkl
 def test_torch_s_own_can_be_kept_and_replaced_without_a_word() -> None:
-    assert run_python(REPLACED, "torch") == "False"
-    assert run_python(REPLACED, "tiles") == "True"
+    assert run_python(REPLACED, UNIRANK_PRODUCTS="torch") == "False"
+    assert run_python(REPLACED, UNIRANK_PRODUCTS="tiles") == "True"
     for module in ("unirank.models.low_rank", "unirank.models.loading", "unirank.evaluation.perplexity"):
-        assert run_python(f"import {module}, unirank.matmul as m; print(m.replaced())", "tiles") == "True"
+        assert (
+            run_python(f"import {module}, unirank.matmul as m; print(m.replaced())", UNIRANK_PRODUCTS="tiles") == "True"
+        )
 
 
 @with_mkl
 def test_torch_multiplies_as_before_where_they_are_replaced() -> None:
-    assert run_python("from tests.ops.test_matmul import check_torch; check_torch()", "tiles") == "done"
+    assert (
+        run_python("from tests.ops.test_matmul import check_torch; check_torch()", UNIRANK_PRODUCTS="tiles") == "done"
+    )
 
 
 def check_torch() -> None:

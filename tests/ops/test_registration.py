@@ -1,13 +1,11 @@
 """What is registered where: schemas, dispatch keys, and the compositions that stand in for a missing kernel."""
 
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests.support.processes import run_python
 from unirank import ops, reference
 
 pytestmark = pytest.mark.slow
@@ -39,19 +37,6 @@ def test_twins_have_the_parameters_of_the_ops() -> None:
         assert [(p.name, p.default) for p in op.parameters.values()] == [
             (a.name, a.default_value if a.has_default_value() else inspect.Parameter.empty) for a in schema.arguments
         ]
-
-
-def run_python(source: str, **environment: str) -> str:
-    path = os.pathsep.join(p for p in sys.path if p)
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", source],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
 
 
 def test_without_lapack_the_compositions_serve_the_cpu() -> None:
