@@ -103,10 +103,13 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
     lines = [
         "# Results",
         "",
-        f"Made by `python -m bench.quality.bench_quality --grid`, do not edit. {NAME}, float32, "
+        "Made by `python -m bench.quality.bench_quality`, cell by cell (`--grid`, `--parts`, `--preset NAMES`, with "
+        f"`--remove`, `--seeds`, `--clip` and `--form`, into one `--json` file), do not edit. {NAME}, float32, "
         f"{meta['calibration_windows']} calibration windows of 512 tokens of WikiText-2's validation text, perplexity "
         f"on the first {meta['evaluation_windows']} windows of 1024 tokens; tokens are not clipped (`--clip 0`) "
-        f"unless the scheme says so. Python {meta['versions']['python']}, "
+        "unless the scheme says so. `wiki.test.raw` is WikiText-2's test text, `builtin-held-out` the held-out part of "
+        "Python's documentation; several seeds of the calibration are a mean, with the range. Ranks of any size; "
+        f"gradients from all windows. Python {meta['versions']['python']}, "
         f"torch {meta['versions']['torch']}, {meta['device']}.",
         "",
     ]

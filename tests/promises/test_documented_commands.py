@@ -30,7 +30,7 @@ PAGES = (
 )
 
 # Of a model like the tiny one, where the pages have those of real ones.
-AMOUNTS = {"100M": "20k", "200MB": "48kB", "128": "64"}
+AMOUNTS = {"100M": "20k", "200MB": "48kB", "256": "64"}
 
 
 def steps(page: str) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ def workplace(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A directory with what the pages take for granted: MODEL, texts, ranks, and for fine-tuning OUT."""
     build("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "MODEL")
     tokenizer.save_pretrained(tmp_path / "MODEL")
-    for name, step in (("my-text.txt", 7), ("other-text.txt", 11)):
+    for name, step in (("my-text.txt", 7), ("other-text.txt", 11), ("third-text.txt", 13)):
         text = " ".join(WORDS[2 + step * i % 94] for i in range(33_000))  # the default, 64 windows of 512
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
