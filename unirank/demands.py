@@ -17,7 +17,8 @@ def require(store: AnalysisStore, chosen: Preset) -> None:
     command += f" --windows {used.windows} --window {used.window} --seed {used.seed} --batch {used.batch}"
     if used.texts:
         command += f" --calib-shares {','.join(str(text.windows) for text in used.texts)}"
-    command += f" --clip {used.clip or 0:g}" + (f" --precision {used.precision}" if used.precision else "")
+    command += f" --clip {used.clip or 0:g}" + (f" --shrink {used.shrink:g}" if used.shrink else "")
+    command += f" --precision {used.precision}" if used.precision else ""
     if chosen.needs_gradients:
         count = min(GRADIENT_WINDOWS, used.windows)
         command += f" --gradients-from {store.path}" if store.has_gradients else f" --gradients {count}"

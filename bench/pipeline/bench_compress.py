@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(scratch)
         if arguments.quick:
             text = str(synthetic.text(folder))
-            calibration = unirank.Calibration(text=text, windows=8, window=64, batch=4, clip=0.0)
+            calibration = unirank.Calibration(text=text, windows=8, window=64, batch=4, clip=0.0, shrink=0.0)
             rows = measure(
                 lambda: synthetic.llama(hidden=64, layers=2, device=device),
                 calibration,
@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folder,
             )
         else:
-            calibration = unirank.Calibration(windows=arguments.windows, window=512, clip=0.0)  # as the baseline
+            # Neither clipped nor shrunk, as the baseline.
+            calibration = unirank.Calibration(windows=arguments.windows, window=512, clip=0.0, shrink=0.0)
             rows = measure(
                 lambda: unirank.load("smollm2-135m", dtype="float32", device=str(device)),
                 calibration,

@@ -122,7 +122,9 @@ def _truncated(merged: Any, compressed: unirank.CompressedModel, scheme: str, jo
         merged.save_pretrained(scratch)
         compressed.tokenizer.save_pretrained(scratch)
         loaded = unirank.load(scratch, dtype="float32", device=str(merged.device))
-        calibration = unirank.Calibration(text=job.data, windows=64, window=512, seed=job.settings.seed, clip=0)
+        calibration = unirank.Calibration(
+            text=job.data, windows=64, window=512, seed=job.settings.seed, clip=0, shrink=0
+        )
         store = unirank.analyze(loaded, Path(scratch) / "store", scheme=scheme, calibration=calibration)
         for spec in loaded.linears:
             rank = compressed.plan.ranks[spec.name]
@@ -146,7 +148,7 @@ def benchmark(arguments: argparse.Namespace, console: Console, progress: OnProgr
             for name, text in texts.items()
         }
 
-    calibration = unirank.Calibration(text=data, windows=64, window=512, seed=0, clip=0)
+    calibration = unirank.Calibration(text=data, windows=64, window=512, seed=0, clip=0, shrink=0)
     store = unirank.analyze(unirank.load(NAME, dtype="float32"), arguments.work / "store", calibration=calibration)
     for remove in arguments.remove:
 

@@ -203,10 +203,15 @@ def markdown(rows: Sequence[dict[str, Any]], dtype: str, device: torch.device) -
         "# Speed of the result",
         "",
         f"Made by `python -m bench.pipeline.bench_inference`, do not edit. {dtype}, {device_name(device)}, torch "
-        f"{torch.__version__}, {torch.get_num_threads()} threads; uniform ranks, random weights. Tokens a second, and "
-        "the ratio to the dense model in the same run. Allowed: the ratio of the parameters that a token passes "
-        "through, `lm_head` included. Factors and pivoted have equally many parameters; same map is what the pivoted "
-        "form computes, from two factors (equal error), dense where those would be as many.",
+        f"{torch.__version__}, {torch.get_num_threads()} threads; uniform ranks, random weights, for speed does not "
+        "depend on them. *wide* is a Llama of four layers with hidden size 2048 and a vocabulary of 8192.",
+        "",
+        "Tokens a second, and how many times as fast as the dense model: the median of turns in pairs, which is not "
+        "quite the quotient of the two columns. Prefill reads 128 tokens a sequence, decode writes 16. Allowed: the "
+        "ratio of the parameters that a token passes through; `lm_head` counts for every token in decode, for one of a "
+        "sequence in prefill. Factors and pivoted have equally many parameters; same map is what the pivoted form "
+        "computes, from two factors (equal error), dense where those would be as many; fused after `unirank.fuse`, one "
+        "product for the projections that share an input.",
     ]
     for model, phase in dict.fromkeys((one["model"], one["phase"]) for one in rows):
         lines += [

@@ -107,7 +107,7 @@ def reference(data: Path, store_path: Path, console: Console) -> tuple[list[dict
         stores = {}
         for clip in dict.fromkeys(row.clip for row in REFERENCE):
             text = str(data / "wiki.valid.txt")
-            calibration = Calibration(text=text, windows=64, window=512, seed=0, clip=clip)
+            calibration = Calibration(text=text, windows=64, window=512, seed=0, clip=clip, shrink=0)
             place = store_path.with_name(f"{store_path.name}-clip-{clip:g}") if clip else store_path
             stores[clip] = unirank.analyze(loaded, place, calibration=calibration, progress=progress)
         console.print(f"analyses: {time.perf_counter() - start:.1f} s")
@@ -183,7 +183,7 @@ def grid(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.grid:
         names, all_schemes, all_allocators = quality_grid.everything()
     seeds = range(arguments.seeds)
-    options = {"clip": arguments.clip, "form": arguments.form}
+    options = {"clip": arguments.clip, "shrink": arguments.shrink, "form": arguments.form}
     jobs = list(quality_grid.cells(names, all_schemes, all_allocators, arguments.remove, seeds, **options))
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.json or Path(scratch) / "grid.json"
@@ -214,6 +214,7 @@ def main() -> int:
     parser.add_argument("--remove", nargs="+", type=float, default=[0.2, 0.4], help="of presets and grid")
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds 0, 1, ... of presets and grid")
     parser.add_argument("--clip", type=float, default=0.0, help="Calibration.clip of presets and grid; 0 is off")
+    parser.add_argument("--shrink", type=float, default=0.0, help="Calibration.shrink of presets and grid; 0 is off")
     parser.add_argument("--form", choices=FORMS, help="of presets and grid; default: a preset's own, and factors")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of presets and grid")
     parser.add_argument("--limit", type=int, default=8, help="evaluation windows of presets and grid")

@@ -23,10 +23,16 @@ from unirank.text.windows import BUILTIN_HELD_OUT
 from unirank.types import Form
 
 
+def moments_of(job: dict[str, Any]) -> str:
+    """What was done to the moments of a cell or a row, behind a comma; empty for nothing."""
+    said = ((name, job.get(name)) for name in ("clip", "shrink"))
+    return "".join(f", {name} {value:g}" for name, value in said if value)
+
+
 def cell_of(job: dict[str, Any]) -> str:
     """The name of a cell, by which an interrupted grid knows what it has."""
     recipe = job["preset"] or f"{job['scheme']} + {job['allocator']}"
-    clip = f", clip {job['clip']:g}" if job["clip"] else ""
+    clip = moments_of(job)
     form = ", pivoted" if job["form"] == "pivoted" else ""
     return f"{recipe}, {job['remove']:.0%}, seed {job['seed']}{clip}{form}"
 
@@ -39,12 +45,15 @@ def cells(
     seeds: range,
     clip: float = 0.0,
     form: Form | None = None,
+    shrink: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
-    """Dense; every scheme with `uniform` and `unirank`; every allocator with `whiten`; every preset; with `clip`.
+    """Dense; every scheme with `uniform` and `unirank`; every allocator with `whiten`; every preset.
+
+    All with `clip` and `shrink`.
 
     In `form`; None is a preset's own, and "factors" where there is no preset.
     """
-    common = {"clip": clip, "form": form or "factors"}
+    common = {"clip": clip, "shrink": shrink, "form": form or "factors"}
     yield common | {"preset": "", "scheme": "whiten", "allocator": "dense", "remove": 0.0, "seed": seeds[0]}
     pairs = [(scheme, allocator) for scheme in schemes for allocator in ("uniform", "unirank")]
     pairs += [("whiten", allocator) for allocator in allocators if ("whiten", allocator) not in pairs]
@@ -106,7 +115,8 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         "Made by `python -m bench.quality.bench_quality`, cell by cell (`--grid`, `--parts`, `--preset NAMES`, with "
         f"`--remove`, `--seeds`, `--clip` and `--form`, into one `--json` file), do not edit. {NAME}, float32, "
         f"{meta['calibration_windows']} calibration windows of 512 tokens of WikiText-2's validation text, perplexity "
-        f"on the first {meta['evaluation_windows']} windows of 1024 tokens; tokens are not clipped (`--clip 0`) "
+        f"on the first {meta['evaluation_windows']} windows of 1024 tokens; tokens are not clipped and moments not "
+        "shrunk (`--clip 0 --shrink 0`) "
         "unless the scheme says so. `wiki.test.raw` is WikiText-2's test text, `builtin-held-out` the held-out part of "
         "Python's documentation; several seeds of the calibration are a mean, with the range. Ranks of any size; "
         f"gradients from all windows. Python {meta['versions']['python']}, "
@@ -121,7 +131,7 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
         for row in rows:
             if row["remove"] == remove:
-                scheme = row["scheme"] + (f", clip {row['clip']:g}" if row.get("clip") else "")
+                scheme = row["scheme"] + moments_of(row)
                 form = "" if row["allocator"] == "dense" else row.get("form", "factors")
                 groups.setdefault((row["preset"], scheme, row["allocator"], form), []).append(row)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import unirank
+from bench.quality.quality_grid import moments_of
 from bench.quality.recipes import RECIPES
 from unirank.analysis.scheme import scheme as scheme_of
 from unirank.disk.files import write_json
@@ -29,7 +30,7 @@ from unirank.planning.measuring import make_workbench
 from unirank.recipes import Preset, preset
 
 # What a kept step depends on beside its recipe.
-_SAME = ("model", "calibration", "windows", "window", "seed", "clip", "remove", "form")
+_SAME = ("model", "calibration", "windows", "window", "seed", "clip", "shrink", "remove", "form")
 
 
 def _now() -> float:
@@ -100,6 +101,7 @@ def main() -> None:
         seed=job["seed"],
         gradient_windows=job["windows"] if needs_gradients else 0,
         clip=job["clip"],
+        shrink=job.get("shrink", 0.0),
     )
     loaded = unirank.load(job["model"], dtype="float32", device="cpu")
     measured: Any = loaded.model
@@ -109,7 +111,7 @@ def main() -> None:
         record |= {"store": "", "gradients": "", "used": total, "budget": total}
     else:
         kind = f"{'gradients' if needs_gradients else 'plain'}-{job['seed']}"
-        kind += f"-clip-{job['clip']:g}" if job["clip"] else ""
+        kind += moments_of(job).replace(", ", "-").replace(" ", "-")
         store = Path(job["stores"]) / f"{recipe.scheme}-{kind}"
         stores = sorted(store.parent.glob(f"*-{kind}"))
         donor = next((path for path in stores if needs_gradients and unirank.open_store(path).complete), None)
@@ -144,7 +146,7 @@ def main() -> None:
             ),
         )
         windows = workbench.windows
-        steps = _Kept(Path(job["stores"]), [job[key] for key in _SAME], seconds)
+        steps = _Kept(Path(job["stores"]), [job.get(key, 0.0) for key in _SAME], seconds)
         made_by = [recipe.scheme, recipe.allocator, dict(recipe.options), recipe.refine]
 
         def fit() -> Any:

@@ -15,7 +15,7 @@ from typer.models import OptionInfo
 import unirank
 from tests.support.stores import contents
 from unirank.analysis import calibration as module
-from unirank.analysis.calibration import with_clip
+from unirank.analysis.calibration import settled
 from unirank.analysis.manifest import MANIFEST
 from unirank.analysis.needs import dry_run
 from unirank.analysis.redraw import redrawn_windows
@@ -153,9 +153,9 @@ def test_a_clip_that_is_not_legal_is_named(clip: Any, text_file: Path) -> None:
 
 def test_what_is_said_goes_first(settings: unirank.Calibration, undisturbed: Path, default: float) -> None:
     store = open_store(undisturbed)
-    assert with_clip(unsaid(settings)).clip == default
-    assert with_clip(unsaid(settings), None, store).clip == 0
-    assert with_clip(dataclasses.replace(settings, clip=4), store).clip == 4
+    assert settled(unsaid(settings)).clip == default
+    assert settled(unsaid(settings), None, store).clip == 0
+    assert settled(dataclasses.replace(settings, clip=4), store).clip == 4
 
 
 def test_windows_are_redrawn_and_a_dry_run_runs(

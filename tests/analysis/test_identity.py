@@ -56,6 +56,7 @@ def changed(path: str, *value: Any) -> dict[str, Any]:
         changed("calibration.revision", None),
         changed("calibration.gradient_windows", 0),
         changed("calibration.clip", 2.5),
+        changed("calibration.shrink", 0.5),
         changed("versions.other", "1.2"),
     ],
 )
@@ -94,6 +95,8 @@ def test_fields_are_read_by_name() -> None:
         (changed("calibration.clip", "2"), "calibration.clip is '2'"),
         (changed("calibration.clip", 0.5), "calibration.clip is 0.5"),
         (changed("calibration.clip", float("nan")), "calibration.clip is nan"),
+        (changed("calibration.shrink", 1.5), "calibration.shrink is 1.5"),
+        (changed("calibration.shrink", 0.0), "calibration.shrink is 0.0"),
         (changed("versions"), "has no versions"),
         (changed("versions.unirank"), "versions.unirank is missing"),
         (changed("versions.torch", 2), "a version is no text"),

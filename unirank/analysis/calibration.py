@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from unirank.analysis.scheme.base import Scheme
     from unirank.analysis.store import AnalysisStore
 
-CLIP = 2.0  # where nothing is said about clipping, and no store is gone on with (**choice**, docs/experiments.md)
+# Where nothing is said, and no store is gone on with (**choice**, docs/experiments.md).
+CLIP, SHRINK = 2.0, 0.0
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
@@ -44,6 +45,8 @@ class Calibration:
         clip: tokens of a linear's input that are longer than this many times the median count with that length in its
             moments (see `unirank.layerwise.clipping`); 0 is off, else at least 1. None is that of the store that is
             gone on with, or whose gradients are taken, and else the default, CLIP.
+        shrink: share in [0, 1] by which what two channels of an input do together counts less in its moments (see
+            `unirank.layerwise.shrinkage`); 0 is off. None is as for `clip`, and else the default, SHRINK.
         shares: of several texts, how many of the windows each gives, as positive numbers in any unit; None is equal
             shares. See `unirank.text.mixture` for rounding and order.
         precision: of the decomposition: "float64", or "float32" for GPUs whose float64 is slow; its errors are in
@@ -60,6 +63,7 @@ class Calibration:
     split: str | None = None
     revision: str | None = None
     clip: float | None = None
+    shrink: float | None = None
     shares: Sequence[float] | None = None
     precision: str = "float64"
 
@@ -73,6 +77,8 @@ class Calibration:
             object.__setattr__(self, "shares", _checked_shares(self.shares))
         if self.clip is not None:
             object.__setattr__(self, "clip", _checked_clip(self.clip))
+        if self.shrink is not None:
+            object.__setattr__(self, "shrink", _checked_shrink(self.shrink))
 
 
 def _joined(given: object) -> str:
@@ -103,12 +109,20 @@ def _checked_clip(clip: float) -> float:
     return float(clip)
 
 
-def with_clip(calibration: Calibration, *stores: AnalysisStore | None) -> Calibration:
-    """`calibration` with a clip: the one that was said, else that of the first of `stores` there is, else CLIP."""
-    if calibration.clip is not None:
-        return calibration
-    clips = (store.identity.calibration.clip or 0.0 for store in stores if store is not None)
-    return dataclasses.replace(calibration, clip=next(clips, CLIP))
+def _checked_shrink(shrink: float) -> float:
+    if not isinstance(shrink, int | float) or isinstance(shrink, bool) or not 0 <= shrink <= 1:
+        raise InputError(f"Calibration.shrink = {shrink!r} is not legal; it is a number from 0, for off, to 1.")
+    return float(shrink)
+
+
+def settled(calibration: Calibration, *stores: AnalysisStore | None) -> Calibration:
+    """`calibration` with `clip` and `shrink`: those said, else of the first of `stores` there is, else the defaults."""
+    known = [store.identity.calibration for store in stores if store is not None]
+    found = {"clip": CLIP, "shrink": SHRINK}
+    if known:
+        found = {name: getattr(known[0], name) or 0.0 for name in found}
+    said = {name: getattr(calibration, name) for name in found}
+    return dataclasses.replace(calibration, **{name: found[name] for name, value in said.items() if value is None})
 
 
 def calibration_of(given: Calibration | str | Path | None) -> Calibration:

@@ -16,8 +16,8 @@ from unirank.analysis.calibration import (
     calibration_of,
     checked_windows,
     gradient_windows,
+    settled,
     texts_of,
-    with_clip,
 )
 from unirank.analysis.decompose import decompose_layer, weights_of_layer
 from unirank.analysis.gradient_pass import gradient_pass
@@ -79,8 +79,8 @@ def fill_store(
             calibration = dataclasses.replace(calibration, gradient_windows=count)
     place = Path(store_path)
     asked, begun = calibration, _begun(place, overwrite)
-    # A store that is gone on with keeps its clip, also one from before there was any.
-    calibration = with_clip(asked, begun, source)
+    # A store that is gone on with keeps its clip and its shrinkage, also one from before there was any.
+    calibration = settled(asked, begun, source)
     backward = gradient_windows(calibration, chosen)
     if backward:
         loaded.require_no_experts("A backward pass")
@@ -94,8 +94,8 @@ def fill_store(
 
     if overwrite and begun is not None:
         alike = dataclasses.replace(identity, processes=begun.identity.processes)
-        if identity_differences(begun.identity, alike, weights_like):  # it is replaced, and its clip with it
-            calibration = with_clip(asked, source)
+        if identity_differences(begun.identity, alike, weights_like):  # it is replaced, and these with it
+            calibration = settled(asked, source)
             identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256=weights)
     if source is not None:
         source.check_shared(identity, weights_like)
@@ -158,6 +158,7 @@ def _fill(
     """
     stage, batch = "calibrate and decompose", calibration.batch
     collected = {"mean_abs": chosen.needs_mean_abs, "clip": calibration.clip or 0.0}
+    collected["shrink"] = calibration.shrink or 0.0
     first, count = from_zero(store.layers_done()), store.layer_count
     if backward:  # also with all layers done: one of its files may have been lost since
         if size() > 1 and from_zero(store.layers_without_gradients()):

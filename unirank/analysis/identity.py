@@ -89,7 +89,7 @@ class CalibrationIdentity(_Fields):
     Attributes:
         text, text_sha256: of one text; of several, all names with commas between them, and None.
         texts: of several texts, each; None is one.
-        clip: `Calibration.clip`; None is 0, as in all stores from before there was one.
+        clip, shrink: of `Calibration`; None is 0, as in all stores from before there was one.
         precision: `Calibration.precision`; None is "float64", as in all stores from before there was a choice.
     """
 
@@ -104,6 +104,7 @@ class CalibrationIdentity(_Fields):
     split: str | None = None
     revision: str | None = None
     clip: float | None = None
+    shrink: float | None = None
     precision: str | None = None
     texts: tuple[TextIdentity, ...] | None = None
 
@@ -147,6 +148,8 @@ class Identity(_Fields):
                 raise Damaged(f"its identity is not legal: calibration.{key} is {value}")
         if calibration.clip is not None and not 1 <= calibration.clip < math.inf:
             raise Damaged(f"its identity is not legal: calibration.clip is {calibration.clip}")
+        if calibration.shrink is not None and not 0 < calibration.shrink <= 1:
+            raise Damaged(f"its identity is not legal: calibration.shrink is {calibration.shrink}")
         if calibration.precision not in (None, *PRECISIONS):
             raise Damaged(f"its identity is not legal: calibration.precision is {calibration.precision!r}")
         return found
@@ -185,7 +188,7 @@ def make_identity(
     Args:
         texts: as `texts_of` gives them.
         windows: calibration tokens, int64 `[W, T]`, of which the first `backward` run backward.
-        calibration: as `with_clip` gives it.
+        calibration: as `settled` gives it.
         weights_sha256: what `weights_hash` says of the model.
     """
     parameter = next(loaded.model.parameters())
@@ -214,6 +217,7 @@ def make_identity(
             split=texts[0].split,
             revision=texts[0].revision,
             clip=calibration.clip or None,
+            shrink=calibration.shrink or None,
             precision=None if calibration.precision == "float64" else calibration.precision,
             texts=several,
         ),

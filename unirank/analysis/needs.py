@@ -21,8 +21,8 @@ from unirank.analysis.calibration import (
     calibration_of,
     checked_windows,
     gradient_windows,
+    settled,
     texts_of,
-    with_clip,
 )
 from unirank.analysis.decompose import decompose_layer
 from unirank.analysis.identity import Identity, make_identity
@@ -119,7 +119,7 @@ def dry_run(
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
     loaded.require_dense()
-    calibration = with_clip(calibration_of(calibration))
+    calibration = settled(calibration_of(calibration))
     chosen = scheme_of(scheme)
     backward = gradient_windows(calibration, chosen)
     texts = texts_of(loaded, calibration)
@@ -259,6 +259,7 @@ def _work_on_layer(
                 moments=scheme.needs_moment or backward,
                 mean_abs=scheme.needs_mean_abs,
                 clip=identity.calibration.clip or 0.0,
+                shrink=identity.calibration.shrink or 0.0,
             )
             stats = next(parts)
             work.calibrate = clock.lap()

@@ -173,7 +173,8 @@ class AnalysisStore:
             )
 
         def plain(found: Identity) -> Identity:  # without what gradients do not depend on
-            return replace(found, scheme="", calibration=replace(found.calibration, clip=None, precision=None))
+            used = replace(found.calibration, clip=None, shrink=None, precision=None)
+            return replace(found, scheme="", calibration=used)
 
         differs = identity_differences(plain(self.identity), plain(identity), weights)
         if differs:

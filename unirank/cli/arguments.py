@@ -30,6 +30,7 @@ def read_calibration(
     batch: int | None,
     gradients: int | None,
     clip: float | None,
+    shrink: float | None,
     precision: str | None,
     split: str | None,
     revision: str | None,
@@ -39,7 +40,8 @@ def read_calibration(
 
     given = {"text": text, "windows": windows, "window": window, "seed": seed, "batch": batch}
     given["shares"] = None if shares is None else read_shares(shares)
-    given |= {"gradient_windows": gradients, "clip": clip, "precision": precision, "split": split, "revision": revision}
+    given |= {"gradient_windows": gradients, "clip": clip, "shrink": shrink, "precision": precision}
+    given |= {"split": split, "revision": revision}
     given = {name: value for name, value in given.items() if value is not None}
     if given.keys() == {"text"}:
         return text  # a text alone goes with a finished store of it

@@ -53,6 +53,7 @@ def auto_command(
     batch: options.Batch = None,
     gradients: options.Gradients = None,
     clip: options.Clip = None,
+    shrink: options.Shrink = None,
     precision: options.Precision = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
@@ -82,7 +83,7 @@ def auto_command(
         check_page(usual_page(out), overwrite=overwrite, ours=True)
         place = beside(out, "-curve")
         calibration = read_calibration(
-            calib, calib_shares, windows, window, seed, batch, gradients, clip, precision, split, text_revision
+            calib, calib_shares, windows, window, seed, batch, gradients, clip, shrink, precision, split, text_revision
         )
         result = auto(
             model,

@@ -76,6 +76,7 @@ def curve_command(
     batch: options.Batch = None,
     gradients: options.Gradients = None,
     clip: options.Clip = None,
+    shrink: options.Shrink = None,
     precision: options.Precision = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
@@ -110,7 +111,7 @@ def curve_command(
             raise InputError(f"--against is the dense model of a store; {model} is none: leave --against out.")
         check_picture(png=png)
         calibration = read_calibration(
-            calib, calib_shares, windows, window, seed, batch, gradients, clip, precision, split, text_revision
+            calib, calib_shares, windows, window, seed, batch, gradients, clip, shrink, precision, split, text_revision
         )
         dense = model if against is None else against
         presets = preset or ["unirank"]

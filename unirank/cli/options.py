@@ -139,6 +139,14 @@ Clip = Annotated[
         group=_CALIBRATION,
     ),
 ]
+Shrink = Annotated[
+    float | None,
+    option(
+        "Share by which what two channels of an input do together counts less than what each does: 0.1 suits text that "
+        "is unlike the calibration text, and few windows. Default: 0, or that of a store that is gone on with.",
+        group=_CALIBRATION,
+    ),
+]
 Precision = Annotated[
     str | None,
     option(

@@ -67,6 +67,7 @@ def analyze_command(
         ),
     ] = None,
     clip: options.Clip = None,
+    shrink: options.Shrink = None,
     precision: options.Precision = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
@@ -94,7 +95,7 @@ def analyze_command(
 
     with run_session(as_json, parallel=True) as session:
         calibration = read_calibration(
-            calib, calib_shares, windows, window, seed, batch, gradients, clip, precision, split, text_revision
+            calib, calib_shares, windows, window, seed, batch, gradients, clip, shrink, precision, split, text_revision
         )
         asked: dict[str, Any] = {"preset": preset, "scheme": scheme, "calibration": calibration, "stream": stream}
         asked |= {"dtype": dtype, "device": device, "revision": model_revision, "trust_remote_code": trust_remote_code}
@@ -213,6 +214,7 @@ def compress_command(
     batch: options.Batch = None,
     gradients: options.Gradients = None,
     clip: options.Clip = None,
+    shrink: options.Shrink = None,
     precision: options.Precision = None,
     split: options.Split = None,
     text_revision: options.TextRevision = None,
@@ -286,7 +288,8 @@ def compress_command(
             min_rank=min_rank,
             multiple_of=multiple_of,
             calibration=read_calibration(
-                calib, calib_shares, windows, window, seed, batch, gradients, clip, precision, split, text_revision
+                *(calib, calib_shares, windows, window, seed, batch, gradients),
+                *(clip, shrink, precision, split, text_revision),
             ),
             scheme_is_free=preset is None and scheme is None,
             form=read_form(form),

@@ -97,6 +97,7 @@ def calibration_line(identity: Identity | None, *, mark: str = "`") -> str:
         return UNKNOWN
     used = identity.calibration
     clip = f", tokens clipped at {used.clip:g} medians" if used.clip else ""
+    clip += f", covariances shrunk by {used.shrink:g}" if used.shrink else ""
     return f"{used.windows} windows of {used.window} tokens of {mark}{used.text}{mark}, seed {used.seed}{clip}"
 
 

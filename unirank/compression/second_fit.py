@@ -13,6 +13,7 @@ from unirank.analysis.scheme.two_sided import damped, gram
 from unirank.errors import InputError, NonFiniteError
 from unirank.layerwise.clipping import clip_factors, scaled
 from unirank.layerwise.products import add_cross_moment_
+from unirank.layerwise.shrinkage import shrink_, shrink_cross_
 from unirank.models import factoring
 from unirank.models.low_rank import make_low_rank
 from unirank.models.structure import weight_of
@@ -63,6 +64,8 @@ class Pair:
         clip: a token whose `x'` is longer than this many times the median of its batch counts in both streams with the
             one factor that brings `x'` there (see `unirank.layerwise.clipping`), so that the map between the two that
             it asks for is the same; 0 clips nothing.
+        shrink: how far the covariance of `x'` is drawn towards its diagonal, and that of `x - x'` with `x'` towards 0
+            (see `unirank.layerwise.shrinkage`).
     """
 
     own: torch.Tensor  # x' x'ᵀ
@@ -71,14 +74,15 @@ class Pair:
     dense_sum: torch.Tensor
     tokens: int = 0
     clip: float = 0.0
+    shrink: float = 0.0
     _equations: dict[bool, Equations] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device, *, clip: float = 0.0) -> Pair:
+    def zeros(cls, n: int, device: torch.device, *, clip: float = 0.0, shrink: float = 0.0) -> Pair:
         def make(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=WORK_DTYPE, device=device)
 
-        return cls(make(n, n), make(n, n), make(n), make(n), clip=clip)
+        return cls(make(n, n), make(n, n), make(n), make(n), clip=clip, shrink=shrink)
 
     def add(self, dense: torch.Tensor, own: torch.Tensor) -> None:
         """Account for the same tokens in both streams, `[T, N]`, of one dtype."""
@@ -106,9 +110,15 @@ class Pair:
                 own.diagonal().mean() <= _ROUNDING * scale
             ):  # one and the same input in every token: the rest is rounding
                 own, cross = torch.zeros_like(own), torch.zeros_like(cross)
+        moved = cross - own
+        if self.shrink:
+            still = torch.zeros_like(own_mean)
+            first, other = (still, still) if centred else (own_mean, dense_mean - own_mean)
+            shrink_(own, first, self.shrink)
+            shrink_cross_(moved, other, first, self.shrink)
         moment = damped(own, settings.damping)
         factor, failed = factoring.cholesky_ex(moment)
-        aim = moment + settings.mix * (cross - own)
+        aim = moment + settings.mix * moved
         return Equations(
             aim, None if bool(failed) else factor, own_mean, settings.mix * dense_mean + (1 - settings.mix) * own_mean
         )

@@ -24,6 +24,7 @@ from unirank.layerwise.expert_moments import ROOM, ExpertMoments, parts_of
 from unirank.layerwise.hooks import Hook, reading
 from unirank.layerwise.listed_moments import ListedMoments
 from unirank.layerwise.recording import Recording, Streams
+from unirank.layerwise.shrinkage import shrink_all
 from unirank.layerwise.trace import Place, TracedLayer, traced_layer
 from unirank.types import BLOCK, CosineStat, ExpertSpec, LayerStats, ListedSpec, LoadedModel, Moment
 
@@ -38,6 +39,7 @@ def calibrate_layer(
     moments: bool = True,
     mean_abs: bool = False,
     clip: float = 0.0,
+    shrink: float = 0.0,
 ) -> LayerStats:
     """Run layer `index` over all batches; `streams` moves on in place to what enters the next layer.
 
@@ -45,12 +47,13 @@ def calibrate_layer(
         moments: accumulate input moments; schemes that look at weights only need none.
         mean_abs: accumulate the mean absolute input too.
         clip: no input token counts in a moment with more than this many times the median length; 0 is off.
+        shrink: how far the moments are drawn towards their diagonals (see `unirank.layerwise.shrinkage`); 0 is off.
 
     Raises:
         NonFiniteError: an input, an output or a statistic is NaN or infinity; names the linear or the layer.
         InputError: the layer's structure is not understood (see `trace_layer`).
     """
-    options: dict[str, Any] = {"moments": moments, "mean_abs": mean_abs, "clip": clip}
+    options: dict[str, Any] = {"moments": moments, "mean_abs": mean_abs, "clip": clip, "shrink": shrink}
     (stats,) = calibrate_parts(loaded, index, recording, streams, room=None, **options)
     return stats
 
@@ -65,6 +68,7 @@ def calibrate_parts(
     moments: bool = True,
     mean_abs: bool = False,
     clip: float = 0.0,
+    shrink: float = 0.0,
     room: int | None = ROOM,
 ) -> Iterator[LayerStats]:
     """`calibrate_layer` in parts: where the moments of the layer's experts take more than `room` bytes, some at a time.
@@ -105,7 +109,7 @@ def calibrate_parts(
             streams.probe = probe
         if moments:
             found |= experts.finish(group, inputs)
-        yield LayerStats(index, found, input_of, shown, shares)
+        yield LayerStats(index, shrink_all(found, shrink), input_of, shown, shares)
         found = {}
 
 

@@ -80,6 +80,7 @@ def _compress(data: ReportData, identity: Identity) -> list[str]:
     if calibration.texts:
         options["calib-shares"] = ",".join(str(text.windows) for text in calibration.texts)
     options["clip"] = calibration.clip or 0  # said, for the default may be another one
+    options["shrink"] = calibration.shrink or 0
     options |= {"precision": calibration.precision, "dtype": identity.model.dtype}
     refine = data.plan.settings.get("refine")
     if isinstance(refine, Mapping):  # read from a file, so nothing in it is certain
