@@ -27,7 +27,7 @@ def words(path: Path, count: int) -> str:
 
 
 def calibration(text: str, windows: int, window: int = 16) -> unirank.Calibration:
-    return unirank.Calibration(text=text, windows=windows, window=window, batch=2)
+    return unirank.Calibration(text=text, windows=windows, window=window, batch=2, shrink=0)
 
 
 def test_fewer_tokens_than_inputs_of_the_widest_linear_are_said_with_what_is_needed(make_model, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_command_line_says_it_in_one_yellow_line_in_its_own_words(
     model_dir: Path, run_unirank, tmp_path: Path
 ) -> None:
     text = words(tmp_path / "t.txt", 400)
-    options = ["--calib", text, "--windows", 1, "--window", 16, "--device", "cpu"]
+    options = ["--calib", text, "--windows", 1, "--window", 16, "--device", "cpu", "--shrink", 0]
     for more in (["--dry-run"], ["--json"]):
         code, out, err = run_unirank("analyze", model_dir, "-o", tmp_path / "store", *options, *more)
         assert code == 0, err

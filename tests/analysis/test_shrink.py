@@ -95,9 +95,9 @@ def test_few_tokens_come_nearer_to_the_truth() -> None:
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_second_pass_solves_the_shrunk_equations(share: float, *, centred: bool) -> None:
     dense, own = samples(60, 5), samples(60, 5, seed=1)
-    pair = Pair.zeros(5, dense.device, shrink=share)
+    pair = Pair.zeros(5, dense.device)
     pair.add(dense.float(), own.float())
-    settings = Refine(mix=0.7, damping=1e-9, centred=centred)
+    settings = Refine(mix=0.7, damping=1e-9, centred=centred, shrink=share)
     found = pair.equations(settings, centred=centred)
     mean, other = own.mean(0), dense.mean(0)
     covariance = own.T @ own / 60 - torch.outer(mean, mean)
@@ -111,6 +111,8 @@ def test_the_second_pass_solves_the_shrunk_equations(share: float, *, centred: b
     torch.testing.assert_close(found.factor @ found.factor.T, shrunk, rtol=0, atol=1e-5 * scale)
     wanted = shrunk + 0.7 * ((1 - share) * moved + shift)
     torch.testing.assert_close(found.aim, wanted, rtol=0, atol=1e-5 * scale)
+    nearer = (found.aim - found.factor @ found.factor.T).abs().max() <= 1e-12 * scale
+    assert bool(nearer) == (centred and share == 1)  # then the best map is the dense weight
 
 
 @pytest.mark.parametrize("scheme", ["whiten", "afm", "asvd", "kfac", "svd"])
@@ -201,20 +203,10 @@ def test_every_direction_has_energy_so_none_is_said_to_be_missing(
     assert len(deficient(plain)) > len(deficient(shrunk)) == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_the_second_pass_takes_the_share_of_the_store(
-    share: float, loaded: LoadedModel, settings, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = unirank.analyze(loaded, tmp_path / "store", calibration=dataclasses.replace(settings, shrink=share))
-    original, seen = Pair.add, set()
-
-    def watched(pair: Pair, dense: torch.Tensor, own: torch.Tensor) -> None:
-        seen.add(pair.shrink)
-        original(pair, dense, own)
-
-    monkeypatch.setattr(Pair, "add", watched)
-    unirank.compress(loaded, 0.3, store=store.path, calibration=text_file, refine=unirank.Refine(), copy=True)
-    assert seen == {share}
+@pytest.mark.parametrize("shrink", [-0.1, 1.5, float("nan")])
+def test_a_share_of_the_second_pass_that_is_not_legal_is_named(shrink: float) -> None:
+    with pytest.raises(unirank.InputError, match=r"shrink = .* is not legal; it lies between 0 and 1"):
+        Refine(shrink=shrink)
 
 
 def test_the_command_takes_it(model_dir: Path, text_file: Path, tmp_path: Path, run_unirank: Run) -> None:
@@ -222,10 +214,13 @@ def test_the_command_takes_it(model_dir: Path, text_file: Path, tmp_path: Path, 
     code, _, err = run_unirank("analyze", model_dir, "-o", tmp_path / "store", *small, "--shrink", 0.1)
     assert (code, err) == (0, "")
     assert open_store(tmp_path / "store").identity.calibration.shrink == 0.1
-    code, _, err = run_unirank("compress", model_dir, "--remove", 0.3, "-o", tmp_path / "out", *small, "--shrink", 2)
+    out = ["--remove", 0.3, "-o", tmp_path / "out", *small]
+    code, _, err = run_unirank("compress", model_dir, *out, "--refine", 0.5, "--refine-shrink", 0.75)
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "out" / "rank_plan.json").read_text())["settings"]["refine"]["shrink"] == 0.75
+    code, _, err = run_unirank("compress", model_dir, *out, "--overwrite", "--shrink", 2)
     assert code == 2
     assert "--shrink = 2.0 is not legal" in err
-    assert not (tmp_path / "out").exists()
 
 
 def test_help_says_the_default() -> None:

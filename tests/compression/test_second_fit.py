@@ -123,7 +123,7 @@ def test_a_linear_of_low_rank_is_no_worse_than_its_first_truncation(linear, sett
 def test_a_fit_is_the_one_of_its_definition_in_every_shape(linear, metric: bool) -> None:
     """`A⁻¹ U_r U_rᵀ A B` by the solver of the schemes, from the best map `B` that a plain solve gives."""
     loaded, spec = linear
-    module, settings = loaded.model.get_submodule(spec.name), Refine(mix=0.7)
+    module, settings = loaded.model.get_submodule(spec.name), Refine(mix=0.7, shrink=0)
     weight, rank = weight_of(module).detach().double(), spec.max_rank // 2
     dense, own = streams(spec.n, shift=0.5)
     roots = torch.randn(spec.m, spec.m, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

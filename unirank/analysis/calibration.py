@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unirank.analysis.store import AnalysisStore
 
 # Where nothing is said, and no store is gone on with (**choice**, docs/experiments.md).
-CLIP, SHRINK = 2.0, 0.0
+CLIP, SHRINK = 2.0, 0.1
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 

@@ -78,14 +78,15 @@ def read_settings(
 def read_refine(
     mix: float | None,
     damping: float | None,
-    metric: bool,
+    shrink: float | None,
     metric_damping: float | None,
+    metric: bool,
     centred: bool,
     dense: bool,
 ) -> Any:
     """The second pass; None without --refine, which the others need."""
-    more = {"damping": damping, "metric": metric or None, "metric_damping": metric_damping}
-    more |= {"centred": centred or None, "dense": dense or None}
+    more = {"damping": damping, "shrink": shrink, "metric_damping": metric_damping}
+    more |= {"metric": metric or None, "centred": centred or None, "dense": dense or None}
     more = {name: value for name, value in more.items() if value is not None}
     if mix is None:
         if more:

@@ -142,8 +142,8 @@ Clip = Annotated[
 Shrink = Annotated[
     float | None,
     option(
-        "Share by which what two channels of an input do together counts less than what each does: 0.1 suits text that "
-        "is unlike the calibration text, and few windows. Default: 0, or that of a store that is gone on with.",
+        "Share by which what two channels of an input do together counts less than what each does, for the sake of "
+        "texts that did not calibrate; 0 is off. Default: 0.1, or that of a store that is gone on with.",
         group=_CALIBRATION,
     ),
 ]
@@ -174,6 +174,10 @@ Refine = Annotated[
         metavar="MIX",
         group=_RECIPE,
     ),
+]
+RefineShrink = Annotated[
+    float | None,
+    option("With --refine: as --shrink, of the second pass; 0 is off. Default: 0.3.", group=_RECIPE),
 ]
 RefineDamping = Annotated[float | None, option("With --refine: damping of the inputs. Default: 0.01.", group=_RECIPE)]
 RefineMetric = Annotated[

@@ -221,6 +221,7 @@ def compress_command(
     scheme: options.Scheme = None,
     refine: options.Refine = None,
     refine_damping: options.RefineDamping = None,
+    refine_shrink: options.RefineShrink = None,
     refine_metric: options.RefineMetric = False,
     refine_metric_damping: options.RefineMetricDamping = None,
     refine_centred: options.RefineCentred = False,
@@ -269,7 +270,8 @@ def compress_command(
         check_source(ctx, remove, ranks, max_perplexity_increase, params, size)
         measured = (text, text_window, text_limit, evaluations)
         target = read_target(max_perplexity_increase, params, size, bits, *measured)
-        second = read_refine(refine, refine_damping, refine_metric, refine_metric_damping, refine_centred, refine_dense)
+        numbers = refine_damping, refine_shrink, refine_metric_damping
+        second = read_refine(refine, *numbers, refine_metric, refine_centred, refine_dense)
         check_preset(ctx, preset, PLANNING)
         recipe: Preset = recipe_of(
             preset,

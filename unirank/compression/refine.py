@@ -53,7 +53,6 @@ def refine(
         settings,
         batch=used.batch,
         clip=used.clip or 0.0,
-        shrink=used.shrink or 0.0,
         gradients=gradients,
         form=plan.form,
         progress=progress,
@@ -70,7 +69,6 @@ def refit(
     *,
     batch: int = 8,
     clip: float = 0.0,
-    shrink: float = 0.0,
     gradients: Callable[[int], Mapping[str, Gradient]] | None = None,
     form: Form = "factors",
     room: int | None = None,
@@ -83,7 +81,6 @@ def refit(
         windows: calibration tokens, int64 `[W, T]`.
         batch: windows that run together.
         clip: of the tokens, as `Calibration.clip`; 0 clips nothing.
-        shrink: of the moments, as `Calibration.shrink`.
         gradients: of a layer; then the fit is in the output metric of `kfac`.
         form: in which low-rank matrices are stored.
         room: bytes of what is kept of a layer's inputs, and as many of what its modules gave; batches beyond run again
@@ -115,7 +112,7 @@ def refit(
         linears = [layer.path_of(spec.name) for spec in layer.specs]
         replay = Replay(layer.module, calls, own_stream, linears, entered, room=room)
         for owner in owners:
-            pair = Pair.zeros(wanted[owner][0].n, probe.device, clip=clip, shrink=shrink)
+            pair = Pair.zeros(wanted[owner][0].n, probe.device, clip=clip)
             for x, own in zip(seen.inputs(paths[owner]), replay.inputs(paths[owner]), strict=True):
                 pair.add(x, own)
                 del x, own  # else they are there while the next ones are made

@@ -33,6 +33,9 @@ class Refine:
             (re-whitening, SVD-LLM at high ratios), between them SAES-SVD's mixture.
         damping: of the inputs' mean diagonal; pulls the fit to the dense weight (**choice**), so that it never follows
             directions that few tokens show.
+        shrink: share in [0, 1] by which the covariance of `x'` is drawn towards its diagonal, and that of `x - x'` with
+            `x'` towards 0 (see `unirank.layerwise.shrinkage`), so that the fit comes nearer to the dense weight
+            (**choice**, docs/experiments.md). Its own: it is not that of the analysis.
         metric: fit in the output metric of `kfac`; needs a store with gradients.
         metric_damping: of the output gradients' mean diagonal, where gradients give the output metric.
         centred: fit the centred streams and restore the mean output with a bias (`afm`). A linear that keeps its full
@@ -43,6 +46,7 @@ class Refine:
 
     mix: float = 0.5
     damping: float = 1e-2
+    shrink: float = 0.3
     metric: bool = False
     metric_damping: float = 1e-2
     centred: bool = False
@@ -51,6 +55,8 @@ class Refine:
     def __post_init__(self) -> None:
         if not 0 <= self.mix <= 1:
             raise InputError(f"mix = {self.mix} is not legal; it lies between 0 and 1.")
+        if not 0 <= self.shrink <= 1:
+            raise InputError(f"shrink = {self.shrink} is not legal; it lies between 0 and 1.")
         for name in ("damping", "metric_damping"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name} = {getattr(self, name)} is not legal; it is above 0 and at most 1.")
@@ -64,8 +70,6 @@ class Pair:
         clip: a token whose `x'` is longer than this many times the median of its batch counts in both streams with the
             one factor that brings `x'` there (see `unirank.layerwise.clipping`), so that the map between the two that
             it asks for is the same; 0 clips nothing.
-        shrink: how far the covariance of `x'` is drawn towards its diagonal, and that of `x - x'` with `x'` towards 0
-            (see `unirank.layerwise.shrinkage`).
     """
 
     own: torch.Tensor  # x' x'ᵀ
@@ -74,15 +78,14 @@ class Pair:
     dense_sum: torch.Tensor
     tokens: int = 0
     clip: float = 0.0
-    shrink: float = 0.0
     _equations: dict[bool, Equations] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def zeros(cls, n: int, device: torch.device, *, clip: float = 0.0, shrink: float = 0.0) -> Pair:
+    def zeros(cls, n: int, device: torch.device, *, clip: float = 0.0) -> Pair:
         def make(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=WORK_DTYPE, device=device)
 
-        return cls(make(n, n), make(n, n), make(n), make(n), clip=clip, shrink=shrink)
+        return cls(make(n, n), make(n, n), make(n), make(n), clip=clip)
 
     def add(self, dense: torch.Tensor, own: torch.Tensor) -> None:
         """Account for the same tokens in both streams, `[T, N]`, of one dtype."""
@@ -111,11 +114,11 @@ class Pair:
             ):  # one and the same input in every token: the rest is rounding
                 own, cross = torch.zeros_like(own), torch.zeros_like(cross)
         moved = cross - own
-        if self.shrink:
+        if settings.shrink:
             still = torch.zeros_like(own_mean)
             first, other = (still, still) if centred else (own_mean, dense_mean - own_mean)
-            shrink_(own, first, self.shrink)
-            shrink_cross_(moved, other, first, self.shrink)
+            shrink_(own, first, settings.shrink)
+            shrink_cross_(moved, other, first, settings.shrink)
         moment = damped(own, settings.damping)
         factor, failed = factoring.cholesky_ex(moment)
         aim = moment + settings.mix * moved

@@ -85,6 +85,7 @@ def _compress(data: ReportData, identity: Identity) -> list[str]:
     refine = data.plan.settings.get("refine")
     if isinstance(refine, Mapping):  # read from a file, so nothing in it is certain
         options |= {"refine": refine.get("mix"), "refine-damping": refine.get("damping")}
+        options["refine-shrink"] = refine.get("shrink") or 0  # said, for a record from before there was any has none
         if refine.get("metric"):
             options |= {"refine-metric": True, "refine-metric-damping": refine.get("metric_damping")}
         options |= {f"refine-{name}": refine.get(name) for name in ("centred", "dense")}
