@@ -19,12 +19,14 @@ from unirank.analysis.calibration import settled
 from unirank.analysis.manifest import MANIFEST
 from unirank.analysis.needs import dry_run
 from unirank.analysis.redraw import redrawn_windows
+from unirank.analysis.scheme import scheme
 from unirank.analysis.store import open_store
 from unirank.cli import options
 from unirank.compression.second_fit import Pair
 from unirank.types import LoadedModel
 
 LAYERS = 3
+WHITEN = scheme("whiten")
 DEFAULT = module.CLIP  # before a fixture puts another one in its place
 
 
@@ -153,9 +155,9 @@ def test_a_clip_that_is_not_legal_is_named(clip: Any, text_file: Path) -> None:
 
 def test_what_is_said_goes_first(settings: unirank.Calibration, undisturbed: Path, default: float) -> None:
     store = open_store(undisturbed)
-    assert settled(unsaid(settings)).clip == default
-    assert settled(unsaid(settings), None, store).clip == 0
-    assert settled(dataclasses.replace(settings, clip=4), store).clip == 4
+    assert settled(unsaid(settings), WHITEN).clip == default
+    assert settled(unsaid(settings), WHITEN, None, store).clip == 0
+    assert settled(dataclasses.replace(settings, clip=4), WHITEN, store).clip == 4
 
 
 def test_windows_are_redrawn_and_a_dry_run_runs(

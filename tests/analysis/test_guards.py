@@ -127,7 +127,7 @@ def test_the_command_line_says_it_in_one_yellow_line_in_its_own_words(
     model_dir: Path, run_unirank, tmp_path: Path
 ) -> None:
     text = words(tmp_path / "t.txt", 400)
-    options = ["--calib", text, "--windows", 1, "--window", 16, "--device", "cpu", "--shrink", 0]
+    options = ["--calib", text, "--windows", 1, "--window", 16, "--device", "cpu"]
     for more in (["--dry-run"], ["--json"]):
         code, out, err = run_unirank("analyze", model_dir, "-o", tmp_path / "store", *options, *more)
         assert code == 0, err

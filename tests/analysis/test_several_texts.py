@@ -199,7 +199,7 @@ def test_the_identity_has_each_text(make_model, both, first: Path, second: Path,
 
 
 def test_one_text_is_recorded_as_ever(make_model, first: Path, tmp_path: Path) -> None:
-    calibration = unirank.Calibration(str(first), windows=4, window=24, batch=2, clip=0, shrink=0, shares=[5])
+    calibration = unirank.Calibration(str(first), windows=4, window=24, batch=2, clip=0, shares=[5])
     store = unirank.analyze(make_model(), tmp_path / "store", calibration=calibration)
     assert json.loads((store.path / MANIFEST).read_text())["identity"]["calibration"].keys() == {
         *("text", "text_sha256", "windows_sha256", "windows", "window", "seed", "batch", "gradient_windows")

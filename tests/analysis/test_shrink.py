@@ -17,10 +17,11 @@ from typer.models import OptionInfo
 import unirank
 from tests.support.command_line import Run
 from tests.support.stores import contents
-from unirank.analysis import calibration as module
 from unirank.analysis.calibration import settled
 from unirank.analysis.deficient import deficient
 from unirank.analysis.manifest import MANIFEST
+from unirank.analysis.scheme import scheme as scheme_of
+from unirank.analysis.scheme.base import SHRINK
 from unirank.analysis.store import open_store
 from unirank.cli import options
 from unirank.compression.card import calibration_line
@@ -171,13 +172,22 @@ def test_a_share_that_is_not_legal_is_named(shrink: Any) -> None:
         unirank.Calibration(shrink=shrink)
 
 
-def test_what_is_said_goes_first(settings: unirank.Calibration, undisturbed: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "SHRINK", 0.5)
-    unsaid = dataclasses.replace(settings, shrink=None)
-    store = open_store(undisturbed)
-    assert settled(unsaid).shrink == 0.5
-    assert settled(unsaid, None, store).shrink == 0
-    assert settled(dataclasses.replace(settings, shrink=0.75), store).shrink == 0.75
+def test_what_is_said_goes_first(settings: unirank.Calibration, undisturbed: Path) -> None:
+    unsaid, said = (dataclasses.replace(settings, shrink=shrink) for shrink in (None, 0.75))
+    store, afm, whiten = open_store(undisturbed), scheme_of("afm"), scheme_of("whiten")
+    assert (settled(unsaid, afm).shrink, settled(unsaid, whiten).shrink) == (0.1, 0.0)
+    assert settled(unsaid, afm, source=store).shrink == 0.1  # whose gradients are taken says nothing about it
+    assert settled(unsaid, afm, store).shrink == 0.0
+    assert settled(said, afm, store, store).shrink == 0.75
+
+
+@pytest.mark.parametrize(("scheme", "share"), [("whiten", None), ("afm", 0.1), ("kfac", 0.1), ("svd", None)])
+def test_the_default_is_the_schemes(
+    scheme: str, share: float | None, loaded: LoadedModel, settings: unirank.Calibration, tmp_path: Path
+) -> None:
+    calibration = dataclasses.replace(settings, shrink=None)
+    store = unirank.analyze(loaded, tmp_path / "store", calibration=calibration, scheme=scheme)
+    assert store.identity.calibration.shrink == share
 
 
 def test_gradients_are_shared_whatever_the_share(loaded: LoadedModel, settings, tmp_path: Path) -> None:
@@ -223,6 +233,12 @@ def test_the_command_takes_it(model_dir: Path, text_file: Path, tmp_path: Path, 
     assert "--shrink = 2.0 is not legal" in err
 
 
-def test_help_says_the_default() -> None:
-    (option,) = [one for one in get_args(options.Shrink) if isinstance(one, OptionInfo)]
-    assert f"Default: {module.SHRINK:g}, or that of a store" in str(option.help)
+def test_help_says_the_defaults() -> None:
+    shrink, refine = (
+        str(option.help)
+        for kind in (options.Shrink, options.RefineShrink)
+        for option in get_args(kind)
+        if isinstance(option, OptionInfo)
+    )
+    assert f"Default: {SHRINK:g} with afm and kfac, else 0;" in shrink
+    assert f"Default: {Refine().shrink:g}." in refine

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from unirank.analysis.scheme.base import Scheme
     from unirank.analysis.store import AnalysisStore
 
-# Where nothing is said, and no store is gone on with (**choice**, docs/experiments.md).
-CLIP, SHRINK = 2.0, 0.1
+CLIP = 2.0  # where nothing is said about clipping, and no store is gone on with (**choice**, docs/experiments.md)
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 GRADIENT_WINDOWS = 32  # where a scheme needs gradients and the user says nothing (**choice**)
 
@@ -46,7 +45,8 @@ class Calibration:
             moments (see `unirank.layerwise.clipping`); 0 is off, else at least 1. None is that of the store that is
             gone on with, or whose gradients are taken, and else the default, CLIP.
         shrink: share in [0, 1] by which what two channels of an input do together counts less in its moments (see
-            `unirank.layerwise.shrinkage`); 0 is off. None is as for `clip`, and else the default, SHRINK.
+            `unirank.layerwise.shrinkage`); 0 is off. None is that of the store that is gone on with, and else
+            the scheme's, `Scheme.shrink`.
         shares: of several texts, how many of the windows each gives, as positive numbers in any unit; None is equal
             shares. See `unirank.text.mixture` for rounding and order.
         precision: of the decomposition: "float64", or "float32" for GPUs whose float64 is slow; its errors are in
@@ -115,14 +115,21 @@ def _checked_shrink(shrink: float) -> float:
     return float(shrink)
 
 
-def settled(calibration: Calibration, *stores: AnalysisStore | None) -> Calibration:
-    """`calibration` with `clip` and `shrink`: those said, else of the first of `stores` there is, else the defaults."""
-    known = [store.identity.calibration for store in stores if store is not None]
-    found = {"clip": CLIP, "shrink": SHRINK}
-    if known:
-        found = {name: getattr(known[0], name) or 0.0 for name in found}
-    said = {name: getattr(calibration, name) for name in found}
-    return dataclasses.replace(calibration, **{name: found[name] for name, value in said.items() if value is None})
+def settled(
+    calibration: Calibration, scheme: Scheme, begun: AnalysisStore | None = None, source: AnalysisStore | None = None
+) -> Calibration:
+    """`calibration` with a clip and a share to shrink by, where they are not said.
+
+    Both are those of the store that is gone on with; else the clip is that of the store whose gradients are taken, or
+    CLIP, and the share the scheme's, for the other store may be of another scheme.
+    """
+    clip, shrink = calibration.clip, calibration.shrink
+    if clip is None:
+        known = begun or source
+        clip = CLIP if known is None else known.identity.calibration.clip or 0.0
+    if shrink is None:
+        shrink = scheme.shrink if begun is None else begun.identity.calibration.shrink or 0.0
+    return dataclasses.replace(calibration, clip=clip, shrink=shrink)
 
 
 def calibration_of(given: Calibration | str | Path | None) -> Calibration:

@@ -80,7 +80,7 @@ def fill_store(
     place = Path(store_path)
     asked, begun = calibration, _begun(place, overwrite)
     # A store that is gone on with keeps its clip and its shrinkage, also one from before there was any.
-    calibration = settled(asked, begun, source)
+    calibration = settled(asked, chosen, begun, source)
     backward = gradient_windows(calibration, chosen)
     if backward:
         loaded.require_no_experts("A backward pass")
@@ -95,7 +95,7 @@ def fill_store(
     if overwrite and begun is not None:
         alike = dataclasses.replace(identity, processes=begun.identity.processes)
         if identity_differences(begun.identity, alike, weights_like):  # it is replaced, and these with it
-            calibration = settled(asked, source)
+            calibration = settled(asked, chosen, source=source)
             identity = make_identity(loaded, texts, windows, calibration, backward, scheme, weights_sha256=weights)
     if source is not None:
         source.check_shared(identity, weights_like)

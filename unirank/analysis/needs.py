@@ -119,8 +119,8 @@ def dry_run(
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
     loaded.require_dense()
-    calibration = settled(calibration_of(calibration))
     chosen = scheme_of(scheme)
+    calibration = settled(calibration_of(calibration), chosen)
     backward = gradient_windows(calibration, chosen)
     texts = texts_of(loaded, calibration)
     windows, notes = checked_windows(loaded, texts, calibration, moments=chosen.needs_moment)

@@ -143,7 +143,8 @@ Shrink = Annotated[
     float | None,
     option(
         "Share by which what two channels of an input do together counts less than what each does, for the sake of "
-        "texts that did not calibrate; 0 is off. Default: 0.1, or that of a store that is gone on with.",
+        "texts that did not calibrate; 0 is off. Default: 0.1 with afm and kfac, else 0; or that of a store that is "
+        "gone on with.",
         group=_CALIBRATION,
     ),
 ]

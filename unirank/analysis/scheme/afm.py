@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from unirank.analysis.scheme.base import Problem, Scheme
+from unirank.analysis.scheme.base import SHRINK, Problem, Scheme
 from unirank.analysis.scheme.two_sided import Target, solve
 from unirank.types import Factors
 
@@ -32,4 +32,4 @@ def decompose(problems: Sequence[Problem]) -> list[Factors]:
     ]
 
 
-SCHEME = Scheme("afm", needs_moment=True, decompose=decompose)
+SCHEME = Scheme("afm", needs_moment=True, decompose=decompose, shrink=SHRINK)

@@ -15,6 +15,10 @@ from unirank.types import Factors, Gradient, Moment
 WORK_DTYPE = torch.float64
 
 
+# `Calibration.shrink` where nothing is said, of the schemes of our own presets (**choice**, docs/experiments.md).
+SHRINK = 0.1
+
+
 @dataclass(frozen=True)
 class Problem:
     """One matrix to decompose: `weight [M, N]`, and the moment of its input and its gradients where asked for."""
@@ -29,13 +33,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A decomposition scheme: a name, what it needs, and a function from problems to factors (same order)."""
+    """A decomposition scheme: a name, what it needs, and a function from problems to factors (same order).
+
+    Attributes:
+        shrink: `Calibration.shrink` where nothing is said about it.
+    """
 
     name: str
     needs_moment: bool
     decompose: Callable[[Sequence[Problem]], list[Factors]]
     needs_mean_abs: bool = False
     needs_gradient: bool = False
+    shrink: float = 0.0
 
 
 def eigh_descending(matrices: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

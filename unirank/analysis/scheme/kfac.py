@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from unirank.analysis.scheme.base import Problem, Scheme
+from unirank.analysis.scheme.base import SHRINK, Problem, Scheme
 from unirank.analysis.scheme.two_sided import Target, damped, solve
 from unirank.types import Factors
 
@@ -28,4 +28,4 @@ def decompose(problems: Sequence[Problem]) -> list[Factors]:
     return [dataclasses.replace(factors, damping=DAMPING) for factors in solve(targets)]
 
 
-SCHEME = Scheme("kfac", needs_moment=True, decompose=decompose, needs_gradient=True)
+SCHEME = Scheme("kfac", needs_moment=True, decompose=decompose, needs_gradient=True, shrink=SHRINK)
