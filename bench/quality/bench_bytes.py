@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None, step: Step = in_a_process) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     budgets = {f"{PRESET}-{100 * remove:g}": remove for remove in sorted(arguments.remove)}
     calibration = {"text": str(arguments.data / "wiki.valid.txt"), "windows": arguments.windows, "seed": 0, "clip": 2.0}
-    calibration["shrink"] = 0.0
     calibration |= {"window": arguments.window, "gradient_windows": arguments.windows}
     common = {"model": arguments.model, "preset": PRESET}
     made: dict[str, dict[str, Any]] = {"dense": {}}
