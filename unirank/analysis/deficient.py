@@ -2,9 +2,9 @@
 
 A moment of deficient rank has eigenvalues that are 0 but for rounding, and rounding makes about half of these negative.
 `eigh_descending` sets what is negative to 0, so an energy of exactly 0 tells of it, and none of full rank has one. The
-rank is at most what is left, and at most the number of tokens. Shrinkage gives energy to
-every direction, so a store that was made with it tells nothing; nor does one of float32, where rounding is larger than
-what a moment of full rank has at its end.
+rank is at most what is left, and at most the number of tokens. Shrinkage gives energy to every direction, so a store
+that was made with it tells nothing; nor does one of float32, where rounding is larger than what a moment of full rank
+has at its end.
 """
 
 from __future__ import annotations
