@@ -172,9 +172,8 @@ class AnalysisStore:
                 f"The gradients of the store {self.path} are not finished: {remaining} layers are missing."
             )
 
-        def plain(found: Identity) -> Identity:  # without what gradients do not depend on
-            used = replace(found.calibration, clip=None, shrink=None, precision=None)
-            return replace(found, scheme="", calibration=used)
+        def plain(of: Identity) -> Identity:  # without what gradients do not depend on
+            return replace(of, scheme="", calibration=replace(of.calibration, clip=None, shrink=None, precision=None))
 
         differs = identity_differences(plain(self.identity), plain(identity), weights)
         if differs:
