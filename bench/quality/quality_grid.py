@@ -32,9 +32,8 @@ def moments_of(job: dict[str, Any]) -> str:
 def cell_of(job: dict[str, Any]) -> str:
     """The name of a cell, by which an interrupted grid knows what it has."""
     recipe = job["preset"] or f"{job['scheme']} + {job['allocator']}"
-    clip = moments_of(job)
     form = ", pivoted" if job["form"] == "pivoted" else ""
-    return f"{recipe}, {job['remove']:.0%}, seed {job['seed']}{clip}{form}"
+    return f"{recipe}, {job['remove']:.0%}, seed {job['seed']}{moments_of(job)}{form}"
 
 
 def cells(
@@ -113,14 +112,13 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         "# Results",
         "",
         "Made by `python -m bench.quality.bench_quality`, cell by cell (`--grid`, `--parts`, `--preset NAMES`, with "
-        f"`--remove`, `--seeds`, `--clip` and `--form`, into one `--json` file), do not edit. {NAME}, float32, "
-        f"{meta['calibration_windows']} calibration windows of 512 tokens of WikiText-2's validation text, perplexity "
-        f"on the first {meta['evaluation_windows']} windows of 1024 tokens; tokens are not clipped and moments not "
-        "shrunk (`--clip 0 --shrink 0`) "
-        "unless the scheme says so. `wiki.test.raw` is WikiText-2's test text, `builtin-held-out` the held-out part of "
-        "Python's documentation; several seeds of the calibration are a mean, with the range. Ranks of any size; "
-        f"gradients from all windows. Python {meta['versions']['python']}, "
-        f"torch {meta['versions']['torch']}, {meta['device']}.",
+        "`--remove`, `--seeds`, `--clip`, `--shrink` and `--form`, into one `--json` file), do not edit. "
+        f"{NAME}, float32, {meta['calibration_windows']} calibration windows of 512 tokens of WikiText-2's validation "
+        f"text, perplexity on the first {meta['evaluation_windows']} windows of 1024 tokens; tokens are not clipped and "
+        "moments not shrunk (`--clip 0 --shrink 0`) unless the scheme says so. `wiki.test.raw` is WikiText-2's test "
+        "text, `builtin-held-out` the held-out part of Python's documentation; several seeds of the calibration are a "
+        "mean, with the range. Ranks of any size; gradients from all windows. "
+        f"Python {meta['versions']['python']}, torch {meta['versions']['torch']}, {meta['device']}.",
         "",
     ]
     for remove in sorted({row["remove"] for row in rows}):
