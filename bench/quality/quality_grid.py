@@ -116,8 +116,8 @@ def markdown(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> str:
         f"{NAME}, float32, {meta['calibration_windows']} calibration windows of 512 tokens of WikiText-2's validation "
         f"text, perplexity on the first {meta['evaluation_windows']} windows of 1024 tokens; tokens are not clipped "
         "and moments not shrunk (`--clip 0 --shrink 0`) unless the scheme says so. `wiki.test.raw` is WikiText-2's "
-        "test text, `builtin-held-out` the held-out part of Python's documentation; several seeds of the calibration are a "
-        "mean, with the range. Ranks of any size; gradients from all windows. "
+        "test text, `builtin-held-out` the held-out part of Python's documentation; several seeds of the calibration "
+        "are a mean, with the range. Ranks of any size; gradients from all windows. "
         f"Python {meta['versions']['python']}, torch {meta['versions']['torch']}, {meta['device']}.",
         "",
     ]
