@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.store import AnalysisStore, open_store
-from unirank.demands import require, with_gradients
+from unirank.demands import needs_of, require
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.inputs import loaded_from, ranks_text
@@ -226,21 +226,23 @@ def dry_run(
     Args:
         model: a path or hub name; or a model that `load(stream=True)` gave. One layer of it is read.
         place: where the store will be; the nearest directory that exists is written to, and left as it was.
-        remove: where a checkpoint will be written, the fraction removed.
+        remove: where a checkpoint will be written, the fraction removed; the time is then that of the whole preset.
         stream: whether the run will stream.
 
     `preset`, `scheme`, `calibration`, `keep_hidden` and what loads the model are as in `analyze`.
 
     Raises InputError, NonFiniteError and WriteError like `analyze`.
     """
-    from unirank.analysis import needs
-
     chosen = recipe(preset, scheme=scheme)
-    asked = with_gradients(calibration_of(calibration), chosen)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "stream": True}
     loaded = loaded_from(model, None, dtype=dtype, device=device, **options)
-    more: dict[str, Any] = {"remove": remove, "keep_hidden": keep_hidden, "progress": told(progress)}
-    return needs.dry_run(loaded, Path(place), scheme=chosen.scheme, calibration=asked, stream=stream, **more)
+    tell, more = told(progress), {"stream": stream, "keep_hidden": keep_hidden}
+    if remove is None:
+        return needs_of(loaded, Path(place), chosen, calibration, remove=None, progress=tell, **more)
+    job = Job(
+        remove=remove, ranks=None, recipe=chosen, min_rank=1, multiple_of=None, calibration=calibration, progress=tell
+    )
+    return job.needs(loaded, Path(place), **more)
 
 
 @shows_progress

@@ -1,13 +1,20 @@
-"""What a recipe demands: of a finished store, and of the calibration that makes one."""
+"""What a recipe demands: of a finished store, of the calibration that makes one, and of the machine."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
+from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration, calibration_of
 from unirank.analysis.store import AnalysisStore
 from unirank.errors import InputError, StoreError, capitalised
 from unirank.recipes import Preset
+from unirank.stages import with_stages_behind
+from unirank.types import LoadedModel
+
+if TYPE_CHECKING:
+    from unirank.analysis.needs import Needs
 
 
 def require(store: AnalysisStore, chosen: Preset) -> None:
@@ -43,3 +50,28 @@ def with_gradients(calibration: Calibration, chosen: Preset) -> Calibration:
             )
         return calibration
     return dataclasses.replace(calibration, gradient_windows=min(GRADIENT_WINDOWS, calibration.windows))
+
+
+def needs_of(
+    loaded: LoadedModel,
+    place: Path,
+    chosen: Preset,
+    calibration: Calibration | str | Path | None,
+    *,
+    remove: float | None,
+    ranks_are_given: bool = False,
+    **more: Any,
+) -> Needs:
+    """What a recipe needs of this machine: its analysis, and with `remove` all of it.
+
+    Args:
+        ranks_are_given: whether no allocator will run.
+        more: of `unirank.analysis.needs.dry_run`.
+    """
+    from unirank.analysis.needs import dry_run
+
+    asked = with_gradients(calibration_of(calibration), chosen)
+    found = dry_run(loaded, place, scheme=chosen.scheme, calibration=asked, remove=remove, **more)
+    if remove is None:
+        return found
+    return with_stages_behind(found, loaded, chosen, asked, ranks_are_given=ranks_are_given)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
-from unirank.demands import require, with_gradients
+from unirank.demands import needs_of, require, with_gradients
 from unirank.display import shows_progress, told
 from unirank.distributed import rank
 from unirank.errors import InputError, capitalised
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from unirank.analysis.needs import Needs
     from unirank.compression.checkpoint import CompressedModel
     from unirank.compression.refine import Refine
     from unirank.planning.allocator.base import Workbench
@@ -167,20 +168,36 @@ class Job:
                     f"{name}=True covers analysis and truncation; {self.choose.whole_model_for} would run the whole "
                     f"model. Leave out {name}=True, or say what to remove with remove=."
                 )
-            if asked and self.tokens_for:
-                raise InputError(
-                    f"{name}=True covers analysis and truncation; {self.tokens_for} would run the whole model. "
-                    f"Leave out {name}=True, or take preset='unirank', which does neither."
-                )
+        if stream and self.tokens_for:
+            raise InputError(
+                f"stream=True covers analysis and truncation; {self.tokens_for} would run the whole model. "
+                "Leave out stream=True, or take preset='unirank', which does neither."
+            )
 
-    def check_model(self, loaded: LoadedModel) -> None:
-        """Raise InputError where this model cannot be compressed as asked; before any expensive work."""
+    def needs(self, loaded: LoadedModel, place: Path, *, stream: bool, **more: Any) -> Needs:
+        """What `run` will need, from the work on one layer; raises what that would find wrong before the analysis.
+
+        Args:
+            loaded: streamed, whatever the run will do, which is `stream`.
+            more: of `unirank.analysis.needs.dry_run`.
+        """
+        self.check(stream=stream, dry_run=True)
+        self.check_model(loaded, dry_run=True)
+        more |= {"remove": self.remove or 0.0, "ranks_are_given": self.ranks is not None, "progress": self.progress}
+        return needs_of(loaded, place, self.recipe, self.calibration, stream=stream, **more)
+
+    def check_model(self, loaded: LoadedModel, *, dry_run: bool = False) -> None:
+        """Raise InputError where this model cannot be compressed as asked; before any expensive work.
+
+        Args:
+            dry_run: `loaded` is streamed, whatever the run will do, so it cannot be asked to write.
+        """
         loaded.require_dense()
-        if self.tokens_for:
+        if self.tokens_for and not dry_run:
             loaded.require_whole(capitalised(self.tokens_for))
         if self.recipe.afterwards:
             loaded.require_no_experts(capitalised(" and ".join(self.recipe.afterwards)))
-        if self.recipe.heal is not None and self.recipe.heal.samples:
+        if self.recipe.heal is not None and self.recipe.heal.samples and not dry_run:
             from unirank.finetuning.sampling import check_can_sample
 
             check_can_sample(loaded.model, loaded.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from unirank import costs
@@ -15,6 +16,7 @@ from unirank.types import LoadedModel
 if TYPE_CHECKING:
     from unirank.analysis.calibration import Calibration
     from unirank.analysis.identity import CalibrationIdentity
+    from unirank.analysis.needs import Needs
     from unirank.analysis.store import AnalysisStore
 
 
@@ -52,6 +54,25 @@ def planning_stages(sizes: Sizes, recipe: Preset, *, window: int) -> list[Stage]
     known = _MEASURING.get(recipe.allocator)
     options = {**allocator_of(recipe.allocator).options, **recipe.options}
     return [] if known is None else known(sizes, options, window)
+
+
+def with_stages_behind(
+    needs: Needs, loaded: LoadedModel, recipe: Preset, calibration: Calibration, *, ranks_are_given: bool
+) -> Needs:
+    """What a dry run found, with the time of the stages that run the model behind the analysis.
+
+    They are not tried: what they cost beside an analysis of this model is in `unirank.costs`, and the dry run says how
+    many seconds that analysis takes here.
+
+    Args:
+        needs: of a dry run with `remove`.
+    """
+    sizes, numbers = Sizes.of(loaded), {"windows": calibration.windows, "window": calibration.window}
+    tried = analysis_stages(sizes, recipe.scheme, **numbers, backward=_backward(recipe, calibration))
+    rate = needs.seconds / sum(stage.work for stage in [*tried, costs.truncation(sizes), costs.save(sizes)])
+    stages = stages_behind(sizes, recipe, **numbers, ranks_are_given=ranks_are_given)
+    behind = {stage.name: rate * stage.work for stage in stages if stage.name != "truncate"}  # the dry run has it
+    return replace(needs, seconds=needs.seconds + sum(behind.values()), behind=behind)
 
 
 def _lems(sizes: Sizes, options: Mapping[str, float], window: int) -> list[Stage]:

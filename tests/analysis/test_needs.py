@@ -13,10 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import unirank
 from tests.support.command_line import Run
 from tests.support.pretend import pretend_gpu
-from unirank import InputError
+from unirank import InputError, costs
 from unirank.analysis import needs as module
 from unirank.analysis.needs import Needs, dry_run
 from unirank.analysis.overlap import THREADS, Shares, needs_of_decomposition
+from unirank.costs import Sizes
+from unirank.recipes import preset as preset_of
+from unirank.stages import with_stages_behind
 
 GIB = 2**30
 ROOMY = Needs(10.0, 2 * GIB, 2 * GIB, GIB, GIB, 4 * GIB, 4 * GIB, 3, "cpu")
@@ -110,17 +113,60 @@ def test_the_commands_print_it_and_do_nothing_else(
     assert "0.01 GiB are free; a shorter --window" in err
 
 
-@pytest.mark.parametrize("flag", ["--stream", "--dry-run"])
-def test_recipes_that_run_the_whole_model_are_refused(
-    flag: str,
-    run_unirank: Run,
-    model_dir: Path,
-    tmp_path: Path,
-) -> None:
+def test_recipes_that_run_the_whole_model_cannot_be_streamed(run_unirank: Run, model_dir: Path, tmp_path: Path) -> None:
     arguments = ["compress", model_dir, "-r", 0.3, "-o", tmp_path / "out", "--preset", "fast"]
-    code, _, err = run_unirank(*arguments, flag)
+    code, _, err = run_unirank(*arguments, "--stream")
     assert code == 2
     assert "the allocator lems and the second pass would run the whole model" in err
+
+
+@pytest.mark.parametrize(
+    ("preset", "stages"),
+    [
+        ("unirank", []),
+        ("fast", ["measure each linear", "refine"]),
+        ("healed", ["measure each linear", "refine", "heal"]),
+        ("distilled", ["measure each linear", "refine", "heal", "sample", "distill"]),
+    ],
+)
+def test_the_time_of_what_follows_the_analysis_is_told(
+    preset: str, stages: list[str], run_unirank: Run, model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    common = ["--calib", text_file, "--windows", 6, "--window", 24, "--device", "cpu", "--dry-run"]
+    arguments = ["compress", model_dir, "-r", 0.3, "-o", tmp_path / "out", "--preset", preset, *common]
+    before = files(tmp_path)
+    code, out, err = run_unirank(*arguments, "--json")
+    record = json.loads(out)
+    assert (code, err) == (0, "")
+    assert files(tmp_path) == before
+    assert list(record["behind"]) == stages
+    assert all(seconds > 0 for seconds in record["behind"].values())
+    assert sum(record["behind"].values()) < record["seconds"]
+    code, out, _ = run_unirank(*arguments)
+    assert code == 0
+    assert all(f"  {stage} " in out for stage in stages)
+    assert ("from a table of costs" in out) is bool(stages)
+
+
+def test_the_time_of_the_stages_is_that_of_the_table(
+    streamed, calibration: unirank.Calibration, tmp_path: Path
+) -> None:
+    """In units of the analysis, with truncation and writing, that the dry run has worked on."""
+    chosen = preset_of("healed")
+    asked = dataclasses.replace(calibration, gradient_windows=4)
+    needs = dataclasses.replace(ROOMY, seconds=100.0)
+    found = with_stages_behind(needs, streamed, chosen, asked, ranks_are_given=True)
+    sizes, tokens = Sizes.of(streamed), asked.windows * asked.window
+    tried = [costs.gradients(sizes, 4 * asked.window), costs.calibration(sizes, "kfac", tokens)]
+    tried += [costs.truncation(sizes), costs.save(sizes)]
+    rate = 100 / sum(stage.work for stage in tried)
+    assert found.behind == {
+        "refine": pytest.approx(rate * costs.second_pass(sizes, tokens).work),
+        "heal": pytest.approx(rate * costs.healing(sizes, tokens, 3).work),
+    }
+    assert found.analysis_seconds == pytest.approx(100)
+    assert "seconds:" not in repr(needs)
+    assert "seconds: analysis 100, refine" in repr(found)
 
 
 def test_streamed_commands_give_the_same_checkpoint(

@@ -149,6 +149,8 @@ def test_a_dry_run_works_on_a_layer_of_experts(
     needs = dry_run(unirank.load(dense, device="cpu", stream=True), tmp_path / "store", calibration=calibration)
     assert needs.layers == 3
     assert set(seen) == {8}
+    with pytest.raises(unirank.InputError, match=r"is not available for mixtures of experts"):
+        unirank.dry_run(dense, tmp_path / "store", preset="fast", calibration=calibration, remove=0.3, device="cpu")
 
 
 def test_what_experts_cannot_have_is_refused_before_any_work(

@@ -14,6 +14,7 @@ import unirank
 from tests.support.measured import a_curve
 from tests.support.tiny import build
 from unirank.analysis.deficient import Deficient
+from unirank.analysis.identity import TextIdentity
 from unirank.analysis.store import open_store
 from unirank.compression.evaluations import evaluation_of
 from unirank.errors import InputError
@@ -172,6 +173,13 @@ def test_every_warning_has_its_rule(plain: ReportData) -> None:
     assert "Perplexity on first is of the calibration text, and so too good." in said(
         measured(calm, evaluation_of(same))
     )
+    builtin = replace(identity, calibration=replace(identity.calibration, text="builtin"))
+    assert "Calibrated on the built-in text, Python's documentation" in said(
+        replace(calm, record=replace(calm.record, identity=builtin))
+    )
+    texts = tuple(TextIdentity(name=name, sha256="0", windows=3) for name in ("a.txt", "builtin"))
+    several = replace(identity, calibration=replace(identity.calibration, text="a.txt,builtin", texts=texts))
+    assert "Calibrated on the built-in text" in said(replace(calm, record=replace(calm.record, identity=several)))
     damped = replace(calm, damping={**calm.damping, first.name: 0.01})
     assert f"1 of {len(calm.damping)} matrices were damped, at most by 0.01 of the mean ({first.name})" in said(damped)
     assert "at most 5 of 16" in said(replace(calm, deficient=(Deficient(first.name, 5, 16),)))

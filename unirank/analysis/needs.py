@@ -1,13 +1,13 @@
-"""What an analysis will need, from the work on one layer: memory, disk, time."""
+"""What a run will need, from the work on one layer: memory, disk, time."""
 
 from __future__ import annotations
 
 import resource
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,12 @@ class Needs:
     """What a run needs. Bytes and seconds; memory and disk are peaks of the run, `available_*` what is there now.
 
     Attributes:
-        memory: of the process; on a GPU, of the GPU.
+        seconds: of all of it.
+        memory: of the process; on a GPU, of the GPU. Of the analysis, and of writing the checkpoint of its factors.
         whole_memory, stream_memory: the same when the model is loaded as a whole, and when it is streamed.
         disk: of store and, where `remove` was given, checkpoint, with what is deleted again.
+        behind: seconds of each stage that runs the model again behind the analysis, by its name; part of `seconds`.
+            Not measured: see `unirank.stages.with_stages_behind`.
     """
 
     seconds: float
@@ -60,10 +63,19 @@ class Needs:
     available_disk: int
     layers: int
     device: str
+    behind: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def analysis_seconds(self) -> float:
+        """Without the stages behind the analysis."""
+        return self.seconds - sum(self.behind.values())
 
     def __repr__(self) -> str:
+        parts = {"analysis": self.analysis_seconds, **self.behind} if self.behind else {}
+        told = ", ".join(f"{name} {seconds:,.0f}" for name, seconds in parts.items())
         return looks.lines(
             f"Needs: {'it fits' if self.fits else 'it does not fit'}; about {self.seconds:,.0f} s on {self.device}",
+            f"seconds: {told}" if told else "",
             f"memory: {gib(self.memory)} of {gib(self.available_memory)}; whole {gib(self.whole_memory)}, "
             f"streamed {gib(self.stream_memory)}",
             f"disk: {gib(self.disk)} of {gib(self.available_disk)}",

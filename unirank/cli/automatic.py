@@ -67,6 +67,7 @@ def auto_command(
     """Choose preset and ratio for a target, compress, and write the report. Analyses and points stay in OUT-curve."""
     from unirank.compression.card import PLAN_FILE
     from unirank.disk.files import beside, check_output
+    from unirank.report.cautions import built_in
     from unirank.report.keeping import write_usual_page
     from unirank.report.write import check_page, usual_page
     from unirank.tradeoff.automatic import auto
@@ -109,6 +110,7 @@ def auto_command(
             record,
             tried_table(result),
             f"Preset {result.preset}. {reached_line(result.reached)}",
+            *built_in(result.compressed.identity),
             sizes_line(sizes, result.compressed.report.removed_of_targets),
             *page.lines(str(out)),
             f"{result.seconds / 60:.1f} minutes. Analyses and points are in {place}; delete it when you need no more.",

@@ -253,14 +253,15 @@ def compress_command(
     as_json: options.Json = False,
 ) -> None:
     """Analyze, plan, truncate and save a checkpoint that transformers loads after `import unirank`."""
+    import unirank
     from unirank.analysis.deficient import deficient, told
     from unirank.analysis.store import open_store
-    from unirank.api import dry_run as needs_of
     from unirank.compression.card import PLAN_FILE
     from unirank.disk.files import beside, check_output
     from unirank.finetuning.settings import Heal
     from unirank.job import Job
     from unirank.recipes import recipe as recipe_of
+    from unirank.report.cautions import built_in
     from unirank.report.keeping import write_usual_page
     from unirank.report.write import check_page, usual_page
     from unirank.tradeoff.choosing import TargetChooser
@@ -307,8 +308,8 @@ def compress_command(
         if report:
             check_page(usual_page(out), overwrite=overwrite, ours=True)
         if dry_run:
-            asked: dict[str, Any] = {"scheme": recipe.scheme, "calibration": job.calibration, "remove": remove or 0.0}
-            _show_needs(session, needs_of(model, place, progress=session.progress, **asked, **loading))
+            loaded = unirank.load(model, **{**loading, "stream": True})
+            _show_needs(session, job.needs(loaded, place, stream=stream))
             return
         # A store that the user named is never replaced in passing.
         replace = overwrite and store is None
@@ -331,6 +332,7 @@ def compress_command(
         lines = views.compress_view(compressed, out, place)
         if short := deficient(made_from := open_store(place)):
             lines.append(in_flags(told(short, len(made_from.linears))))
+        lines += built_in(compressed.identity)
         lines.append(endings.sizes_line(record, compressed.report.removed_of_targets))
         if reached is not None:
             record["target"] = reached.as_dict()

@@ -307,15 +307,18 @@ def info_table(record: dict[str, Any]) -> Table:
 def needs_view(found: Needs) -> tuple[Any, ...]:
     """What a run will need, beside what is there."""
     table = Table(box=None, show_header=False)
+    parts = {"analysis": found.analysis_seconds, **found.behind} if found.behind else {}
     rows = {
         "time": _duration(found.seconds),
+        **{f"  {name}": _duration(seconds) for name, seconds in parts.items()},
         "memory": f"{gib(found.memory)} of {gib(found.available_memory)} ({found.device})",
         "memory whole / streamed": f"{gib(found.whole_memory)}, {gib(found.stream_memory)}",
         "disk": f"{gib(found.disk)} of {gib(found.available_disk)}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    return (f"Estimate from one of {found.layers} layers:", table)
+    told = "Memory and disk are the analysis's. The time of what follows it is from a table of costs, made on a CPU."
+    return (f"Estimate from one of {found.layers} layers:", table, *([told] if parts else []))
 
 
 def _duration(seconds: float) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from unirank.analysis.identity import Identity
 from unirank.compression.trainings import trainings
 from unirank.report import html
 from unirank.report.gather import ReportData
 from unirank.report.html import percent
 from unirank.report.measured import busy, newest, perplexities
+from unirank.text.windows import BUILTIN
 from unirank.types import DENSE
 
 # **choice**: a layer that keeps less than this share of what the median layer keeps is said to have collapsed. Plans
@@ -20,9 +22,9 @@ _NAMED = 3  # matrices that are listed by name
 
 RULES = (
     f"No matrix has a rank of 1; no layer keeps less than {COLLAPSED:g} of what the median layer keeps; there were at "
-    "least as many calibration tokens as the widest linear has inputs, and they showed all directions; nothing was "
-    f"measured on the calibration text; no perplexity is more than {UNUSABLE:g} times the dense one; no matrix was "
-    "damped"
+    "least as many calibration tokens as the widest linear has inputs, they showed all directions, and they were not "
+    "the built-in text's; nothing was measured on the calibration text; no perplexity is more than "
+    f"{UNUSABLE:g} times the dense one; no matrix was damped"
 )
 
 
@@ -45,6 +47,7 @@ def cautions(data: ReportData) -> list[str]:
         *_rank_one(data),
         *_calibration(data),
         *_deficient(data),
+        *built_in(data.record.identity),
         *_same_text(data),
         *_damped(data),
         *_busy(data),
@@ -110,6 +113,19 @@ def _deficient(data: ReportData) -> list[str]:
         f"For {len(data.deficient)} of {len(data.linears)} linears the calibration tokens show too few directions, "
         f"least for {worst.name} (at most {worst.rank:,} of {worst.k:,}): the rest was cut away unseen. More "
         "--windows, or other text, show more."
+    ]
+
+
+def built_in(identity: Identity | None) -> list[str]:
+    """Whether the text is the one that everybody has at hand; a file of the user's with that name is taken for it."""
+    if identity is None:
+        return []
+    used = [text.name for text in identity.calibration.texts or ()] or [identity.calibration.text]
+    if BUILTIN not in used:
+        return []
+    return [
+        "Calibrated on the built-in text, Python's documentation, which does for a first try. For a model that will be "
+        "used, name a text like what it will read: --calib my-text.txt."
     ]
 
 
