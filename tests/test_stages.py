@@ -93,6 +93,27 @@ def test_so_do_an_analysis_and_a_plan(model_dir: Path, text_file: Path, tmp_path
     watching.check()
 
 
+@pytest.mark.filterwarnings("ignore::unirank.errors.UnirankWarning")
+def test_so_does_a_curve(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """Its points cost unlike much, so half of them are not half of the work."""
+    calibration = unirank.Calibration(text=str(text_file), windows=4, window=24, batch=2)
+    asked: dict[str, Any] = {"remove": (0.1, 0.3), "more": 1, "texts": str(text_file), "window": 24, "limit": 2}
+    asked |= {"calibration": calibration, "place": tmp_path / "out", "device": "cpu"}
+    one = ["gradients", "calibrate and decompose"]
+    two = ["calibrate and decompose, whiten", *(f"{stage}, kfac" for stage in one)]
+    for presets, first in ((("unirank", "best"), two), (("best",), one)):  # the second time all of it is there
+        watching = Watching()
+        unirank.curve(model_dir, presets=presets, **asked, progress=watching)
+        assert list(watching.announced) == [*first, "measure each linear", "points"]
+        assert watching.unannounced == []
+        assert all(watching.ended.values())
+        assert {name for name in watching.reported if name != "measure each linear"} == {*first, "points"}
+    points = watching.announced["points"]
+    assert len(points.parts) == 4  # dense, two fractions, one more
+    assert points.share(1, 4) < 0.1
+    assert points.share(4, 4) == pytest.approx(1.0)
+
+
 SMOLLM2 = Sizes._of(
     tuple(
         (layer, m, n)

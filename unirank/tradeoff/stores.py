@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from unirank.analysis.calibration import Calibration, calibration_of
 from unirank.analysis.store import MANIFEST, AnalysisStore, open_store
+from unirank.costs import Sizes
+from unirank.demands import with_gradients
 from unirank.job import Job, analyze_for
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, Stage, silent
 from unirank.recipes import Preset
+from unirank.stages import analysis_stages
 from unirank.types import LoadedModel
 
 
@@ -48,6 +52,20 @@ class Stores:
         place = self.place(recipe.scheme)
         return not self._overwrite and (place / MANIFEST).is_file() and open_store(place).complete
 
+    def stages(self) -> list[Stage]:
+        """Of the analyses, to be announced; those of finished stores too, which end as soon as they begin."""
+        sizes, found = Sizes.of(self._loaded), list[Stage]()
+        for scheme, recipe in self._needs.items():
+            asked = with_gradients(calibration_of(self._calibration), recipe)
+            numbers = {"windows": asked.windows, "window": asked.window, "backward": asked.gradient_windows or 0}
+            made = analysis_stages(sizes, scheme, **numbers)
+            found += [replace(stage, name=self._named(stage.name, scheme)) for stage in made]
+        return found
+
+    def _named(self, stage: str, scheme: str) -> str:
+        """A stage, told apart from that of another scheme."""
+        return stage if len(self._needs) == 1 else f"{stage}, {scheme}"
+
     def of(self, recipe: Preset) -> AnalysisStore:
         """The store of a recipe. Raises like `unirank.analyze`."""
         scheme = recipe.scheme
@@ -58,6 +76,10 @@ class Stores:
     def _make(self, recipe: Preset) -> AnalysisStore:
         place = self.place(recipe.scheme)
         finished = self.finished(recipe)
+
+        def told(stage: str, done: int, total: int) -> None:
+            self._progress(self._named(stage, recipe.scheme), done, total)
+
         source = next((store.path for store in self._made.values() if store.has_gradients), None)
         if finished or source is None or not recipe.needs_gradients:
             job = Job(
@@ -67,7 +89,7 @@ class Stores:
                 min_rank=1,
                 multiple_of=None,
                 calibration=self._calibration,
-                progress=self._progress,
+                progress=told,
             )
             return job.analyze(self._loaded, place, overwrite=self._overwrite)
         return analyze_for(
@@ -77,5 +99,5 @@ class Stores:
             calibration_of(self._calibration),
             gradients_from=source,
             overwrite=self._overwrite,
-            progress=self._progress,
+            progress=told,
         )

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unirank import costs
 from unirank.analysis.calibration import Calibration, calibration_of
+from unirank.analysis.identity import CalibrationIdentity
 from unirank.analysis.store import AnalysisStore, open_store
+from unirank.costs import Sizes
 from unirank.demands import require
 from unirank.disk.files import make_directory, write_text
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.evaluation.measured_curve import Curve, CurvePoint
 from unirank.inputs import loaded_from
-from unirank.progress import OnProgress, Progress
+from unirank.progress import OnProgress, Progress, Stage, expect
 from unirank.rank_plan import check_form
 from unirank.recipes import Preset, recipe
+from unirank.stages import planning_stages, stages_behind
 from unirank.text.windows import BUILTIN_HELD_OUT
 from unirank.tradeoff.kept import CURVE_FILE, Kept
 from unirank.tradeoff.ladder import MORE, check_ladders, next_fraction
@@ -136,7 +140,8 @@ def curve(
             progress=between_points(report),
         )
         asked = _Asked(recipes, ladders, more, {"form": form, "min_rank": min_rank, "multiple_of": multiple_of})
-        return _Sweep(points, asked, folder, report).run()
+        tokens = calibration_of(calibration) if analysis is None else analysis.identity.calibration
+        return _Sweep(points, asked, folder, report, made.stages() if analysis is None else [], tokens).run()
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,23 @@ class _Asked:
 class _Sweep:
     """Measures the points in order, and writes the curve behind each."""
 
-    def __init__(self, points: Points, asked: _Asked, folder: Path | None, progress: OnProgress) -> None:
+    def __init__(
+        self,
+        points: Points,
+        asked: _Asked,
+        folder: Path | None,
+        progress: OnProgress,
+        analyses: Sequence[Stage],
+        calibration: Calibration | CalibrationIdentity,
+    ) -> None:
+        """Measure nothing yet.
+
+        Args:
+            analyses: stages of those that are to be made first.
+            calibration: how many tokens there are.
+        """
         self._points, self._asked, self._folder, self._progress = points, asked, folder, progress
+        self._analyses, self._calibration = analyses, calibration
         self._found: list[CurvePoint] = []
         self._unreachable: list[dict[str, object]] = []
 
@@ -162,6 +182,7 @@ class _Sweep:
         ladders = {name: self._reachable(name) for name in asked.recipes}
         if not any(ladders.values()):
             raise InputError(f"No fraction of remove= is in reach: {self._unreachable[0]['reason']}")
+        self._announce(ladders)
         for name, chosen in asked.recipes.items():
             if ladders[name]:
                 points.store(chosen)  # made now, where it is not there
@@ -183,6 +204,21 @@ class _Sweep:
                 done += 1
                 self._progress("points", done, total)
         return self._curve()
+
+    def _announce(self, ladders: Mapping[str, Sequence[float]]) -> None:
+        """What will be done, before any of it: analyses, what allocators measure, points, which cost unlike much."""
+        sizes, tokens = Sizes.of(self._points.loaded), self._calibration
+        read = sum(costs.evaluation(sizes, "", text.windows.numel()).work for text in self._points.texts)
+        works, measuring = [read], dict[str, Stage]()
+        for name, ladder in ladders.items():
+            chosen = self._asked.recipes[name]
+            made = stages_behind(sizes, chosen, windows=tokens.windows, window=tokens.window, ranks_are_given=True)
+            works += [read + sum(stage.work for stage in made)] * (len(ladder) + min(1, len(ladder)) * self._asked.more)
+            if ladder:
+                measuring |= {stage.name: stage for stage in planning_stages(sizes, chosen, window=tokens.window)}
+        whole = sum(works)
+        parts = tuple((1 / len(works), work / whole) for work in works) if whole else ()
+        expect(self._progress, [*self._analyses, *measuring.values(), Stage("points", whole, parts)])
 
     def _reachable(self, name: str) -> list[float]:
         """The fractions above 0 that can be had; what cannot be is noted. Raises InputError for other reasons."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unirank.progress import OnProgress
 
 # Stages of a single point, which would begin again at each.
-_WITHIN = ("truncate", "perplexity", "speed", "refine", "heal", "train", "distill")
+_WITHIN = ("truncate", "perplexity", "speed", "refine", "heal", "train", "sample", "distill")
 
 
 def between_points(progress: OnProgress) -> OnProgress:
