@@ -16,7 +16,7 @@ from tests.support.command_line import Run
 from tests.support.measured import a_curve
 from tests.support.tiny import WORDS
 from unirank import Curve, InputError, StoreError
-from unirank.cli.how_far import curve_command, read_ladders
+from unirank.cli.how_far import curve_command, curve_view, read_ladders
 from unirank.evaluation import perplexity
 from unirank.tradeoff import sweep
 from unirank.tradeoff.ladder import LADDER
@@ -182,6 +182,11 @@ def test_markdown_has_a_row_a_point() -> None:
     rows = [line for line in markdown(a_curve()).splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["preset", "dense", "unirank", "unirank", "fast"]
     assert " 24.00 | 1.200 | 36.00 | 1.200 |" in rows[2]
+
+
+def test_what_comes_next_is_a_point_of_the_preset_that_is_named() -> None:
+    said = str(curve_view(a_curve(), [], "a/model", Path("out"), None, None)[-1])
+    assert said == "Next: unirank compress a/model -o OUT --preset fast --store out/analysis-afm --remove 0.2"
 
 
 def test_the_command(dense: Path, text_file: Path, other: Path, tmp_path: Path, run_unirank: Run) -> None:

@@ -177,7 +177,7 @@ def curve_view(
 
     place = store or out / f"analysis-{preset_of(best).scheme}"
     command: list[object] = ["compress", model, "-o", "OUT", "--preset", best, "--store", place]
-    command += ["--remove", f"{curve.points[0].remove:g}"]
+    command += ["--remove", f"{next(point.remove for point in curve.points if point.preset == best):g}"]
     if calib is not None and preset_of(best).needs_tokens:
         command += ["--calib", calib]
     return [table, *notes_of(curve), f"Written: {', '.join(map(str, files))}.", next_line(*command)]
