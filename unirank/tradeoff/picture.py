@@ -89,6 +89,7 @@ def write_curve(curve: Curve, out: Path, *, png: bool = False) -> list[Path]:
 
 def _figure(curve: Curve) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no state, no window
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(5.2 * len(curve.texts), 3.8), layout="constrained")
     panels = figure.subplots(1, len(curve.texts), squeeze=False)[0]
@@ -96,6 +97,8 @@ def _figure(curve: Curve) -> Any:
         for preset, points in series_of(curve, index).items():
             axes.plot(*zip(*points, strict=True), label=preset, marker="o", markersize=3.5)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())  # 100, and not a power of ten
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
         axes.set(xlabel=_X, ylabel=_Y, title=text)
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False)
