@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 
 import unirank
 from unirank.costs import Sizes
+from unirank.estimate import Estimate
 from unirank.progress import Stage
 from unirank.recipes import Preset, preset
 from unirank.stages import analysis_stages, planning_stages, stages_behind
+from unirank.tradeoff.pricing import Prices
 
 
 class Watching:
@@ -104,14 +107,81 @@ def test_so_does_a_curve(model_dir: Path, text_file: Path, tmp_path: Path) -> No
     for presets, first in ((("unirank", "best"), two), (("best",), one)):  # the second time all of it is there
         watching = Watching()
         unirank.curve(model_dir, presets=presets, **asked, progress=watching)
-        assert list(watching.announced) == [*first, "measure each linear", "points"]
+        assert list(watching.announced) == ["load", *first, "measure each linear", "points"]
         assert watching.unannounced == []
         assert all(watching.ended.values())
-        assert {name for name in watching.reported if name != "measure each linear"} == {*first, "points"}
+        assert {name for name in watching.reported if name != "measure each linear"} == {"load", *first, "points"}
     points = watching.announced["points"]
     assert len(points.parts) == 4  # dense, two fractions, one more
     assert points.share(1, 4) < 0.1
     assert points.share(4, 4) == pytest.approx(1.0)
+
+
+class Drawn(Watching):
+    """One that keeps what a display would have shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.estimate = Estimate(time.perf_counter)
+        self.shares: dict[str, list[float]] = {}
+
+    def expect(self, stages: Sequence[Stage]) -> None:
+        super().expect(stages)
+        self.estimate.expect(stages)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        super().__call__(stage, done, total)
+        self.estimate.report(stage, done, total)
+        self.shares.setdefault(stage, []).append(self.estimate.look().share)
+
+
+AUTO = {
+    "unirank": ["calibrate and decompose, whiten", "search, unirank"],
+    "fast": ["calibrate and decompose, afm", "measure each linear, fast", "search, fast"],
+    "healed": ["gradients, kfac", "calibrate and decompose, kfac", "measure each linear, healed", "search, healed"],
+}
+
+
+@pytest.mark.filterwarnings("ignore::unirank.errors.UnirankWarning")
+@pytest.mark.parametrize("too_long", ["", "healed"])
+def test_and_a_search_for_the_preset(
+    model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, too_long: str
+) -> None:
+    """Each preset under its name; one that turns out not to fit is passed over; what compresses comes last."""
+    point, wanted = Prices.point, preset(too_long) if too_long else None
+    seen: list[Preset] = []
+
+    def dear(self: Prices, recipe: Preset) -> float:
+        seen.append(recipe)
+        late = recipe == wanted and seen.count(recipe) > 1  # at first it is expected to fit
+        return point(self, recipe) * (1e12 if late else 1)
+
+    monkeypatch.setattr(Prices, "point", dear)
+    target = unirank.Target(max_perplexity_increase=5.0, text=str(text_file), window=24, limit=2, evaluations=2)
+    watching = Drawn()
+    result = unirank.auto(
+        model_dir,
+        target,
+        place=tmp_path / "place",
+        minutes=20,
+        presets=tuple(AUTO),
+        calibration=unirank.Calibration(text=str(text_file), windows=4, window=24, batch=2),
+        device="cpu",
+        progress=watching,
+    )
+    assert watching.unannounced == []
+    assert all(watching.ended.values())
+    run = [stage for name, stages in AUTO.items() if name != too_long for stage in stages]
+    behind = {"unirank": ["truncate"], "fast": ["refine"], "healed": ["refine", "heal"]}[result.preset]
+    assert {"load", "perplexity, dense", *run, *behind} == set(watching.reported)
+    assert watching.reported[-len(behind) :] == behind
+    assert {stage for stages in AUTO.values() for stage in stages} <= set(watching.announced)
+    assert watching.announced["compress"].work == 0
+    for stage in AUTO["healed"]:
+        assert (watching.announced[stage].work == 0) == (too_long == "healed"), stage
+    assert watching.shares["search, unirank"][-1] < 0.6
+    assert watching.shares["search, fast"][-1] < (1 if too_long else 0.8)
+    assert watching.shares[behind[-1]][-1] == pytest.approx(1.0)
 
 
 SMOLLM2 = Sizes._of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,15 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unirank import costs
 from unirank.analysis.calibration import Calibration, calibration_of
+from unirank.costs import Sizes
 from unirank.display import shows_progress, told
 from unirank.errors import InputError
 from unirank.evaluation.measured_curve import Curve, CurvePoint
 from unirank.inputs import loaded_from
 from unirank.job import Job
-from unirank.progress import OnProgress, Progress
+from unirank.progress import Progress, Stage, expect
 from unirank.recipes import Preset
 from unirank.recipes import preset as preset_of
+from unirank.tradeoff.announcing import Announcer
 from unirank.tradeoff.choosing import Reached, by_amount, held_out_name, increase_of, reachable
 from unirank.tradeoff.points import Points
 from unirank.tradeoff.pricing import Prices
@@ -115,17 +119,26 @@ def auto(
     report = told(progress)
     names = tuple(presets or (WITHOUT_TRAINING if minutes is None else (*WITHOUT_TRAINING, "healed", "distilled")))
     recipes = {name: preset_of(name) for name in names}
+    expect(report, [costs.load(Sizes())])
     loaded = loaded_from(
-        model, tokenizer, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        tokenizer,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=report,
     )
     loaded.require_whole("Choosing a preset")
     stores = Stores(Path(place), loaded, list(recipes.values()), calibration, progress=report)
-    search = _Search(target, loaded, stores, calibration_of(calibration), clock, Path(place), report)
+    teller = Announcer(report, recipes)
+    search = _Search(target, loaded, stores, calibration_of(calibration), clock, Path(place), recipes, teller)
     tried = [search.run(name, chosen) for name, chosen in recipes.items()]
     best = search.best(tried)
     chosen = recipes[best.preset]
     job = dataclasses.replace(search.job(chosen), remove=search.fraction[best.preset])
     store, reached = stores.of(chosen), search.reached[best.preset]
+    teller.finish(search.prices.making_stages(chosen))
     found = sorted(search.points_of.values(), key=lambda point: (names.index(point.preset), point.remove))
     curve = Curve(loaded.source, search.dense, tuple(found), search.points.meta)
     ours = isinstance(model, str | Path)  # loaded here, so nobody misses it
@@ -161,7 +174,8 @@ class _Search:
     calibration: Calibration
     clock: _Clock
     place: Path
-    progress: OnProgress
+    recipes: dict[str, Preset]
+    teller: Announcer
     fraction: dict[str, float] = field(default_factory=dict)
     reached: dict[str, Reached] = field(default_factory=dict)
     points_of: dict[tuple[str, float], CurvePoint] = field(default_factory=dict)
@@ -176,11 +190,14 @@ class _Search:
             limit=self.target.limit,
             calibration=self.calibration.text,
             place=self.place,
-            progress=self.progress,
+            progress=self.teller,
         )
+        self.prices = Prices(self.loaded, self.calibration, windows=len(self.points.texts[0].windows))
+        first = [costs.load(Sizes.of(self.loaded)), Stage("perplexity, dense", self.prices.evaluation)]
+        everything = dict.fromkeys(self.recipes, self._most)  # nothing is known of the speed yet
+        self.teller.announce(everything, self.stores, self.prices, first=first)
         start = time.perf_counter()
         self.dense = self.points.dense()
-        self.prices = Prices(self.loaded, self.calibration, windows=self.dense.evaluations[0].windows)
         if self.points.evaluated:
             self.prices.learn(self.prices.evaluation, time.perf_counter() - start)
         else:  # found again: what it took then
@@ -194,50 +211,85 @@ class _Search:
             min_rank=1,
             multiple_of=None,
             calibration=self.calibration,
-            progress=self.progress,
+            progress=self.teller,
         )
 
     def run(self, name: str, chosen: Preset) -> Tried:
         """Search with one preset, where the time allows."""
-        start = time.perf_counter()
-        by_quality = self.target.max_perplexity_increase is not None
-        prices = self.prices
-        known = self.stores.finished(chosen)
-        begin = (0.0 if known else prices.analysis(chosen)) + prices.measuring(chosen)
-        kept = prices.seconds(prices.making(self._best_so_far() or chosen))
-        room = self.clock.left - max(kept, prices.seconds(prices.making(chosen))) - prices.seconds(begin)
-        count = int(min(room / prices.seconds(prices.point(chosen)), self.target.evaluations))
-        count = count if by_quality else min(count, 1)
-        if count < (_LEAST if by_quality else 1):
-            if self.fraction:
-                needed = prices.seconds(begin + _LEAST * prices.point(chosen) + prices.making(chosen))
-                why = f"it takes about {needed / 60:.0f} minutes, and {max(self.clock.left, 0) / 60:.0f} are left"
-                return Tried(name, None, None, 0, 0.0, why)
-            count = _LEAST if by_quality else 1
+        start, prices, known = time.perf_counter(), self.prices, self.stores.finished(chosen)
+        count = self._expected(name)
+        if not count:
+            work = self._beginning(chosen, known) + _LEAST * prices.point(chosen) + prices.making(chosen)
+            needed = prices.seconds(work)
+            why = f"it takes about {needed / 60:.0f} minutes, and {max(self.clock.left, 0) / 60:.0f} are left"
+            return Tried(name, None, None, 0, 0.0, why)
+        self.teller.begin(name)
         store = self.stores.of(chosen)
         if not known:
             prices.learn(prices.analysis(chosen), time.perf_counter() - start)
         job = self.job(chosen)
-        if by_quality:
+        if self._by_quality:
             return self._quality(name, chosen, count, start)
         found = by_amount(self.target, job, self.loaded, store)
+        self.teller.points(0, 1)
         point = self._measure(name, chosen, found.remove)
+        self.teller.points(1, 1)
         self.reached[name] = dataclasses.replace(found, text=self.text, dense=self.dense, point=point)
         self.fraction[name] = found.remove
         return Tried(name, point, increase_of(point, self.dense), 1, time.perf_counter() - start)
 
+    @property
+    def _by_quality(self) -> bool:
+        return self.target.max_perplexity_increase is not None
+
+    @property
+    def _most(self) -> int:
+        """Points of a preset."""
+        return self.target.evaluations if self._by_quality else 1
+
+    def _beginning(self, chosen: Preset, known: bool) -> float:
+        """Work of what comes before the first point; `known`: the analysis is there."""
+        return (0.0 if known else self.prices.analysis(chosen)) + self.prices.measuring(chosen)
+
+    def _expected(self, name: str) -> int:
+        """How many points of a preset the time allows, 0 for none. Announces them, and those of the presets behind."""
+        prices, left = self.prices, self.clock.left
+        least = min(_LEAST, self._most)
+        kept = prices.making(self._best_so_far() or self.recipes[name])
+        counts, schemes = dict[str, int](), set[str]()
+        names = list(self.recipes)
+        for later in names[names.index(name) :]:
+            chosen = self.recipes[later]
+            begin = self._beginning(chosen, chosen.scheme in schemes or self.stores.finished(chosen))
+            room = left - prices.seconds(max(kept, prices.making(chosen))) - prices.seconds(begin)
+            count = int(min(room / prices.seconds(prices.point(chosen)), self._most))
+            if count < least:  # nothing is there yet: one preset is always run
+                count = least if later == name and not self.fraction else 0
+            counts[later] = count
+            if count:
+                left -= prices.seconds(begin + count * prices.point(chosen))
+                schemes.add(chosen.scheme)
+        self.teller.announce(counts, self.stores, prices)
+        return counts[name]
+
     def _quality(self, name: str, chosen: Preset, count: int, start: float) -> Tried:
         limit = self.target.max_perplexity_increase
         assert limit is not None
-        before = max(self.fraction.values(), default=0.0)
+        before, done = max(self.fraction.values(), default=0.0), itertools.count()
+
+        def increase(remove: float) -> float:
+            self.teller.points(next(done), count)
+            return increase_of(self._measure(name, chosen, remove), self.dense)
+
         search = largest_within(
-            lambda remove: increase_of(self._measure(name, chosen, remove), self.dense),
+            increase,
             limit,
             evaluations=count,
             most=reachable(self.job(chosen), self.loaded),
             first=before or None,
             go_on=lambda: self._time_for_another(chosen),
         )
+        self.teller.points(count, count)
         seconds = time.perf_counter() - start
         if search.remove == 0:
             return Tried(name, None, None, len(search.tried), seconds, "nothing that was tried stays within the target")
@@ -270,6 +322,6 @@ class _Search:
         if not met:
             reasons = "; ".join(f"{one.preset}: {one.why}" for one in tried)
             raise InputError(f"No preset meets the target ({reasons}). Allow more, or more minutes=.")
-        if self.target.max_perplexity_increase is not None:
+        if self._by_quality:
             return max(met, key=lambda one: self.fraction[one.preset])  # of equal ones the cheaper
         return min(met, key=lambda one: one.increase if one.increase is not None else 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from unirank import costs
 from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
 from unirank.costs import Sizes
+from unirank.progress import Stage
 from unirank.recipes import Preset
 from unirank.stages import analysis_stages, planning_stages, stages_behind
 from unirank.types import LoadedModel
@@ -50,13 +51,20 @@ class Prices:
 
     def measuring(self, recipe: Preset) -> float:
         """Work of an allocator that runs the model; the store keeps it, so it is done once."""
-        return sum(stage.work for stage in planning_stages(self._sizes, recipe, window=self._calibration.window))
+        return sum(stage.work for stage in self.measuring_stages(recipe))
+
+    def measuring_stages(self, recipe: Preset) -> list[Stage]:
+        """The stages of that."""
+        return planning_stages(self._sizes, recipe, window=self._calibration.window)
 
     def making(self, recipe: Preset) -> float:
         """Work of truncation or second pass and what follows, at one fraction."""
+        return sum(stage.work for stage in self.making_stages(recipe))
+
+    def making_stages(self, recipe: Preset) -> list[Stage]:
+        """The stages of that."""
         asked = self._calibration
-        stages = stages_behind(self._sizes, recipe, windows=asked.windows, window=asked.window, ranks_are_given=True)
-        return sum(stage.work for stage in stages)
+        return stages_behind(self._sizes, recipe, windows=asked.windows, window=asked.window, ranks_are_given=True)
 
     def point(self, recipe: Preset) -> float:
         """Work of one point of a search."""

@@ -54,13 +54,14 @@ class Stores:
 
     def stages(self) -> list[Stage]:
         """Of the analyses, to be announced; those of finished stores too, which end as soon as they begin."""
-        sizes, found = Sizes.of(self._loaded), list[Stage]()
-        for scheme, recipe in self._needs.items():
-            asked = with_gradients(calibration_of(self._calibration), recipe)
-            numbers = {"windows": asked.windows, "window": asked.window, "backward": asked.gradient_windows or 0}
-            made = analysis_stages(sizes, scheme, **numbers)
-            found += [replace(stage, name=self._named(stage.name, scheme)) for stage in made]
-        return found
+        return [stage for scheme in self._needs for stage in self.stages_of(scheme)]
+
+    def stages_of(self, scheme: str) -> list[Stage]:
+        """Of one analysis."""
+        asked = with_gradients(calibration_of(self._calibration), self._needs[scheme])
+        numbers = {"windows": asked.windows, "window": asked.window, "backward": asked.gradient_windows or 0}
+        made = analysis_stages(Sizes.of(self._loaded), scheme, **numbers)
+        return [replace(stage, name=self._named(stage.name, scheme)) for stage in made]
 
     def _named(self, stage: str, scheme: str) -> str:
         """A stage, told apart from that of another scheme."""

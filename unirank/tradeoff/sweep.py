@@ -121,8 +121,15 @@ def curve(
     report = told(progress)
     if analysis is not None and dtype == "auto":
         dtype = analysis.identity.model.dtype
+    expect(report, [costs.load(Sizes())])
     loaded = loaded_from(
-        model, tokenizer, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        tokenizer,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=report,
     )
     with ExitStack() as stack:
         scratch = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unirank-")))
@@ -218,7 +225,7 @@ class _Sweep:
                 measuring |= {stage.name: stage for stage in planning_stages(sizes, chosen, window=tokens.window)}
         whole = sum(works)
         parts = tuple((1 / len(works), work / whole) for work in works) if whole else ()
-        expect(self._progress, [*self._analyses, *measuring.values(), Stage("points", whole, parts)])
+        expect(self._progress, [costs.load(sizes), *self._analyses, *measuring.values(), Stage("points", whole, parts)])
 
     def _reachable(self, name: str) -> list[float]:
         """The fractions above 0 that can be had; what cannot be is noted. Raises InputError for other reasons."""
