@@ -73,6 +73,13 @@ def test_a_search_ends_where_its_points_take_longer_than_expected(
     assert len(measured) == result.tried[0].evaluations == 1
 
 
+def test_one_evaluation_is_one_of_each_preset(dense: Path, text_file: Path, tmp_path: Path) -> None:
+    target = Target(max_perplexity_increase=5.0, text=str(text_file), evaluations=1, **WINDOWS)
+    result = choose(dense, tmp_path / "curve", target, text_file, presets=("unirank", "fast"))
+    assert [one.evaluations for one in result.tried] == [1, 1]
+    assert all(one.point is not None for one in result.tried)
+
+
 def test_it_says_where_nothing_holds(dense: Path, text_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(automatic, "increase_of", lambda point, dense: 1.0)  # of a random model it may be below 0
     target = Target(max_perplexity_increase=0.1, text=str(text_file), evaluations=2, **WINDOWS)
