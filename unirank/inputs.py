@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unirank import costs
 from unirank.errors import InputError
 from unirank.planning.imported_ranks import read_rank_file
-from unirank.progress import OnProgress, silent
+from unirank.progress import OnProgress, expect, silent
 from unirank.rank_plan import RankPlan
 from unirank.types import LoadedModel, Rank
 
@@ -42,6 +43,7 @@ def loaded_from(
     from unirank.models.loading import describe, load
 
     if isinstance(model, str | Path):
+        expect(progress, [costs.load(costs.Sizes.of(None))])  # what it costs is known when it is there
         progress("load", 0, 1)
         loaded = load(
             str(model),

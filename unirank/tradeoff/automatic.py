@@ -19,7 +19,7 @@ from unirank.errors import InputError
 from unirank.evaluation.measured_curve import Curve, CurvePoint
 from unirank.inputs import loaded_from
 from unirank.job import Job
-from unirank.progress import Progress, Stage, expect
+from unirank.progress import Progress, Stage
 from unirank.recipes import Preset
 from unirank.recipes import preset as preset_of
 from unirank.tradeoff.announcing import Announcer
@@ -119,7 +119,6 @@ def auto(
     report = told(progress)
     names = tuple(presets or (WITHOUT_TRAINING if minutes is None else (*WITHOUT_TRAINING, "healed", "distilled")))
     recipes = {name: preset_of(name) for name in names}
-    expect(report, [costs.load(Sizes())])
     loaded = loaded_from(
         model,
         tokenizer,
@@ -192,7 +191,7 @@ class _Search:
             place=self.place,
             progress=self.teller,
         )
-        self.prices = Prices(self.loaded, self.calibration, windows=len(self.points.texts[0].windows))
+        self.prices = Prices(self.loaded, self.calibration, tokens=self.points.texts[0].windows.numel())
         first = [costs.load(Sizes.of(self.loaded)), Stage("perplexity, dense", self.prices.evaluation)]
         everything = dict.fromkeys(self.recipes, self._most)  # nothing is known of the speed yet
         self.teller.announce(everything, self.stores, self.prices, first=first)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from unirank import costs
 from unirank.analysis.calibration import GRADIENT_WINDOWS, Calibration
+from unirank.analysis.identity import CalibrationIdentity
 from unirank.costs import Sizes
 from unirank.progress import Stage
 from unirank.recipes import Preset
 from unirank.stages import analysis_stages, planning_stages, stages_behind
 from unirank.types import LoadedModel
 
-_TOKENS = 1024  # a window of perplexity
 _CAUTION = 1.2  # a promise to be done in time is better kept than sharp (**choice**)
 
 
@@ -21,13 +21,13 @@ class Prices:
     evaluation first, then of everything that was run.
     """
 
-    def __init__(self, loaded: LoadedModel, calibration: Calibration, *, windows: int) -> None:
+    def __init__(self, loaded: LoadedModel, calibration: Calibration | CalibrationIdentity, *, tokens: int) -> None:
         """
         Args:
-            windows: of 1024 tokens, or shorter, that a perplexity reads.
+            tokens: that the perplexities of a point read.
         """
         self._sizes, self._calibration = Sizes.of(loaded), calibration
-        self.evaluation = costs.evaluation(self._sizes, "", windows * _TOKENS).work
+        self.evaluation = costs.evaluation(self._sizes, "", tokens).work
         self._work = self._seconds = 0.0
 
     def learn(self, work: float, seconds: float) -> None:

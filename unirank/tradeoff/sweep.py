@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from unirank import costs
 from unirank.analysis.calibration import Calibration, calibration_of
-from unirank.analysis.identity import CalibrationIdentity
 from unirank.analysis.store import AnalysisStore, open_store
 from unirank.costs import Sizes
 from unirank.demands import require
@@ -24,11 +23,11 @@ from unirank.inputs import loaded_from
 from unirank.progress import OnProgress, Progress, Stage, expect
 from unirank.rank_plan import check_form
 from unirank.recipes import Preset, recipe
-from unirank.stages import planning_stages, stages_behind
 from unirank.text.windows import BUILTIN_HELD_OUT
 from unirank.tradeoff.kept import CURVE_FILE, Kept
 from unirank.tradeoff.ladder import MORE, check_ladders, next_fraction
 from unirank.tradeoff.points import Points
+from unirank.tradeoff.pricing import Prices
 from unirank.tradeoff.stores import Stores
 from unirank.tradeoff.telling import between_points
 from unirank.types import Form, LoadedModel
@@ -121,7 +120,6 @@ def curve(
     report = told(progress)
     if analysis is not None and dtype == "auto":
         dtype = analysis.identity.model.dtype
-    expect(report, [costs.load(Sizes())])
     loaded = loaded_from(
         model,
         tokenizer,
@@ -148,7 +146,8 @@ def curve(
         )
         asked = _Asked(recipes, ladders, more, {"form": form, "min_rank": min_rank, "multiple_of": multiple_of})
         tokens = calibration_of(calibration) if analysis is None else analysis.identity.calibration
-        return _Sweep(points, asked, folder, report, made.stages() if analysis is None else [], tokens).run()
+        prices = Prices(loaded, tokens, tokens=sum(text.windows.numel() for text in points.texts))
+        return _Sweep(points, asked, folder, report, made.stages() if analysis is None else [], prices).run()
 
 
 @dataclass(frozen=True)
@@ -171,16 +170,15 @@ class _Sweep:
         folder: Path | None,
         progress: OnProgress,
         analyses: Sequence[Stage],
-        calibration: Calibration | CalibrationIdentity,
+        prices: Prices,
     ) -> None:
         """Measure nothing yet.
 
         Args:
             analyses: stages of those that are to be made first.
-            calibration: how many tokens there are.
         """
         self._points, self._asked, self._folder, self._progress = points, asked, folder, progress
-        self._analyses, self._calibration = analyses, calibration
+        self._analyses, self._prices = analyses, prices
         self._found: list[CurvePoint] = []
         self._unreachable: list[dict[str, object]] = []
 
@@ -214,18 +212,17 @@ class _Sweep:
 
     def _announce(self, ladders: Mapping[str, Sequence[float]]) -> None:
         """What will be done, before any of it: analyses, what allocators measure, points, which cost unlike much."""
-        sizes, tokens = Sizes.of(self._points.loaded), self._calibration
-        read = sum(costs.evaluation(sizes, "", text.windows.numel()).work for text in self._points.texts)
-        works, measuring = [read], dict[str, Stage]()
+        prices = self._prices
+        works, measuring = [prices.evaluation], dict[str, Stage]()
         for name, ladder in ladders.items():
             chosen = self._asked.recipes[name]
-            made = stages_behind(sizes, chosen, windows=tokens.windows, window=tokens.window, ranks_are_given=True)
-            works += [read + sum(stage.work for stage in made)] * (len(ladder) + min(1, len(ladder)) * self._asked.more)
+            works += [prices.point(chosen)] * (len(ladder) + min(1, len(ladder)) * self._asked.more)
             if ladder:
-                measuring |= {stage.name: stage for stage in planning_stages(sizes, chosen, window=tokens.window)}
+                measuring |= {stage.name: stage for stage in prices.measuring_stages(chosen)}
         whole = sum(works)
         parts = tuple((1 / len(works), work / whole) for work in works) if whole else ()
-        expect(self._progress, [costs.load(sizes), *self._analyses, *measuring.values(), Stage("points", whole, parts)])
+        load = costs.load(Sizes.of(self._points.loaded))
+        expect(self._progress, [load, *self._analyses, *measuring.values(), Stage("points", whole, parts)])
 
     def _reachable(self, name: str) -> list[float]:
         """The fractions above 0 that can be had; what cannot be is noted. Raises InputError for other reasons."""
