@@ -18,9 +18,9 @@ from unirank.disk.files import check_output, make_directory, write_json
 from unirank.display import shows_progress, told
 from unirank.evaluation.measured_curve import DENSE_PRESET, Curve, CurvePoint
 from unirank.evaluation.perplexity import evaluate, generate
+from unirank.inputs import loaded_from
 from unirank.job import Job
 from unirank.models.embedded import NAME
-from unirank.models.loading import load
 from unirank.progress import OnProgress, Progress, Stage, Stopwatch, expect
 from unirank.provenance import default_device, meta
 from unirank.rank_plan import budget_of
@@ -113,11 +113,8 @@ def demo(
     clock = Stopwatch()
     device = device or default_device()
     calibration = calibration or Calibration(text=BUILTIN, windows=WINDOWS)
-    expect(report, [costs.load(costs.Sizes.of(None))])  # what it costs is known when it is there
-    report("load", 0, 1)
-    loaded = load(model, device=device)
+    loaded = loaded_from(model, None, device=device, progress=report)
     clock.lap("load")
-    report("load", 1, 1)
     make_directory(out)
     if not (out / RESULTS).is_file():
         write_json(out / RESULTS, {"rows": [], "meta": {}})  # marks the directory as ours
